@@ -1,0 +1,42 @@
+"""What the data programs write for the person who runs them: messages and a progress bar.
+
+The bar goes to stderr and only to a terminal, so that logs and pipes stay clean.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+_REFRESH_EVERY = 5_000
+"""Items between two looks at the position."""
+
+
+def say(message: str) -> None:
+    """Write one message to stdout."""
+    sys.stdout.write(message + "\n")
+    sys.stdout.flush()
+
+
+def complain(program: str, error: Exception) -> int:
+    """Write `error` to stderr as one line and return the exit code for it."""
+    sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
+    return 2
+
+
+def track(items: Iterable[T], title: str, position: Callable[[], int], total: int) -> Iterator[T]:
+    """Yield `items` under a progress bar that shows `position()` of `total` bytes."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        for number, item in enumerate(items):
+            if number % _REFRESH_EVERY == 0:
+                progress.update(task, completed=position())
+            yield item

@@ -1,0 +1,48 @@
+"""Finished files: their description, their move into place, and their copy to another file system."""
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from verl.data.errors import UserError
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Version of Python and of each package."""
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def move_into(folder: Path, files: Iterable[Path]) -> None:
+    """Rename finished files into `folder`, on the same file system, replacing what has their names there."""
+    for file in files:
+        file.replace(folder / file.name)
+
+
+def copy_to(target: str, files: Iterable[Path]) -> None:
+    """Copy `files` into the folder `target`: a local path, or a URI of any file system that fsspec knows.
+
+    Raises:
+        UserError: the target cannot be written, or a copy has another size than its original.
+    """
+    try:
+        filesystem, folder = fsspec.core.url_to_fs(target)
+        filesystem.makedirs(folder, exist_ok=True)
+        for file in files:
+            copy = f"{folder.rstrip('/')}/{file.name}"
+            filesystem.put_file(str(file), copy)
+            size = filesystem.size(copy)
+            if size != file.stat().st_size:
+                raise OSError(f"{copy} has {size} bytes there and {file.stat().st_size} here")
+    except Exception as error:  # each file system raises its own kinds
+        raise UserError(f"the copy to --hdfs_dir {target} failed: {type(error).__name__}: {error}") from error

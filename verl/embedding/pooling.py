@@ -1,0 +1,32 @@
+"""Pooling of hidden states to one embedding per row: the same function for training and evaluation.
+
+Shapes: N rows, K packed tokens, M pooled positions, H hidden size.
+"""
+
+import torch
+
+
+def mean_pool(
+    hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Mean of the hidden states of each row's pooled positions, L2-normalised (arXiv 2510.04506).
+
+    The sum, the mean and the norm are taken in float32, whatever the states' dtype.
+
+    Args:
+        hidden: [K,H] last hidden states.
+        pool_token: [M] int64, pooled positions.
+        pool_row: [M] int64, the row of each.
+
+    Returns:
+        [N,H] float32 unit vectors.
+
+    Raises:
+        ValueError: a row has nothing to pool.
+    """
+    counts = torch.bincount(pool_row, minlength=num_rows)
+    if (counts == 0).any():
+        raise ValueError(f"rows {(counts == 0).nonzero().flatten().tolist()} have no token to pool")
+    sums = torch.zeros(num_rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
+    sums = sums.index_add(0, pool_row, hidden[pool_token].float())
+    return torch.nn.functional.normalize(sums / counts.unsqueeze(1), dim=1)

@@ -1,0 +1,192 @@
+"""The prompt that asks for a rationale, and its exact rendering to token ids.
+
+Training, data preparation and evaluation all render through `PromptRenderer`. It knows, for every
+prompt, which token is the first of the user's text (where pooling starts), and it shortens an
+over-long *user text*, never the rendered prompt, so that the assistant header always survives.
+
+Imports neither torch nor transformers: the data programs use it too.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SYSTEM_PROMPT = (
+    "Read the text. Inside <think> and </think>, reason about its topic, meaning and intent. "
+    "Then write a complete understanding of it."
+)
+
+Message = dict[str, str]
+Truncation = Literal["left", "right", "middle", "error"]
+
+# Two texts no template or user would write; rendering both shows where a template puts the user's words.
+_PROBES = ("QZXprobeoneXZQ", "JVWprobesecondWVJ")
+
+
+def rationale_messages(text: str, system_prompt: str = SYSTEM_PROMPT) -> list[Message]:
+    """The chat that asks for a rationale of `text`."""
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": text.strip()}]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered prompt."""
+
+    ids: list[int]
+    """Token ids, the assistant header included."""
+    text_start: int
+    """Index in `ids` of the first token that holds a character of the user's text."""
+    text: str
+    """The user's text as it stands in the prompt, after any shortening."""
+    shortened: bool
+    """Whether the user's text was cut to fit."""
+
+
+class PromptRenderer:
+    """Turns messages into `Prompt`s with one tokenizer and one length limit.
+
+    Args:
+        tokenizer: a fast transformers tokenizer with a chat template.
+        max_length: most tokens a prompt may have; None for no limit.
+        truncation: which part of an over-long user text goes: `right` keeps its beginning, `left` its
+            end, `middle` both ends; `error` raises.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or cannot report character offsets.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right") -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model "
+                "(often the one whose name ends in -Instruct)"
+            )
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} is not a fast one and reports no character offsets; "
+                "convert it to tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncation = truncation
+        self._frames: dict[str, tuple[str, str]] = {}
+
+    def render(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
+
+        Raises:
+            ValueError: a template does not show the user's text, or a prompt is over-long and
+                `truncation` is `error` or leaves no room for any text.
+        """
+        if not conversations:
+            return []
+        framed = [(self._frame(c), _user_text(c)) for c in conversations]
+        encoded = self._tokenize([prefix + text + suffix for (prefix, suffix), text in framed])
+        return [
+            self._finish(frame, text, ids, offsets)
+            for (frame, text), (ids, offsets) in zip(framed, encoded, strict=True)
+        ]
+
+    def lengths(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
+        """Number of token ids of each rendered prompt, before any shortening."""
+        if not conversations:
+            return []
+        framed = [(self._frame(c), _user_text(c)) for c in conversations]
+        texts = [prefix + text + suffix for (prefix, suffix), text in framed]
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def fingerprint(self) -> str:
+        """Hash of what decides a prompt's length: the tokenizer's tokens and its chat template."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _frame(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The rendered characters before and after the last user text."""
+        turn = _last_user_turn(messages)
+        fixed = [(m["role"], None if i == turn else m["content"]) for i, m in enumerate(messages)]
+        key = json.dumps(fixed, ensure_ascii=False)
+        if key not in self._frames:
+            first, second = (self._split_at_probe(messages, turn, probe) for probe in _PROBES)
+            if first != second:
+                raise ValueError("the chat template changes with the user's text; the text's place cannot be found")
+            self._frames[key] = first
+        return self._frames[key]
+
+    def _split_at_probe(self, messages: Sequence[Message], turn: int, probe: str) -> tuple[str, str]:
+        probed = [{**m, "content": probe} if i == turn else dict(m) for i, m in enumerate(messages)]
+        rendered = self.tokenizer.apply_chat_template(probed, tokenize=False, add_generation_prompt=True)
+        if rendered.count(probe) != 1:
+            raise ValueError(
+                f"the chat template shows the user's text {rendered.count(probe)} times instead of once; "
+                "rationale embeddings need a template that shows it once"
+            )
+        prefix, suffix = rendered.split(probe)
+        return prefix, suffix
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _finish(
+        self, frame: tuple[str, str], text: str, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> Prompt:
+        prefix, suffix = frame
+        shortened = False
+        if self.max_length is not None and len(ids) > self.max_length:
+            text, ids, offsets = self._shorten(prefix, text, suffix, ids, offsets)
+            shortened = True
+        text_start = next(i for i, (_, end) in enumerate(offsets) if end > len(prefix))
+        return Prompt(ids=ids, text_start=text_start, text=text, shortened=shortened)
+
+    def _shorten(
+        self, prefix: str, text: str, suffix: str, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> tuple[str, list[int], list[tuple[int, int]]]:
+        assert self.max_length is not None
+        if self.truncation == "error":
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, more than data.max_prompt_length={self.max_length}: "
+                f"{text[:60]!r}...; filter the data (offline_filter_data.py), raise data.max_prompt_length, "
+                "or set data.truncation=right"
+            )
+        first, last = len(prefix), len(prefix) + len(text)
+        spans = [(max(s, first) - first, min(e, last) - first) for s, e in offsets if e > first and s < last]
+        keep = self.max_length - (len(ids) - len(spans))
+        while keep > 0:
+            cut = _cut(text, spans, keep, self.truncation)
+            ((ids, offsets),) = self._tokenize([prefix + cut + suffix])
+            if len(ids) <= self.max_length:
+                return cut, ids, offsets
+            # Text cut in the middle of a word can tokenize to a few more ids than it had inside.
+            keep -= len(ids) - self.max_length
+        raise ValueError(
+            f"the chat template alone fills data.max_prompt_length={self.max_length} and leaves no room for text; "
+            "raise it"
+        )
+
+
+def _cut(text: str, spans: list[tuple[int, int]], keep: int, side: Truncation) -> str:
+    """`text` reduced to `keep` of the tokens whose character spans are given."""
+    if side == "right":
+        return text[: spans[keep - 1][1]].rstrip()
+    if side == "left":
+        return text[spans[-keep][0] :].lstrip()
+    head = keep // 2
+    tail = keep - head
+    return (text[: spans[head - 1][1]] if head else "") + text[spans[-tail][0] :]
+
+
+def _last_user_turn(messages: Sequence[Message]) -> int:
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i]["role"] == "user":
+            return i
+    raise ValueError(f"a prompt needs a user turn; got the roles {[m['role'] for m in messages]}")
+
+
+def _user_text(messages: Sequence[Message]) -> str:
+    text = messages[_last_user_turn(messages)]["content"].strip()
+    if not text:
+        raise ValueError("a prompt has an empty user text; nothing can be embedded")
+    return text

@@ -1,0 +1,205 @@
+"""The model forward: one pass over a packed micro-batch gives log-probs, entropies and embeddings.
+
+Shapes: N rows, K packed tokens, S scored response tokens, H hidden size, V vocabulary. Nothing of
+size [S,V] is kept: the LM head runs on scored positions only, in chunks that backward recomputes.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from verl.embedding.pooling import mean_pool
+from verl.models.packing import PackedBatch, Row, Segment, pack
+
+ATTENTION = "grace_packed"
+# Bytes of float32 logits that exist at once.
+_LOGITS_BYTES = 256 * 2**20
+
+
+@dataclass
+class PolicyOutput:
+    log_probs: Tensor | None
+    """[S] float32, log-prob of each scored token at the given temperature."""
+    entropy: Tensor | None
+    """[S] float32, entropy of the distribution each scored token was drawn from."""
+    embeddings: Tensor | None
+    """[N,H] float32 unit vectors."""
+
+
+class PolicyModel(nn.Module):
+    """A transformers causal language model that runs on packed micro-batches."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `pack` should share prompts: yes where attention runs segment by segment on a CPU."""
+        return self.lm.device.type == "cpu"
+
+    def forward(
+        self, packed: PackedBatch, temperature: float = 1.0, log_probs: bool = True, entropy: bool = False,
+        embeddings: bool = False,
+    ) -> PolicyOutput:  # fmt: skip
+        """Run the model once.
+
+        Args:
+            packed: the micro-batch, on the model's device.
+            temperature: divides the logits, as it did when the tokens were sampled.
+            log_probs: compute log-probs of the scored tokens.
+            entropy: compute entropies too (needs log_probs).
+            embeddings: pool the rows.
+        """
+        hidden = self.lm.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            use_cache=False,
+            packed_segments=packed.segments,
+        ).last_hidden_state[0]  # [K,H]
+        vectors = mean_pool(hidden, packed.pool_token, packed.pool_row, packed.num_rows) if embeddings else None
+        if not log_probs:
+            return PolicyOutput(None, None, vectors)
+        scored, entropies = self._score(hidden[packed.score_token], packed.score_target, temperature, entropy)
+        return PolicyOutput(scored, entropies, vectors)
+
+    def _score(
+        self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies of `target` [S] from `hidden` [S,H], chunk by chunk."""
+        head = self.lm.get_output_embeddings()
+        chunk = max(1, _LOGITS_BYTES // (4 * self.lm.config.get_text_config().vocab_size))
+        parts = [
+            checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), target.split(chunk), strict=True)
+        ]
+        log_probs, entropies = zip(*parts, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies) if entropy else None
+
+
+def _score_chunk(
+    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = head(hidden).float() / temperature  # [chunk,V]
+    log_z = logits.logsumexp(dim=-1)
+    log_probs = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - log_z
+    if not entropy:
+        return log_probs, None
+    return log_probs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_segments: list[Segment],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed micro-batch, registered with transformers.
+
+    Args:
+        query: [1, heads, K, head size]; key and value may have fewer heads.
+        packed_segments: what each token may attend to.
+
+    Returns:
+        [1, K, heads, head size] and None.
+
+    Raises:
+        ValueError: the model asks for attention that is not plain causal (soft cap, dropout, or a sliding
+            window shorter than a row).
+    """
+    if softcap is not None or dropout:
+        raise ValueError("models with attention soft-capping or dropout are not supported by the packed forward")
+    longest = max(s.end - s.start + sum(b - a for a, b in s.ancestors) for s in packed_segments)
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"a row has {longest} tokens, more than the model's sliding attention window of {sliding_window}; "
+            "lower data.max_prompt_length + data.max_response_length"
+        )
+    if query.device.type == "cuda" and find_spec("flash_attn"):
+        return _flash_attention(query, key, value, packed_segments, scaling), None
+    outputs = []
+    for s in packed_segments:
+        ranges = (*s.ancestors, (s.start, s.end))
+        k, v = (torch.cat([x[:, :, a:b] for a, b in ranges], dim=2) for x in (key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, s.start : s.end], k, v, attn_mask=s.mask, is_causal=s.mask is None, scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    assert all(not s.ancestors for s in segments), "flash-attention needs rows packed without shared prompts"
+    lengths = torch.tensor([s.end - s.start for s in segments], device=query.device)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # [rows + 1]
+    longest = int(lengths.max())
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [K, heads, head size]
+    out = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True)
+    return out.unsqueeze(0)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None) -> Any:
+    """The model of a folder or hub name in float32, on the CPU, with packed attention.
+
+    Raises:
+        ValueError: it cannot be loaded, or its packed forward differs from its own.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(override_config or {}))
+    lm = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    )
+    plain = _probe_plain(lm)
+    lm.set_attn_implementation(ATTENTION)
+    packed = _probe_packed(lm)
+    gap = (plain - packed).abs().max().item()
+    if not gap < 1e-3:
+        raise ValueError(
+            f"{path!r}: the packed forward differs from the model's own by {gap:.3g} in log-prob; models of type "
+            f"{config.model_type!r} do something between hidden states and log-probs that is not supported"
+        )
+    return lm
+
+
+def _probe_rows(vocab_size: int) -> list[tuple[int, ...]]:
+    return [tuple((7 * i + j) % min(vocab_size, 97) for j in range(3 + 4 * i)) for i in (1, 2)]
+
+
+@torch.no_grad()
+def _probe_plain(lm: Any) -> Tensor:
+    lm.eval()
+    scores = []
+    for ids in _probe_rows(lm.config.get_text_config().vocab_size):
+        logits = lm(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+        scores.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1)[1:])
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def _probe_packed(lm: Any) -> Tensor:
+    rows = [Row(ids[:2], ids[2:], 0, True) for ids in _probe_rows(lm.config.get_text_config().vocab_size)]
+    output = PolicyModel(lm)(pack(rows, share_prompts=True))
+    assert output.log_probs is not None
+    return output.log_probs

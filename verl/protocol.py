@@ -1,0 +1,152 @@
+"""DataProto, the batch of rows that travels between driver and workers, and the table of its keys.
+
+A step is one flat batch: each row is one text with a `role` and the `uid` of its sample.
+Shape letters, here and everywhere: N rows, P longest prompt, R longest response, H hidden size.
+
+| key | shape, dtype | written by | read by |
+|---|---|---|---|
+| prompts | [N,P] int64, left-padded | dataset.collate | rollout, actor |
+| prompt_length | [N] int64 | dataset.collate | rollout, actor, metrics |
+| text_start | [N] int64, in the unpadded prompt | dataset.collate | actor (pooling) |
+| temperature | [N] float32, sampling | trainer.expand | rollout |
+| responses | [N,R] int64, right-padded | rollout | actor, metrics |
+| response_length | [N] int64, end token included | rollout | actor, rewards, metrics |
+| rollout_log_probs | [N,R] float32, 0 past the end | rollout | metrics |
+| truncated | [N] bool, hit the length limit | rollout | rewards, metrics |
+| embeddings | [N,H] float32, unit norm | actor.score | rewards |
+| old_log_probs | [N,R] float32, trained rows only | actor.score | update, metrics |
+| entropy | [N] float32, mean over the response | actor.score | metrics |
+| ref_log_prob | [N,R] float32, trained rows only | reference.score | update, KL in reward |
+| advantages | [N,R] float32 | trainer.advantage | update |
+| mini_batch | [N] int64 | trainer.update | update |
+
+Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`
+(decoded response), `data_source`, `reward_model`, `extra_info`. Padding is never recognised by its
+token id: lengths say where a row ends.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+Index = slice | Sequence[int] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class DataProto:
+    """N rows: tensors, object columns, and a few facts about the whole batch.
+
+    Example:
+        >>> rows = DataProto.from_dict({"responses": torch.zeros(2, 3)}, {"role": ["positive", "query"]})
+        >>> len(rows[rows.non_tensor_batch["role"] == "query"])
+        1
+    """
+
+    batch: TensorDict
+    """Tensors, each [N, ...]."""
+    non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
+    """Object arrays, each [N]."""
+    meta_info: dict[str, Any] = field(default_factory=dict)
+    """Small facts about the whole batch (step, seed, limits); never metrics."""
+
+    def __post_init__(self) -> None:
+        for name, column in self.non_tensor_batch.items():
+            if len(column) != len(self):
+                raise ValueError(f"column {name!r} has {len(column)} rows, the tensors have {len(self)}")
+
+    @classmethod
+    def from_dict(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        non_tensors: Mapping[str, Sequence[Any]] | None = None,
+        meta_info: dict[str, Any] | None = None,
+    ) -> "DataProto":
+        """Build from columns of one length.
+
+        Raises:
+            ValueError: no tensors, or columns of different lengths.
+        """
+        sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"tensors need one common number of rows, got {sizes}")
+        columns = {name: object_array(values) for name, values in (non_tensors or {}).items()}
+        return cls(TensorDict(dict(tensors), batch_size=[next(iter(sizes.values()))]), columns, meta_info or {})
+
+    def __len__(self) -> int:
+        return int(self.batch.batch_size[0])
+
+    def __getitem__(self, index: Index) -> "DataProto":
+        """The rows of a slice, a list of positions, or a mask; meta_info is shared."""
+        if isinstance(index, slice):
+            index = np.arange(len(self))[index]
+        positions = np.asarray(index)
+        if positions.dtype == bool:
+            positions = np.flatnonzero(positions)
+        positions = positions.astype(np.int64)
+        columns = {name: column[positions] for name, column in self.non_tensor_batch.items()}
+        return DataProto(self.batch[torch.from_numpy(positions)], columns, self.meta_info)
+
+    def select(self, batch_keys: Sequence[str], non_tensor_batch_keys: Sequence[str] = ()) -> "DataProto":
+        """Only the named columns, without copying."""
+        columns = {name: self.non_tensor_batch[name] for name in non_tensor_batch_keys}
+        return DataProto(self.batch.select(*batch_keys), columns, self.meta_info)
+
+    def union(self, other: "DataProto") -> "DataProto":
+        """A batch with the columns of both.
+
+        Raises:
+            ValueError: different numbers of rows, or a column that both have.
+        """
+        if len(self) != len(other):
+            raise ValueError(f"cannot join {len(self)} rows with {len(other)} rows")
+        shared = (set(self.batch.keys()) & set(other.batch.keys())) | (
+            set(self.non_tensor_batch) & set(other.non_tensor_batch)
+        )
+        if shared:
+            raise ValueError(f"both batches have the columns {sorted(shared)}")
+        tensors = TensorDict({**dict(self.batch.items()), **dict(other.batch.items())}, batch_size=[len(self)])
+        columns = {**self.non_tensor_batch, **other.non_tensor_batch}
+        return DataProto(tensors, columns, {**self.meta_info, **other.meta_info})
+
+    def repeat(self, counts: Sequence[int]) -> "DataProto":
+        """Row i repeated counts[i] times, copies side by side."""
+        return self[np.repeat(np.arange(len(self)), counts)]
+
+    @staticmethod
+    def concat(parts: Sequence["DataProto"]) -> "DataProto":
+        """The rows of all parts in order; meta_info is the first part's."""
+        columns = {
+            name: np.concatenate([p.non_tensor_batch[name] for p in parts]) for name in parts[0].non_tensor_batch
+        }
+        return DataProto(torch.cat([p.batch for p in parts]), columns, parts[0].meta_info)
+
+    def to(self, device: str | torch.device) -> "DataProto":
+        """The same rows with tensors on `device`."""
+        return DataProto(self.batch.to(device), self.non_tensor_batch, self.meta_info)
+
+    def require(self, *keys: str) -> None:
+        """Raise `KeyError` naming the columns of `keys` that are missing."""
+        missing = [k for k in keys if k not in self.batch.keys() and k not in self.non_tensor_batch]
+        if missing:
+            raise KeyError(f"rows lack {missing}; they have {sorted(self.batch.keys())} {sorted(self.non_tensor_batch)}")
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors: what the batch costs to send."""
+        return sum(t.numel() * t.element_size() for t in self.batch.values())
+
+
+def object_array(values: Sequence[Any]) -> np.ndarray:
+    """A 1-D object array, also when the values are lists of one length."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = list(values)
+    return array
+
+
+def response_mask(rows: DataProto) -> torch.Tensor:
+    """[N,R] bool: True on the tokens of each response, its end token included."""
+    width = rows.batch["responses"].shape[1]
+    return torch.arange(width) < rows.batch["response_length"].unsqueeze(1)

@@ -1,0 +1,47 @@
+"""Loading a tokenizer, and the token ids that end a response."""
+
+from pathlib import Path
+from typing import Any
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model folder or hub name; its pad token falls back to eos.
+
+    Raises:
+        ValueError: `path` looks like a folder and is not there, or no tokenizer can be read from it.
+    """
+    from transformers import AutoTokenizer
+
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).expanduser().exists():
+        raise ValueError(f"model path {path!r} does not exist; give a folder that holds a model, or a hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer could be loaded from {path!r}: {error}\n"
+            "Give a folder that exists here, or a hub name on a machine that reaches the hub."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: Any, *configs: Any) -> list[int]:
+    """Every id that ends a response: the tokenizer's eos and those of the model's configs, sorted.
+
+    Models disagree with their tokenizers about eos (Qwen base and chat), so the union is taken.
+
+    Args:
+        configs: objects with an `eos_token_id` that is None, an int or a list (config, generation config).
+
+    Raises:
+        ValueError: none of them names an eos token.
+    """
+    ids: set[int] = set()
+    for source in (tokenizer, *configs):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's config names an eos token; generation could not stop")
+    return sorted(ids)
