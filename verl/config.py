@@ -311,6 +311,8 @@ class TrainerConfig(_Section):
     """Run folder; null = checkpoints/<project_name>/<experiment_name>."""
     logger: list[Literal["console", "wandb", "tensorboard"]] = ["console"]
     """Where metrics go besides metrics.jsonl, which is always written."""
+    samples_per_step: int = 8
+    """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""
     save_freq: int = -1
     """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = never."""
     max_actor_ckpt_to_keep: int | None = None

@@ -5,7 +5,7 @@ grows with the file. It also carries one 8-byte hash per sample, for counting du
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ from verl.data.samples import FIELDS, Mode, Sample, read_sample
 
 _EXCERPT = 120
 _BATCH_ROWS = 8_192
-_BATCH_CHARS = 8 * 2**20
+_BATCH_CHARS = 4 * 2**20
 
 
 @dataclass
@@ -32,15 +32,16 @@ class Counts:
     rejected: int = 0
     lacking_field: int = 0
     """Rejected records that have none of a field's accepted names."""
+    names_found: list[str] = field(default_factory=list)
+    """The names in the first of those."""
 
 
 class Spool:
     """Samples on disk, as an Arrow stream with the mode's texts, `source`, `line_idx` and `hash`."""
 
     def __init__(self, path: Path, mode: Mode) -> None:
-        texts = [pa.field(name, pa.string()) for name in FIELDS[mode]]
-        rest = [("source", pa.string()), ("line_idx", pa.int64()), ("hash", pa.int64())]
-        self._schema = pa.schema([*texts, *map(pa.field, *zip(*rest, strict=True))])
+        texts = dict.fromkeys(FIELDS[mode], pa.string())
+        self._schema = pa.schema({**texts, "source": pa.string(), "line_idx": pa.int64(), "hash": pa.int64()})
         self._path = path
         self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._rows: list[tuple[Any, ...]] = []
@@ -55,7 +56,9 @@ class Spool:
     def _flush(self) -> None:
         if self._rows:
             columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+            arrays = [
+                pa.array(column, type_) for column, type_ in zip(columns, self._schema.types, strict=True)
+            ]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
             self._rows, self._num_chars = [], 0
 
@@ -80,10 +83,10 @@ class RejectLog:
         self.first: list[str] = []
 
     def add(self, record: Record, reason: str) -> None:
-        entry = {"line": record.index + 1, "reason": reason, "excerpt": record.raw.strip()[:_EXCERPT]}
+        entry = {"line": record.line_idx + 1, "reason": reason, "excerpt": record.raw.strip()[:_EXCERPT]}
         self._file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         if len(self.first) < 3:
-            self.first.append(f"line {record.index + 1}: {reason}")
+            self.first.append(f"line {record.line_idx + 1}: {reason}")
 
     def __enter__(self) -> Self:
         return self
@@ -105,10 +108,12 @@ def ingest(
         try:
             if record.fields is None:
                 raise BadSample(record.problem)
-            spool.add(read_sample(record.fields, mode), record.index)
+            spool.add(read_sample(record.fields, mode), record.line_idx)
         except BadSample as problem:
             counts.rejected += 1
-            counts.lacking_field += isinstance(problem, MissingField)
+            if isinstance(problem, MissingField):
+                counts.lacking_field += 1
+                counts.names_found = counts.names_found or list(record.fields or ())
             rejects.add(record, str(problem))
             continue
         counts.accepted += 1

@@ -45,4 +45,7 @@ def copy_to(target: str, files: Iterable[Path]) -> None:
             if size != file.stat().st_size:
                 raise OSError(f"{copy} has {size} bytes there and {file.stat().st_size} here")
     except Exception as error:  # each file system raises its own kinds
-        raise UserError(f"the copy to --hdfs_dir {target} failed: {type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the local files are complete, but their copy to {target} failed: {cause}"
+        ) from error

@@ -29,7 +29,7 @@ _PARQUET_ROWS = 2_000
 class Record(NamedTuple):
     """One record; `fields` is None for a blank line and for a record with a `problem`."""
 
-    index: int
+    line_idx: int
     fields: dict[str, Any] | None
     problem: str | None
     raw: str
@@ -74,32 +74,33 @@ def open_source(path: Path, mode: Mode) -> Iterator[Source]:
 
 def _text_record(line: Line) -> Record:
     if line.problem:
-        return Record(line.index, None, line.problem, line.text)
+        return Record(line.line_idx, None, line.problem, line.text)
     text = line.text.strip()
     fields = {"text": text, "source": TEXT_SOURCE} if text else None
-    return Record(line.index, fields, None, text)
+    return Record(line.line_idx, fields, None, text)
 
 
 def _json_record(line: Line) -> Record:
     if line.problem:
-        return Record(line.index, None, line.problem, line.text)
+        return Record(line.line_idx, None, line.problem, line.text)
     text = line.text.strip()
     if not text:
-        return Record(line.index, None, None, "")
+        return Record(line.line_idx, None, None, "")
     try:
         fields = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        return Record(line.index, None, f"not valid JSON: {error.msg}, character {error.pos + 1}", text)
+        return Record(line.line_idx, None, f"not valid JSON: {error.msg}, character {error.pos + 1}", text)
     if not isinstance(fields, dict):
         problem = f"a JSON {type(fields).__name__} instead of an object; write one object per line"
-        return Record(line.index, None, problem, text)
-    return Record(line.index, fields, None, text)
+        return Record(line.line_idx, None, problem, text)
+    return Record(line.line_idx, fields, None, text)
 
 
 def _check_columns(names: list[str], path: Path, mode: Mode) -> None:
     if not all(set(aliases) & set(names) for aliases in FIELDS[mode].values()):
         raise UserError(
-            f"{path} has the columns {', '.join(names) or '(none)'}; --mode {mode} needs {describe_fields(mode)}"
+            f"{path} has the columns {', '.join(names) or '(none)'}; "
+            f"--mode {mode} needs {describe_fields(mode)}"
         )
 
 
@@ -120,7 +121,7 @@ class _CsvFeed:
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self.next = line.index + 1
+        self.next = line.line_idx + 1
         self._num_chars += len(line.text)
         self.raw = self.raw or line.text
         self.problem = self.problem or line.problem
@@ -137,6 +138,8 @@ def _csv_records(file: BinaryIO, path: Path, mode: Mode) -> Iterator[Record]:
         header = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
         raise UserError(f"the header of {path} is not valid CSV: {error}") from error
+    if feed.problem:
+        raise UserError(f"the header of {path} cannot be read: {feed.problem}")
     _check_columns(header, path, mode)
     while True:
         feed.start_record()
@@ -194,7 +197,8 @@ def _undecoded(column: pa.Array) -> pa.Array:
         column = column.dictionary_decode()
     if _is_text(column.type):
         return column.cast(pa.large_binary())
-    if (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if is_list and _is_text(column.type.value_type):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
 

@@ -35,9 +35,21 @@ def _extra_info(mode: Mode) -> pa.DataType:
 _MULTI_INPUT = pa.struct(dict.fromkeys(("query", "instruction", "negative_document"), pa.string()))
 
 SCHEMAS: dict[Mode, pa.Schema] = {
-    "supervised": pa.schema({**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT}),
+    "supervised": pa.schema(
+        {**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT}
+    ),
     "unsupervised": pa.schema({**_COMMON, "extra_info": _extra_info("unsupervised")}),
 }
+
+REPEATING_COLUMNS = [
+    "data_source",
+    "prompt.list.element.role",
+    "ability",
+    "reward_model.style",
+    "extra_info.split",
+    "extra_info.source",
+]
+"""Parquet paths worth a dictionary; on texts one would be built and thrown away."""
 
 
 def build_rows(mode: Mode, samples: pa.RecordBatch, split: str, first_index: int) -> pa.RecordBatch:

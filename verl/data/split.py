@@ -10,7 +10,7 @@ Splitter = Callable[[int], np.ndarray]
 
 
 def build_splitter(num_samples: int, test_ratio: float, seed: int | None) -> Splitter:
-    """Mark exactly int(num_samples * test_ratio) samples: the leading ones, or with a seed a random choice."""
+    """Mark exactly int(num_samples * test_ratio) samples: the leading ones, or with a seed random ones."""
     num_test = int(num_samples * test_ratio)
     return _leading(num_test) if seed is None else _random(num_samples, num_test, seed)
 
@@ -45,8 +45,14 @@ def _random(num_samples: int, num_test: int, seed: int) -> Splitter:
     return lambda num_rows: np.fromiter((choose() for _ in range(num_rows)), bool, num_rows)
 
 
+_NONE = np.empty(0, np.int64)
+
+
 class DuplicateCounter:
-    """Counts equal samples by their 64-bit hashes: 8 bytes a sample, the only memory that grows with the input."""
+    """Counts equal samples by their 64-bit hashes.
+
+    It holds 8 bytes a sample (16 while it counts): the only memory that grows with the input.
+    """
 
     def __init__(self) -> None:
         self._hashes: dict[str, list[np.ndarray]] = {"train": [], "test": []}
@@ -56,11 +62,9 @@ class DuplicateCounter:
 
     def count(self) -> tuple[int, int]:
         """Samples equal to an earlier one, and test samples that are also in the training split."""
-        train, test = (np.concatenate(parts) if parts else np.empty(0, np.int64) for parts in self._hashes.values())
-        self._hashes.clear()
+        train, test = (np.concatenate([_NONE, *self._hashes.pop(split)]) for split in ("train", "test"))
         train.sort()
-        place = np.searchsorted(train, test)
-        overlap = int(np.count_nonzero(train[np.minimum(place, len(train) - 1)] == test)) if len(train) else 0
+        overlap = np.searchsorted(train, test, "right") > np.searchsorted(train, test, "left")
         both = np.concatenate([train, test])
         both.sort()
-        return int(np.count_nonzero(both[1:] == both[:-1])), overlap
+        return int(np.count_nonzero(both[1:] == both[:-1])), int(np.count_nonzero(overlap))

@@ -16,12 +16,14 @@ class ParquetSink:
     """A parquet file whose row groups have a useful size, however small the batches are.
 
     The file exists, with its schema, even when no row is added.
+
+    Args:
+        dictionary: parquet paths of the columns whose values repeat, or True to try all.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        # A dictionary helps only where values repeat; on texts it is built and thrown away.
+    def __init__(self, path: Path, schema: pa.Schema, dictionary: list[str] | bool = True) -> None:
         self._schema = schema
-        self._writer = pq.ParquetWriter(str(path), schema, use_dictionary=_repeating_columns(schema))
+        self._writer = pq.ParquetWriter(str(path), schema, use_dictionary=dictionary)
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = self._pending_bytes = 0
         self.num_rows = 0
@@ -48,16 +50,6 @@ class ParquetSink:
         if error is None:
             self._flush()
         self._writer.close()
-
-
-def _repeating_columns(schema: pa.Schema) -> list[str]:
-    names = {"data_source", "ability", "prompt", "reward_model", "extra_info"} & set(schema.names)
-    paths = {
-        "prompt": "prompt.list.element.role",
-        "reward_model": "reward_model.style",
-        "extra_info": "extra_info.split",
-    }
-    return [paths.get(name, name) for name in sorted(names)]
 
 
 class JsonArraySink:

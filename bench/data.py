@@ -1,0 +1,103 @@
+"""Time and memory of the data programs on synthetic texts and triplets.
+
+    python3 bench/data.py --lines 200000 --json data_bench.json
+
+The peak is that of the largest single process; the filter's processes come on top of each other.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "models/SmolLM2-135M-Instruct"
+
+
+def sentences(num: int, seed: int) -> Iterator[str]:
+    """Texts of 5 to 40 words; words repeat about as often as in a language (Zipf's law)."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bdfglmnprstv" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(30_000)]
+    cumulative = [0.0]
+    for rank in range(1, len(words)):
+        cumulative.append(cumulative[-1] + 1 / rank)
+    for _ in range(num):
+        yield " ".join(rng.choices(words, cum_weights=cumulative, k=rng.randint(5, 40))) + "."
+
+
+def write_inputs(folder: Path, num_lines: int, num_triplets: int) -> tuple[Path, Path]:
+    texts, triplets = folder / "texts.txt", folder / "triplets.jsonl"
+    with texts.open("w") as file:
+        file.writelines(f"{text}\n" for text in sentences(num_lines, 0))
+    names = ("query", "positive", "negative")
+    columns = [sentences(num_triplets, seed) for seed in (1, 2, 3)]
+    with triplets.open("w") as file:
+        for row in zip(*columns, strict=True):
+            file.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
+    return texts, triplets
+
+
+def measure(name: str, num_lines: int, argv: list[object]) -> dict[str, object]:
+    """Run one program; its seconds, lines per second and peak memory."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"{name} failed with exit code {process.returncode}")
+    peak_mb = usage.ru_maxrss / 1024
+    return {
+        "name": name,
+        "lines": num_lines,
+        "seconds": round(seconds, 2),
+        "lines_per_s": round(num_lines / seconds),
+        "peak_mb": round(peak_mb),
+    }
+
+
+def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, object]]:
+    texts, triplets = write_inputs(folder, args.lines, args.triplets)
+    inputs = [("unsupervised", texts, args.lines), ("supervised", triplets, args.triplets)]
+    results = []
+    for mode, path, num in inputs:
+        flags = ["--mode", mode, "--input_file", path, "--local_dir", folder / mode]
+        results.append(measure(f"process_data {mode}", num, [ROOT / "process_data.py", *flags]))
+    for mode, _, num in inputs:
+        flags = ["--train_parquet", folder / mode / "train.parquet", "--out_dir", folder / f"{mode}_filtered"]
+        flags += ["--val_parquet", folder / mode / "test.parquet", "--tokenizer_path", args.tokenizer]
+        results.append(measure(f"filter {mode}", num, [ROOT / "offline_filter_data.py", *flags]))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lines", type=int, default=200_000)
+    parser.add_argument("--triplets", type=int, help="default: a quarter of --lines")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+    args.triplets = args.triplets or args.lines // 4
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_all(Path(folder), args)
+    print(f"{'program':<26}{'lines':>10}{'seconds':>9}{'lines/s':>10}{'peak MB':>9}")
+    for row in results:
+        print("{name:<26}{lines:>10,}{seconds:>9.2f}{lines_per_s:>10,}{peak_mb:>9,}".format(**row))
+    if args.json:
+        machine = {"cpus": len(os.sched_getaffinity(0)), "platform": platform.platform()}
+        machine["python"] = platform.python_version()
+        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Prompt lengths of the rows of a parquet file, and the rows that fit, a batch at a time.
+
+Every text that training will template is measured: the row's prompt, and of a triplet also the query and
+the negative under the same system message. The lengths stay beside the rows, with a hash of the tokenizer
+and template they hold for, so that training need not tokenize to know them.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.data.errors import UserError
+from verl.data.parallel import Mapper
+from verl.data.writer import ParquetSink
+from verl.embedding.prompts import Message, PromptRenderer
+from verl.utils.tokenizer import load_tokenizer
+
+LENGTHS = "prompt_lengths"
+TRIPLET = "multi_input"
+TRIPLET_FIELDS = {"query": "query", "negative": "negative_document"}
+"""The triplet's texts that are measured beside the prompt, and their names in the TRIPLET column."""
+
+_BATCH_ROWS = 1_000
+_STALE_METADATA = b"huggingface"
+"""Describes the columns of the input, without the lengths; readers of it would refuse the output."""
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """What decides a length and whether it fits."""
+
+    tokenizer_path: str
+    max_len: int
+    prompt_key: str
+    trust_remote_code: bool
+
+
+@dataclass
+class FilterReport:
+    """What the filter did to one file. A row that is over-long in two fields counts in both."""
+
+    rows: int = 0
+    kept: int = 0
+    over_long: dict[str, int] = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def percent_kept(self) -> float:
+        return 100 * self.kept / self.rows if self.rows else 100.0
+
+    def add(self, lengths: dict[str, np.ndarray], fits: np.ndarray, max_len: int) -> None:
+        self.rows += len(fits)
+        self.kept += int(np.count_nonzero(fits))
+        for name, values in lengths.items():
+            self.over_long[name] = self.over_long.get(name, 0) + int(np.count_nonzero(values > max_len))
+            self.longest[name] = max(self.longest.get(name, 0), int(values.max(initial=0)))
+
+
+@lru_cache(maxsize=1)
+def load_renderer(tokenizer_path: str, trust_remote_code: bool) -> PromptRenderer:
+    """The renderer of a tokenizer, loaded once per process."""
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+    tokenizer.model_max_length = sys.maxsize  # long texts are expected here: no warning about them
+    return PromptRenderer(tokenizer)
+
+
+def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
+    """Open the parquet file of prompts at `path`.
+
+    Raises:
+        UserError: it is missing, is not a parquet file, or lacks a column of the right type.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    try:
+        # A read buffer instead of whole column chunks: memory then does not grow with a row group.
+        file = pq.ParquetFile(path, buffer_size=2**20)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+    schema = file.schema_arrow
+    if prompt_key not in schema.names:
+        raise UserError(
+            f"{path} has no column {prompt_key!r}; found {', '.join(schema.names)}. "
+            "Make it with process_data.py, or name its column of chat messages with --prompt_key"
+        )
+    messages = schema.field(prompt_key).type
+    _check_texts(f"{path}: column {prompt_key!r}", getattr(messages, "value_type", None), ("role", "content"))
+    if TRIPLET in schema.names:
+        _check_texts(f"{path}: column {TRIPLET!r}", schema.field(TRIPLET).type, TRIPLET_FIELDS.values())
+    return file
+
+
+def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, mapper: Mapper) -> FilterReport:
+    """Write to `target` the rows of `file` whose every length is at most `max_len`, with their lengths.
+
+    Raises:
+        UserError: a prompt cannot be rendered, or the file is damaged.
+    """
+    schema = _schema_with_lengths(file.schema_arrow, settings)
+    report = FilterReport()
+    with ParquetSink(target, schema) as sink:
+        try:
+            for batch, lengths in _measured(file, settings, mapper):
+                fits = np.all([values <= settings.max_len for values in lengths.values()], axis=0)
+                report.add(lengths, fits, settings.max_len)
+                kept = [batch[name] for name in schema.names if name != LENGTHS]
+                column = pa.StructArray.from_arrays([pa.array(v) for v in lengths.values()], list(lengths))
+                sink.add(pa.record_batch([*kept, column], schema=schema).filter(pa.array(fits)))
+        except (ValueError, pa.ArrowException) as error:
+            first = report.rows + 1
+            raise UserError(f"rows {first:,} to {first + _BATCH_ROWS - 1:,}: {error}") from error
+    return report
+
+
+def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Token counts of every text of `batch` as training will template it, by field."""
+    renderer = load_renderer(settings.tokenizer_path, settings.trust_remote_code)
+    column = batch[settings.prompt_key]
+    messages = column.flatten()
+    _check_no_nulls(settings.prompt_key, [column, messages.field("role"), messages.field("content")])
+    prompts = column.to_pylist()
+    if TRIPLET not in batch.schema.names:
+        return {"text": np.array(renderer.lengths(prompts), np.int32)}
+    conversations = {"positive": prompts}
+    for name, child in TRIPLET_FIELDS.items():
+        texts = batch[TRIPLET].field(child)
+        _check_no_nulls(f"{TRIPLET}.{child}", [batch[TRIPLET], texts])
+        conversations[name] = list(map(_with_text, prompts, texts.to_pylist()))
+    return {name: np.array(renderer.lengths(chats), np.int32) for name, chats in conversations.items()}
+
+
+def _with_text(prompt: list[Message], text: str) -> list[Message]:
+    """The prompt that asks about `text` under the system message of `prompt`."""
+    return [*(m for m in prompt if m["role"] == "system"), {"role": "user", "content": text}]
+
+
+def _check_texts(what: str, type_: pa.DataType | None, names: Iterable[str]) -> None:
+    children = {child.name: child.type for child in type_} if type_ and pa.types.is_struct(type_) else {}
+    for name in names:
+        child = children.get(name)
+        if child is None or not (pa.types.is_string(child) or pa.types.is_large_string(child)):
+            raise UserError(f"{what} does not hold the text {name!r}; make the file with process_data.py")
+
+
+def _check_no_nulls(name: str, arrays: list[pa.Array]) -> None:
+    if any(array.null_count for array in arrays):
+        raise ValueError(f"column {name!r} holds nulls")
+
+
+def _schema_with_lengths(schema: pa.Schema, settings: FilterSettings) -> pa.Schema:
+    fields = ("positive", *TRIPLET_FIELDS) if TRIPLET in schema.names else ("text",)
+    fingerprint = load_renderer(settings.tokenizer_path, settings.trust_remote_code).fingerprint()
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != _STALE_METADATA}
+    metadata |= {
+        b"grace.tokenizer_hash": fingerprint.encode(),
+        b"grace.tokenizer_path": settings.tokenizer_path.encode(),
+        b"grace.max_len": str(settings.max_len).encode(),
+    }
+    kept = [column for column in schema if column.name != LENGTHS]
+    lengths = pa.field(LENGTHS, pa.struct(dict.fromkeys(fields, pa.int32())))
+    return pa.schema([*kept, lengths], metadata)
+
+
+def _measured(
+    file: pq.ParquetFile, settings: FilterSettings, mapper: Mapper
+) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
+    """Batches with their lengths, in order; only as many are held as the mapper has under way."""
+    columns = [settings.prompt_key, *([TRIPLET] if TRIPLET in file.schema_arrow.names else [])]
+    waiting: deque[pa.RecordBatch] = deque()
+
+    def texts() -> Iterator[pa.RecordBatch]:
+        for batch in file.iter_batches(_BATCH_ROWS):
+            waiting.append(batch)
+            yield batch.select(columns)
+
+    for lengths in mapper(partial(measure_prompts, settings), texts()):
+        yield waiting.popleft(), lengths

@@ -1,0 +1,102 @@
+"""Sharding a policy with torch FSDP2, moving it between devices, its optimizer, and its full weights.
+
+On a CPU with one process there is nothing to shard and the plain module is used. Knows nothing of
+Ray, rollout engines or rewards.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from verl.config import ConfigError, FsdpConfig, OptimConfig
+from verl.models.policy import PolicyModel
+
+_LM_PREFIX = "lm."
+
+
+def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool) -> PolicyModel:
+    """Shard the decoder layers and the root over all ranks: float32 masters, bfloat16 compute on CUDA."""
+    world_size = dist.get_world_size()
+    if device.type == "cpu" and world_size == 1:
+        return policy
+    policy.to(device)
+    group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
+    if world_size % group:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.fsdp_config.fsdp_size={group} does not divide the {world_size} workers"
+        )
+    shape, names = ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
+    for layer in decoder_layers(policy):
+        fully_shard(
+            layer, mesh=mesh, mp_policy=precision, offload_policy=offload,
+            reshard_after_forward=config.reshard_after_forward,
+        )  # fmt: skip
+    fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return policy
+
+
+def decoder_layers(policy: PolicyModel) -> list[nn.Module]:
+    """The repeated blocks of the model, found by the class names transformers marks as unsplittable."""
+    names = set(policy.lm._no_split_modules or [])
+    layers = [m for m in policy.lm.modules() if type(m).__name__ in names]
+    if not layers:
+        raise ConfigError(f"models of type {policy.lm.config.model_type!r} name no decoder layers; they cannot be sharded")
+    return layers
+
+
+def build_optimizer(policy: PolicyModel, config: OptimConfig) -> Optimizer:
+    return torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then constant or cosine; stepped once per training step."""
+    warmup = config.lr_warmup_steps
+    if warmup < 0:
+        warmup = int(config.lr_warmup_steps_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if config.warmup_style == "constant":
+            return 1.0
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        wave = 0.5 * (1 + math.cos(2 * math.pi * config.num_cycles * progress))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, wave)
+
+    return LambdaLR(optimizer, factor)
+
+
+def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+    """Move the optimizer's state tensors; its step counters stay where they are."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and name != "step":
+                state[name] = value.to(device, non_blocking=True)
+
+
+def full_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its transformers name, gathered one at a time. All ranks must iterate."""
+    for name, parameter in policy.named_parameters():
+        tensor = parameter.detach()
+        yield name.removeprefix(_LM_PREFIX), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradient(policy: PolicyModel, max_norm: float) -> float:
+    """Scale the gradient down to `max_norm`; return its norm before that, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

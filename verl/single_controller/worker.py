@@ -1,0 +1,61 @@
+"""The base of a worker: one process of the group, with its rank, its device and its process group."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Where a worker stands in its group."""
+
+    rank: int
+    world_size: int
+    device: str
+    """cuda or cpu."""
+    num_threads: int
+    """torch threads on a CPU."""
+
+
+class Worker:
+    def __init__(self, place: WorkerPlace) -> None:
+        self.place = place
+        self.rank = place.rank
+        self.world_size = place.world_size
+        # Ray shows each worker its own GPU alone.
+        self.device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
+
+    def find_master_address(self) -> tuple[str, int]:
+        """An address of this machine that the others reach, and a free port on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return _own_address(), probe.getsockname()[1]
+
+    def join_process_group(self, address: str, port: int) -> None:
+        """Start torch.distributed over the whole group: nccl on CUDA, gloo on a CPU."""
+        os.environ.update(
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK="0",
+        )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(self.place.num_threads)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+
+
+def _own_address() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Connecting a datagram socket sends nothing; it only picks the outgoing interface.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]

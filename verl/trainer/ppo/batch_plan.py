@@ -1,0 +1,94 @@
+"""How prompts become rows, mini-batches and micro-batches: worked out once, printed, and checked.
+
+Imports no torch: it runs before anything heavy starts.
+"""
+
+from dataclasses import dataclass
+
+from verl.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    num_samples: int
+    """Samples in the training file."""
+    world_size: int
+    samples_per_step: int
+    trained_rows_per_step: int
+    anchor_rows_per_step: int
+    updates_per_step: int
+    """Optimizer steps per training step."""
+    trained_rows_per_update: int
+    micro_batch: str
+    """Limit of one forward, in words."""
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def from_config(cls, config: RunConfig, num_samples: int, num_anchors: int, world_size: int) -> "BatchPlan":
+        """Work out the plan.
+
+        Args:
+            num_anchors: anchor rows of a sample: 2 with queries and negatives, 1 without negatives, or 0.
+
+        Raises:
+            ConfigError: the file is smaller than one step, or an update has fewer rows than there are workers.
+        """
+        data, actor, n = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+        if num_samples < data.train_batch_size:
+            raise ConfigError(
+                f"data.train_batch_size={data.train_batch_size} but data.train_files has {num_samples} samples; "
+                f"set data.train_batch_size to {num_samples} or less."
+            )
+        rows_per_update = actor.ppo_mini_batch_size * n
+        if rows_per_update < world_size:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} x rollout.n={n} = "
+                f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
+                f"{-(-world_size // n)} or more."
+            )
+        _check_devices(config, world_size)
+        steps_per_epoch = num_samples // data.train_batch_size
+        limit = (
+            f"{actor.ppo_max_token_len_per_gpu} tokens"
+            if actor.use_dynamic_bsz
+            else f"{actor.ppo_micro_batch_size_per_gpu} rows"
+        )
+        return cls(
+            num_samples=num_samples,
+            world_size=world_size,
+            samples_per_step=data.train_batch_size,
+            trained_rows_per_step=data.train_batch_size * n,
+            anchor_rows_per_step=data.train_batch_size * num_anchors,
+            updates_per_step=data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs,
+            trained_rows_per_update=rows_per_update,
+            micro_batch=limit,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs,
+        )
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan as (what, how much) lines."""
+        per_rank = self.trained_rows_per_update / self.world_size
+        return [
+            ("samples in the training file", f"{self.num_samples}"),
+            ("samples per step", f"{self.samples_per_step}"),
+            (
+                "rationales per step",
+                f"{self.trained_rows_per_step} trained + {self.anchor_rows_per_step} anchors",
+            ),
+            ("updates per step", f"{self.updates_per_step} of {self.trained_rows_per_update} rationales"),
+            ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
+            ("one forward takes at most", f"{self.micro_batch} per worker"),
+            ("steps", f"{self.total_steps} ({self.steps_per_epoch} per epoch)"),
+        ]
+
+
+def _check_devices(config: RunConfig, world_size: int) -> None:
+    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    if config.actor_rollout_ref.rollout.name == "vllm" and world_size % tensor_parallel:
+        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the "
+            f"{world_size} workers; use one of {', '.join(map(str, divisors))}."
+        )

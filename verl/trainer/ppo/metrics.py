@@ -1,0 +1,80 @@
+"""What a step reports: rewards, lengths, groups, engine mismatch, throughput."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.protocol import DataProto, response_mask
+from verl.trainer.ppo.core_algos import group_index, group_mean_std
+
+# Groups whose rewards spread less than this teach nothing.
+_FLAT_GROUP_STD = 1e-3
+
+
+def reward_metrics(scores: Tensor, uid: np.ndarray, parts: dict[str, float]) -> dict[str, float]:
+    """Scores [N] and the reward manager's own metrics, and how the groups spread."""
+    group = group_index(uid)
+    _, std = group_mean_std(scores, group)
+    first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
+    spread = std[first_of_group]
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/max": float(scores.max()),
+        "reward/min": float(scores.min()),
+        **{f"reward/{name}": value for name, value in parts.items()},
+        "group/std_median": float(spread.median()),
+        "group/flat_share": float((spread < _FLAT_GROUP_STD).float().mean()),
+    }
+
+
+def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:
+    """Rationale and prompt lengths in tokens, per role."""
+    metrics = {
+        "data/prompt_tokens_mean": float(rows.batch["prompt_length"].float().mean()),
+        "data/prompts_shortened": float(num_shortened),
+    }
+    roles = rows.non_tensor_batch["role"]
+    for role in dict.fromkeys(roles):
+        part = rows[roles == role].batch
+        length = part["response_length"].float()
+        metrics[f"rationale/{role}_tokens_mean"] = float(length.mean())
+        metrics[f"rationale/{role}_tokens_min"] = float(length.min())
+        metrics[f"rationale/{role}_tokens_max"] = float(length.max())
+        metrics[f"rationale/{role}_truncated"] = float(part["truncated"].float().mean())
+    return metrics
+
+
+def mismatch_metrics(trained: DataProto) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's on the same tokens."""
+    mask = response_mask(trained)
+    engine, trainer = (trained.batch[key][mask] for key in ("rollout_log_probs", "old_log_probs"))
+    gap = (engine.exp() - trainer.exp()).abs()
+    return {
+        "rollout/probs_diff_mean": float(gap.mean()),
+        "rollout/probs_diff_max": float(gap.max()),
+        "rollout/kl": float((engine - trainer).mean()),
+        "actor/entropy": float(trained.batch["entropy"].mean()),
+    }
+
+
+def duplicate_share(rationales: np.ndarray, uid: np.ndarray) -> float:
+    """Share of trained rationales whose text another one of their group has too."""
+    pairs = list(zip(uid, rationales, strict=True))
+    counts: dict[tuple[object, str], int] = {}
+    for pair in pairs:
+        counts[pair] = counts.get(pair, 0) + 1
+    return sum(counts[pair] > 1 for pair in pairs) / len(pairs)
+
+
+def time_metrics(seconds: dict[str, float], rows: DataProto, bytes_moved: int) -> dict[str, float]:
+    """Seconds by phase, tokens per second, and what crossed process borders."""
+    step = sum(seconds.values())
+    generated = int(rows.batch["response_length"].sum())
+    return {
+        **{f"time/{phase}_s": value for phase, value in seconds.items()},
+        "time/step_s": step,
+        "perf/generated_tokens": float(generated),
+        "perf/generated_tokens_per_s": generated / max(seconds.get("gen", 0.0), 1e-9),
+        "perf/tokens_per_s": (generated + int(rows.batch["prompt_length"].sum())) / step,
+        "perf/ray_mb": bytes_moved / 2**20,
+    }

@@ -1,0 +1,311 @@
+"""The training loop. `RayPPOTrainer.fit` is GRACE; everything else here serves one of its lines.
+
+Runs in the driver process: it sees batches of rows and calls workers, and never touches a device.
+Shapes: N rows of a step, B trained rows among them, R response tokens.
+"""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from verl.config import ConfigError, RunConfig
+from verl.embedding.metrics import spread_report, triplet_report
+from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer
+from verl.protocol import DataProto, object_array, response_mask
+from verl.trainer.ppo.batch_plan import BatchPlan
+from verl.trainer.ppo.core_algos import KlController, get_adv_estimator_fn, group_index, kl_penalty
+from verl.trainer.ppo.metrics import duplicate_share, length_metrics, mismatch_metrics, reward_metrics, time_metrics
+from verl.utils.checkpoint import latest_step, publish, step_folder, temporary_folder
+from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
+from verl.utils.progress import RunDisplay, Stopwatch
+from verl.utils.samples import step_samples
+from verl.utils.tracking import Tracking
+from verl.workers.group import ActorRolloutRefGroup
+from verl.workers.reward_manager.base import RewardManager, RewardOutput, trained
+
+_VERSIONS = ("torch", "transformers", "ray", "verl")
+
+
+class RayPPOTrainer:
+    """Trains a policy to write rationales whose embeddings earn reward.
+
+    Args:
+        plan: sizes of a step, already checked.
+        renderer: of the model's tokenizer.
+        val_dataset: held-out samples, when the config validates.
+        resume_from: checkpoint to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: BatchPlan,
+        dataset: PromptDataset,
+        val_dataset: PromptDataset | None,
+        renderer: PromptRenderer,
+        reward_manager: RewardManager,
+        workers: ActorRolloutRefGroup,
+        resume_from: Path | None,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.dataset = dataset
+        self.val_dataset = val_dataset
+        self.renderer = renderer
+        self.tokenizer = renderer.tokenizer
+        self.reward_manager = reward_manager
+        self.workers = workers
+        self.resume_from = resume_from
+        state = load_trainer_state(resume_from) if resume_from else {"step": 0, "run_ids": {}, "kl_coef": None}
+        self.first_step: int = state["step"]
+        self.estimate_advantage = get_adv_estimator_fn(config.algorithm.adv_estimator)
+        ctrl = config.algorithm.kl_ctrl
+        start = ctrl.kl_coef if state["kl_coef"] is None else state["kl_coef"]
+        self.kl_controller = KlController(start, ctrl.type == "adaptive", ctrl.target_kl, ctrl.horizon)
+        names = config.trainer
+        self.tracking = Tracking(
+            config.run_dir, list(names.logger), names.project_name, names.experiment_name,
+            config.model_dump(), state["run_ids"],
+        )  # fmt: skip
+        self.display = RunDisplay(plan.total_steps, self.first_step, "console" in names.logger)
+
+    def fit(self) -> None:
+        """Train from the first step to the last."""
+        self.display.start()
+        self.start()
+        for step, prompts in enumerate(self.prompt_batches(), start=self.first_step + 1):
+            watch = Stopwatch()
+            rows = self.expand(prompts)
+            with watch.phase("gen"):
+                rows = self.generate(rows, step)
+            with watch.phase("score"):
+                rows = self.embed_and_score(rows)
+            if self.config.needs_reference:
+                with watch.phase("ref"):
+                    rows = self.score_by_reference(rows)
+            with watch.phase("reward"):
+                reward = self.reward_manager(rows)
+                batch = self.add_advantages(rows[trained(rows)], reward)
+            with watch.phase("update"):
+                actor_metrics = self.update(batch, step)
+            with watch.phase("sync"):
+                self.workers.sync_rollout_weights()
+            self.finish_step(step, rows, batch, reward, actor_metrics, watch)
+        self.stop()
+
+    def start(self) -> None:
+        """Load what is resumed and give the engine its first weights."""
+        facts = self.workers.init_model()
+        self.display.say(
+            f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters per worker, "
+            f"rollout engine {facts['engine']} on {facts['device']}, "
+            f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
+        )
+        if self.resume_from:
+            self.workers.load_checkpoint(self.resume_from)
+            self.tracking.forget_after(self.first_step)
+            self.display.say(f"resumed from {self.resume_from}: {self.first_step} steps done")
+        self.workers.sync_rollout_weights()
+        if self.config.trainer.val_before_train and not self.resume_from:
+            self.log_validation(0)
+
+    def stop(self) -> None:
+        self.display.stop()
+        self.tracking.finish()
+
+    def prompt_batches(self) -> DataLoader:
+        """One batch of prompt rows per remaining step."""
+        data = self.config.data
+        batches = StepBatches(
+            len(self.dataset), data.train_batch_size, self.first_step, self.plan.total_steps,
+            data.seed if data.shuffle else None,
+        )  # fmt: skip
+        return prompt_loader(
+            self.dataset, batches, self.renderer, self.tokenizer.pad_token_id, data.dataloader_num_workers
+        )
+
+    def expand(self, prompts: DataProto) -> DataProto:
+        """Prompt rows to the N rows of a step: n copies of each positive, one of each anchor, with temperatures."""
+        rollout = self.config.actor_rollout_ref.rollout
+        positive = trained(prompts)
+        temperature = np.where(positive, rollout.temperature, rollout.anchor_temperature)
+        prompts.batch["temperature"] = torch.tensor(temperature, dtype=torch.float32)
+        return prompts.repeat(np.where(positive, rollout.n, 1).tolist())
+
+    def generate(self, rows: DataProto, step: int) -> DataProto:
+        """Add a rationale to every row: all roles in one engine call."""
+        # Seeds of neighbouring steps lie apart, so that every rank of a step has one of its own.
+        seed = self.config.actor_rollout_ref.rollout.seed + 1000 * step
+        with self.display.generating(len(rows)) as advance:
+            responses = self.workers.generate(rows, seed, self.config.data.max_response_length, advance)
+        rows = rows.union(responses)
+        ids = [r[:length].tolist() for r, length in zip(rows.batch["responses"], rows.batch["response_length"], strict=True)]
+        rows.non_tensor_batch["rationale"] = object_array(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return rows
+
+    def embed_and_score(self, rows: DataProto) -> DataProto:
+        """Add embeddings of all rows and old log-probs of the trained ones: one forward for both."""
+        columns = self.workers.compute_log_prob(rows, embed=self.reward_manager.needs_embeddings, entropy=True)
+        return rows.union(_renamed(columns, "log_probs", "old_log_probs"))
+
+    def score_by_reference(self, rows: DataProto) -> DataProto:
+        """Add the reference model's log-probs of the trained rows."""
+        scored = self.workers.compute_ref_log_prob(rows[trained(rows)])
+        log_probs = torch.zeros_like(rows.batch["old_log_probs"])
+        log_probs[torch.from_numpy(trained(rows))] = scored.batch["log_probs"]
+        return rows.union(DataProto.from_dict({"ref_log_prob": log_probs}))
+
+    def add_advantages(self, batch: DataProto, reward: RewardOutput) -> DataProto:
+        """Scores [B] to advantages [B,R], with the KL to the reference subtracted if it is part of the reward."""
+        mask = response_mask(batch)
+        rewards = torch.zeros(mask.shape)
+        rewards[torch.arange(len(batch)), batch.batch["response_length"] - 1] = reward.scores.float()
+        algorithm = self.config.algorithm
+        if algorithm.use_kl_in_reward and self.kl_controller.coef != 0:
+            kl = kl_penalty(batch.batch["old_log_probs"], batch.batch["ref_log_prob"], algorithm.kl_penalty) * mask
+            rewards = rewards - self.kl_controller.coef * kl
+            reward.metrics["kl"] = float(kl.sum() / mask.sum())
+            reward.metrics["kl_coef"] = self.kl_controller.coef
+            self.kl_controller.update(reward.metrics["kl"], len(batch))
+        group = group_index(batch.non_tensor_batch["uid"])
+        advantages = self.estimate_advantage(
+            rewards, mask, group, norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
+        )
+        return batch.union(DataProto.from_dict({"advantages": advantages}))
+
+    def update(self, batch: DataProto, step: int) -> dict[str, float]:
+        """Optimizer steps on mini-batches of whole groups."""
+        actor, data = self.config.actor_rollout_ref.actor, self.config.data
+        samples = torch.arange(data.train_batch_size)
+        if actor.shuffle:
+            samples = torch.randperm(len(samples), generator=torch.Generator().manual_seed(data.seed + step))
+        group = group_index(batch.non_tensor_batch["uid"])
+        batch = batch.union(DataProto.from_dict({"mini_batch": samples[group] // actor.ppo_mini_batch_size}))
+        return self.workers.update_actor(batch, data.train_batch_size // actor.ppo_mini_batch_size)
+
+    def finish_step(
+        self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput,
+        actor_metrics: dict[str, float], watch: Stopwatch,
+    ) -> None:  # fmt: skip
+        """Log the step; validate and save when it is time."""
+        memory = self.workers.end_step()
+        if self._is_due(step, self.config.trainer.save_freq, and_last=True):
+            with watch.phase("save"):
+                self.save(step)
+        if self._is_due(step, self.config.trainer.test_freq, and_last=self.config.trainer.test_freq > 0):
+            with watch.phase("val"):
+                self.log_validation(step)
+        columns = batch.non_tensor_batch
+        metrics = {
+            **reward_metrics(reward.scores, columns["uid"], reward.metrics),
+            "group/duplicate_share": duplicate_share(columns["rationale"], columns["uid"]),
+            **{f"actor/{name}": value for name, value in actor_metrics.items()},
+            **mismatch_metrics(batch),
+            **length_metrics(rows, rows.meta_info["num_shortened"]),
+            **time_metrics(watch.seconds, rows, self.workers.take_bytes_moved()),
+            **{f"memory/{name}": value for name, value in memory.items()},
+            "training/epoch": (step - 1) // self.plan.steps_per_epoch,
+        }
+        if "embeddings" in rows.batch.keys():
+            metrics |= {f"embedding/{k}": v for k, v in spread_report(rows.batch["embeddings"]).items()}
+        self.tracking.log(metrics, step)
+        self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
+        self.display.step_done(step, metrics)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint under a temporary name, then publish it."""
+        run_dir = self.config.run_dir.absolute()
+        self.workers.save_checkpoint(temporary_folder(run_dir, step), self._embedder_config())
+        state = {
+            "step": step,
+            "samples_seen": step * self.config.data.train_batch_size,
+            "kl_coef": self.kl_controller.coef,
+            "run_ids": self.tracking.run_ids,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+            "config": self.config.model_dump(mode="json"),
+        }
+        folder = publish(run_dir, step, state, self.config.trainer.max_actor_ckpt_to_keep)
+        self.display.say(f"saved {folder}")
+
+    def log_validation(self, step: int) -> None:
+        metrics = {f"val/{name}": value for name, value in self.validate().items()}
+        self.tracking.log(metrics, step)
+        self.display.say(f"step {step} held-out: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items()))
+
+    def validate(self) -> dict[str, float]:
+        """Embed held-out samples with one rationale each; the same seed every time."""
+        assert self.val_dataset is not None
+        data, val = self.config.data, self.config.actor_rollout_ref.rollout.val_kwargs
+        count = min(len(self.val_dataset), data.val_max_samples)
+        size = min(data.val_batch_size or data.train_batch_size, count)
+        batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        embedded = []
+        for prompts in prompt_loader(self.val_dataset, batches, self.renderer, self.tokenizer.pad_token_id, 0):
+            temperature = val.temperature if val.do_sample else 0.0
+            prompts.batch["temperature"] = torch.full((len(prompts),), temperature)
+            rows = self.generate(prompts, step=0)
+            embedded.append(rows.union(self.workers.compute_log_prob(rows, embed=True, entropy=False)))
+        if not self.reward_manager.needs_embeddings:
+            scores = torch.cat([self.reward_manager(rows).scores for rows in embedded])
+            return {"reward": float(scores.mean())}
+        vectors = {
+            role: torch.cat([rows[rows.non_tensor_batch["role"] == role].batch["embeddings"] for rows in embedded])
+            for role in ("query", "positive", "negative")
+        }
+        if len(vectors["negative"]):
+            return triplet_report(vectors["query"], vectors["positive"], vectors["negative"])
+        return spread_report(vectors["positive"])
+
+    def _is_due(self, step: int, frequency: int, and_last: bool) -> bool:
+        last = and_last and frequency != 0 and step == self.plan.total_steps
+        return last or (frequency > 0 and step % frequency == 0)
+
+    def _embedder_config(self) -> dict[str, Any]:
+        """What an encoder needs to embed as training did."""
+        data, rollout = self.config.data, self.config.actor_rollout_ref.rollout
+        return {
+            "system_prompt": SYSTEM_PROMPT,
+            "pooling": "mean",
+            "pool_system_prompt": not self.reward_manager.exclude_system_prompt,
+            "normalize": True,
+            "max_prompt_length": data.max_prompt_length,
+            "max_new_tokens": data.max_response_length,
+            "truncation": data.truncation,
+            "temperature": rollout.temperature,
+            "base_model": self.config.actor_rollout_ref.model.path,
+        }
+
+
+def find_resume(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, or None.
+
+    Raises:
+        ConfigError: trainer.resume_from_path is not a checkpoint.
+    """
+    mode = config.trainer.resume_mode
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        return latest_step(config.run_dir.absolute())
+    assert config.trainer.resume_from_path is not None
+    folder = Path(config.trainer.resume_from_path).absolute()
+    if not (folder / "trainer_state.json").is_file():
+        raise ConfigError(
+            f"trainer.resume_from_path={config.trainer.resume_from_path} holds no trainer_state.json; give a "
+            f"global_step_N folder, such as {step_folder(config.run_dir, 50)}."
+        )
+    return folder
+
+
+def load_trainer_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def _renamed(rows: DataProto, old: str, new: str) -> DataProto:
+    return DataProto.from_dict({new if name == old else name: tensor for name, tensor in rows.batch.items()})

@@ -1,0 +1,163 @@
+"""The training data: parquet rows of process_data.py become prompt rows of one batch.
+
+Which samples make up a step follows from the seed and the step number alone, so a resumed run needs no
+loader state to see the same samples, on any number of workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from verl.config import ConfigError, DataConfig
+from verl.embedding.prompts import Message, PromptRenderer, rationale_messages
+from verl.protocol import DataProto
+
+Sample = dict[str, Any]
+
+
+class PromptDataset(Dataset):
+    """Samples with their texts as chats, by role.
+
+    Args:
+        files: parquet files.
+        roles: which texts a sample gives: `positive` alone, or anchors too.
+        renderer: measures prompts for data.filter_overlong_prompts.
+
+    Raises:
+        ConfigError: a file is not parquet, lacks a column, or no sample is left.
+    """
+
+    def __init__(self, files: Sequence[str], config: DataConfig, roles: Sequence[str], renderer: PromptRenderer) -> None:
+        self.config = config
+        self.roles = roles
+        self.supervised = (config.train_mode or "supervised") == "supervised"
+        self.table = pa.concat_tables([self._read(name) for name in files], promote_options="permissive")
+        self.num_dropped = 0
+        if config.filter_overlong_prompts:
+            self._drop_overlong(renderer)
+        if not len(self):
+            raise ConfigError(f"{', '.join(files)}: no samples to train on.")
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.table.slice(index, 1).to_pylist()[0]
+        return {**row, "uid": index, "chats": self._chats(row)}
+
+    def _read(self, name: str) -> pa.Table:
+        try:
+            available = pq.read_schema(name).names
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"{name} is not a parquet file: {error}") from None
+        wanted = [self.config.prompt_key, self.config.reward_fn_key, "reward_model", "extra_info"]
+        if self.supervised and "query" in self.roles:
+            wanted.append("multi_input")
+        missing = [column for column in wanted if column not in available]
+        if missing:
+            hint = "; for plain texts set +data.train_mode=unsupervised" if missing == ["multi_input"] else ""
+            raise ConfigError(
+                f"{name} lacks the column {', '.join(missing)} (it has {', '.join(available)}); "
+                f"make it with process_data.py{hint}."
+            )
+        return pq.read_table(name, columns=wanted)
+
+    def _chats(self, row: Sample) -> dict[str, list[Message]]:
+        """The chat of each role; anchors get the system turn of the sample's own prompt."""
+        prompt: list[Message] = row[self.config.prompt_key]
+        if self.roles == ("positive",):
+            return {"positive": prompt}
+        if not self.supervised:
+            return {role: prompt for role in self.roles}
+        system = next((turn["content"] for turn in prompt if turn["role"] == "system"), None)
+        texts = {"query": row["multi_input"]["query"], "negative": row["multi_input"]["negative_document"]}
+        anchors = {role: _chat_like(prompt, system, texts[role]) for role in self.roles if role in texts}
+        return {"positive": prompt, **anchors}
+
+    def _drop_overlong(self, renderer: PromptRenderer) -> None:
+        keep = []
+        for start in range(0, len(self), 1000):
+            samples = [self[i] for i in range(start, min(start + 1000, len(self)))]
+            chats = [chat for sample in samples for chat in sample["chats"].values()]
+            lengths = iter(renderer.lengths(chats))
+            keep += [max([next(lengths) for _ in s["chats"]]) <= self.config.max_prompt_length for s in samples]
+        self.num_dropped = keep.count(False)
+        self.table = self.table.filter(pa.array(keep))
+
+
+def _chat_like(prompt: list[Message], system: str | None, text: str) -> list[Message]:
+    if system is None:
+        return [{"role": "user", "content": text}]
+    return rationale_messages(text, system)
+
+
+class StepBatches:
+    """The dataset positions of every remaining step: a new shuffled pass for each epoch."""
+
+    def __init__(self, num_samples: int, batch_size: int, first_step: int, num_steps: int, seed: int | None) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.steps = range(first_step, num_steps)
+        self.seed = seed
+        self.steps_per_epoch = num_samples // batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, list(range(self.num_samples))
+        for step in self.steps:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                if self.seed is not None:
+                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    order = torch.randperm(self.num_samples, generator=generator).tolist()
+            start = (step % self.steps_per_epoch) * self.batch_size
+            yield order[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def prompt_loader(
+    dataset: PromptDataset, batches: Any, renderer: PromptRenderer, pad_id: int, num_workers: int
+) -> DataLoader:
+    """Batches of prompt rows: one row per sample and role, samples in order, `positive` first."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=lambda samples: collate(samples, renderer, pad_id, dataset.config),
+    )
+
+
+def collate(samples: Sequence[Sample], renderer: PromptRenderer, pad_id: int, config: DataConfig) -> DataProto:
+    """Render the samples' chats; see verl/protocol.py for the columns."""
+    owners = [(sample, role) for sample in samples for role in sample["chats"]]
+    prompts = renderer.render([sample["chats"][role] for sample, role in owners])
+    tensors = {
+        "prompts": left_padded([prompt.ids for prompt in prompts], pad_id),
+        "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
+        "text_start": torch.tensor([prompt.text_start for prompt in prompts]),
+    }
+    columns = {
+        "uid": [sample["uid"] for sample, _ in owners],
+        "role": [role for _, role in owners],
+        "text": [prompt.text for prompt in prompts],
+        "data_source": [sample[config.reward_fn_key] for sample, _ in owners],
+        "reward_model": [sample["reward_model"] for sample, _ in owners],
+        "extra_info": [sample["extra_info"] for sample, _ in owners],
+    }
+    return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+
+
+def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """[N,P] int64."""
+    width = max(len(row) for row in ids)
+    padded = torch.full((len(ids), width), pad_id)
+    for i, row in enumerate(ids):
+        padded[i, width - len(row) :] = torch.tensor(row)
+    return padded
+
+

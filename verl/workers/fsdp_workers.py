@@ -1,0 +1,247 @@
+"""The worker process of a training run: it joins policy, reference and rollout engine on one device.
+
+Thin on purpose: the maths is in `actor`, the sharding in `models.fsdp`, decoding in `rollout`. What is
+here is the order in which they take turns on the device.
+"""
+
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from verl.config import ActorRolloutRefConfig, ConfigError, FsdpConfig, RunConfig
+from verl.models.fsdp import full_weights, move_optimizer, shard
+from verl.models.policy import PolicyModel, load_causal_lm
+from verl.protocol import DataProto
+from verl.single_controller.dispatch import Dispatch, register
+from verl.single_controller.worker import Worker, WorkerPlace
+from verl.utils.checkpoint import load_training_state, save_training_state, save_transformers_folder
+from verl.utils.logging import quiet_libraries
+from verl.utils.tokenizer import load_tokenizer, stop_token_ids
+from verl.workers.actor import Actor, MicroBatchLimit, score
+from verl.workers.rollout.base import Response, Rollout
+from verl.workers.rollout.hf import HFRollout
+
+
+class ActorRolloutRefWorker(Worker):
+    """One rank of the trained policy, the rollout engine and (if any KL has weight) the reference.
+
+    Args:
+        total_steps: training steps of the run.
+    """
+
+    def __init__(self, place: WorkerPlace, config: RunConfig, total_steps: int) -> None:
+        super().__init__(place)
+        quiet_libraries()
+        self.run_config = config
+        self.config = config.actor_rollout_ref
+        self.total_steps = total_steps
+
+    @register(Dispatch.ONE_TO_ALL)
+    def init_model(self) -> dict[str, Any]:
+        """Load and shard the models and start the engine; return facts for the log."""
+        model = self.config.model
+        self.tokenizer = load_tokenizer(_model_path(self.config), model.trust_remote_code)
+        self.lm = self._load()
+        policy = PolicyModel(self.lm)
+        if model.enable_gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reference = self._build_reference() if self.run_config.needs_reference else None
+        self.rollout: Rollout = self._build_rollout()
+        fsdp = self.config.actor.fsdp_config
+        policy = shard(policy, self.device, fsdp, self._uses_offload_policy(fsdp))
+        self.actor = Actor(
+            policy, self.config.actor, self.config.rollout.temperature,
+            self.run_config.data.max_response_length, self.total_steps,
+        )  # fmt: skip
+        self._offload_params()
+        return {
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "engine": self.rollout.name,
+            "device": str(self.device),
+            "reference": self.reference is not None,
+        }
+
+    @register(Dispatch.DP_STREAM_PROTO)
+    def generate(self, rows: DataProto, seed: int, max_new_tokens: int) -> Iterator[int | DataProto]:
+        """Write a rationale for every row: yields finished counts, then the response columns."""
+        prompts = rows.batch["prompts"]
+        lengths = rows.batch["prompt_length"].tolist()
+        width = prompts.shape[1]
+        responses = yield from self.rollout.generate(
+            [prompt[width - length :].tolist() for prompt, length in zip(prompts, lengths, strict=True)],
+            rows.batch["temperature"].tolist(),
+            max_new_tokens,
+            seed + self.rank,
+        )
+        yield _response_columns(responses, self.tokenizer.pad_token_id)
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
+        """One forward: `log_probs` of the trained rows, and `embeddings` and `entropy` where asked for."""
+        self._load_params()
+        columns = score(
+            self.actor.policy, rows, self._score_limit(), self.config.rollout.temperature, embed=embed, entropy=entropy
+        )
+        self._offload_params()
+        return columns
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
+        """`log_probs` [N,R] of the reference model."""
+        assert self.reference is not None
+        if self.config.ref.fsdp_config.param_offload:
+            self.reference.to(self.device)
+        columns = score(
+            self.reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
+        )
+        if self.config.ref.fsdp_config.param_offload:
+            self.reference.to("cpu")
+        return columns
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
+        """The optimizer steps of one training step; the same metrics on every rank."""
+        self._load_params()
+        offload_optimizer = self.config.actor.fsdp_config.optimizer_offload and self.device.type == "cuda"
+        if offload_optimizer:
+            move_optimizer(self.actor.optimizer, self.device)
+        metrics = self.actor.update(rows, num_mini_batches)
+        if offload_optimizer:
+            move_optimizer(self.actor.optimizer, torch.device("cpu"))
+        self._offload_params()
+        return metrics
+
+    @register(Dispatch.ONE_TO_ALL)
+    def end_step(self) -> dict[str, float]:
+        """Advance the schedule; return rank 0's memory peaks in GiB."""
+        self.actor.end_step()
+        # Linux counts ru_maxrss in KiB.
+        memory = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if self.device.type == "cuda":
+            memory["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        return memory
+
+    @register(Dispatch.ONE_TO_ALL)
+    def sync_rollout_weights(self) -> None:
+        """Give the engine the policy's present weights."""
+        self._load_params()
+        self.rollout.update_weights(full_weights(self.actor.policy))
+        self._offload_params()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
+        """Write `actor/` and `huggingface/` under `folder`."""
+        self._load_params()
+        actor = self.actor
+        save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
+        save_transformers_folder(
+            folder / "huggingface", full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
+        )
+        self._offload_params()
+        dist.barrier()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from `folder`."""
+        self._load_params()
+        actor = self.actor
+        load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
+        self._offload_params()
+
+    def _load(self) -> Any:
+        model = self.config.model
+        return load_causal_lm(_model_path(self.config), model.trust_remote_code, model.override_config)
+
+    def _build_reference(self) -> PolicyModel:
+        reference = PolicyModel(self._load()).requires_grad_(False)
+        fsdp = self.config.ref.fsdp_config
+        reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp))
+        return reference.to("cpu") if fsdp.param_offload else reference
+
+    def _build_rollout(self) -> Rollout:
+        """The engine with a model of its own, which `sync_rollout_weights` fills before every use."""
+        rollout = self.config.rollout
+        if rollout.name == "vllm":
+            raise ConfigError(
+                "actor_rollout_ref.rollout.name=vllm: this version has the hf engine only; "
+                "use actor_rollout_ref.rollout.name=hf or auto."
+            )
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        engine_lm = AutoModelForCausalLM.from_config(
+            self.lm.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.config.model.trust_remote_code
+        )
+        return HFRollout(
+            engine_lm.to(self.device),
+            stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config),
+            self.tokenizer.pad_token_id,
+            rollout.max_num_seqs,
+            rollout.ignore_eos,
+        )
+
+    def _uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
+        return fsdp.offload_policy and self.config.actor.strategy == "fsdp2" and self.device.type == "cuda"
+
+    @property
+    def _offloads_params(self) -> bool:
+        fsdp = self.config.actor.fsdp_config
+        return fsdp.param_offload and self.device.type == "cuda" and not self._uses_offload_policy(fsdp)
+
+    def _load_params(self) -> None:
+        if self._offloads_params:
+            self.actor.policy.to(self.device)
+
+    def _offload_params(self) -> None:
+        if self._offloads_params:
+            self.actor.policy.to("cpu")
+            torch.cuda.empty_cache()
+
+    def _score_limit(self) -> MicroBatchLimit:
+        rollout = self.config.rollout
+        return self._limit(
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_max_token_len_per_gpu,
+            rollout.log_prob_micro_batch_size_per_gpu,
+        )
+
+    def _ref_limit(self) -> MicroBatchLimit:
+        ref = self.config.ref
+        return self._limit(
+            ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu, ref.log_prob_micro_batch_size_per_gpu
+        )
+
+    def _limit(self, dynamic: bool | None, max_tokens: int | None, max_rows: int | None) -> MicroBatchLimit:
+        """A pass's own limit, with the actor's where it sets none."""
+        actor = self.config.actor
+        if actor.use_dynamic_bsz if dynamic is None else dynamic:
+            return MicroBatchLimit(max_tokens or actor.ppo_max_token_len_per_gpu, None)
+        return MicroBatchLimit(None, max_rows or actor.ppo_micro_batch_size_per_gpu)
+
+
+def _model_path(config: ActorRolloutRefConfig) -> str:
+    assert config.model.path is not None
+    return config.model.path
+
+
+def _response_columns(responses: Sequence[Response], pad_id: int) -> DataProto:
+    """Right-padded columns as wide as the longest response on any rank."""
+    width = torch.tensor(max((len(r.ids) for r in responses), default=1))
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    ids = torch.full((len(responses), int(width)), pad_id)
+    log_probs = torch.zeros(len(responses), int(width))
+    for i, response in enumerate(responses):
+        ids[i, : len(response.ids)] = torch.tensor(response.ids)
+        log_probs[i, : len(response.ids)] = torch.tensor(response.log_probs)
+    return DataProto.from_dict(
+        {
+            "responses": ids,
+            "response_length": torch.tensor([len(r.ids) for r in responses]),
+            "rollout_log_probs": log_probs,
+            "truncated": torch.tensor([r.truncated for r in responses], dtype=torch.bool),
+        }
+    )

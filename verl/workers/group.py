@@ -1,0 +1,86 @@
+"""The driver's handle on the workers: their methods by name, with rows spread by cost and put back in order."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from verl.protocol import DataProto
+from verl.single_controller.ray_group import RayWorkerGroup, restore_order
+from verl.utils.seqlen_balancing import partition_rows
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
+
+_PROMPT = ("prompts", "prompt_length", "text_start")
+_RESPONSE = ("responses", "response_length")
+
+
+class ActorRolloutRefGroup:
+    """`ActorRolloutRefWorker` on every rank; see there for what each method does."""
+
+    def __init__(self, group: RayWorkerGroup) -> None:
+        self._group = group
+
+    @property
+    def world_size(self) -> int:
+        return self._group.world_size
+
+    def take_bytes_moved(self) -> int:
+        """Bytes of rows sent to and from workers since the last call."""
+        moved, self._group.bytes_moved = self._group.bytes_moved, 0
+        return moved
+
+    def init_model(self) -> dict[str, Any]:
+        return self._group.call(ActorRolloutRefWorker.init_model)
+
+    def generate(
+        self, rows: DataProto, seed: int, max_new_tokens: int, on_progress: Callable[[int], None]
+    ) -> DataProto:
+        """Responses for every row. A row's cost is its prompt and a full-length response."""
+        costs = (rows.batch["prompt_length"] + max_new_tokens).tolist()
+        parts = partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size)
+        sent = rows.select([*_PROMPT, "temperature"])
+        results = self._group.stream_rows(
+            ActorRolloutRefWorker.generate, sent, parts, on_progress, seed, max_new_tokens
+        )
+        return restore_order(results, parts)
+
+    def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
+        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, entropy)
+
+    def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
+        return self._score(ActorRolloutRefWorker.compute_ref_log_prob, rows)
+
+    def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
+        """Each mini-batch (column `mini_batch`) is spread over all ranks by its tokens."""
+        columns = [*_PROMPT, *_RESPONSE, "old_log_probs", "advantages", "mini_batch"]
+        columns += ["ref_log_prob"] if "ref_log_prob" in rows.batch.keys() else []
+        parts: list[list[int]] = [[] for _ in range(self.world_size)]
+        for mini_batch in range(num_mini_batches):
+            members = (rows.batch["mini_batch"] == mini_batch).nonzero().flatten().tolist()
+            for rank, part in enumerate(self._partition(rows[members])):
+                parts[rank] += [members[i] for i in part]
+        sent = rows.select(columns, ["role"])
+        return self._group.map_rows(ActorRolloutRefWorker.update_actor, sent, parts, num_mini_batches)[0]
+
+    def end_step(self) -> dict[str, float]:
+        return self._group.call(ActorRolloutRefWorker.end_step)
+
+    def sync_rollout_weights(self) -> None:
+        self._group.call(ActorRolloutRefWorker.sync_rollout_weights)
+
+    def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
+        self._group.call(ActorRolloutRefWorker.save_checkpoint, folder, embedder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self._group.call(ActorRolloutRefWorker.load_checkpoint, folder)
+
+    def shutdown(self) -> None:
+        self._group.shutdown()
+
+    def _score(self, method: Callable[..., Any], rows: DataProto, *args: Any) -> DataProto:
+        sent = rows.select([*_PROMPT, *_RESPONSE], ["role"])
+        parts = self._partition(rows)
+        return restore_order(self._group.map_rows(method, sent, parts, *args), parts)
+
+    def _partition(self, rows: DataProto) -> list[list[int]]:
+        costs = (rows.batch["prompt_length"] + rows.batch["response_length"]).tolist()
+        return partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size)

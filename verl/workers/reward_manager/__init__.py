@@ -1,0 +1,59 @@
+"""The reward managers, and loading one by its config."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from verl.config import ConfigError, RunConfig
+from verl.workers.reward_manager.base import RewardManager
+from verl.workers.reward_manager.hidden import HiddenRewardManager
+from verl.workers.reward_manager.naive import NaiveRewardManager, default_compute_score
+
+REWARD_MANAGERS: dict[str, Any] = {"hidden": HiddenRewardManager, "naive": NaiveRewardManager}
+
+
+def load_reward_manager(config: RunConfig) -> RewardManager:
+    """Build the reward manager of a run.
+
+    Raises:
+        ConfigError: unknown name, a file or a name in it that is not there, or arguments it does not take.
+    """
+    name, kwargs = config.reward_model.reward_manager, dict(config.reward_model.reward_kwargs)
+    if name == "naive":
+        kwargs["compute_score"] = _score_function(config)
+    if name in REWARD_MANAGERS:
+        manager_class = REWARD_MANAGERS[name]
+    elif ":" in name:
+        manager_class = load_from_file(*name.rsplit(":", 1), key="reward_model.reward_manager")
+    else:
+        raise ConfigError(
+            f"reward_model.reward_manager={name} is unknown; known: {', '.join(REWARD_MANAGERS)}, "
+            "or path/to/file.py:ClassName for your own."
+        )
+    try:
+        return manager_class(**kwargs)
+    except TypeError as error:
+        raise ConfigError(f"reward_model.reward_kwargs do not fit {name}: {error}") from error
+
+
+def load_from_file(path: str, name: str, key: str) -> Any:
+    """The object `name` of the Python file `path`; `key` is the setting to name in an error."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{key}: the file {path!r} does not exist.")
+    spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ConfigError(f"{key}: {path!r} has no {name!r}.")
+    return getattr(module, name)
+
+
+def _score_function(config: RunConfig) -> Any:
+    custom = config.custom_reward_function
+    if custom.path is None:
+        return default_compute_score
+    function = load_from_file(custom.path, custom.name, key="custom_reward_function.path")
+    return partial(function, **custom.reward_kwargs)

@@ -1,0 +1,221 @@
+"""The reward manager `hidden`: similarities of embeddings become rewards (arXiv 2510.04506, section 3).
+
+Pure functions of unit vectors, two matrix products and segment reductions each. Shapes: B trained rows,
+G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [G,H] negatives, g [B] group of each row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl.config import HiddenRewardConfig, build_reward_kwargs
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import group_index, group_mean_std, group_size, group_sum
+from verl.workers.reward_manager.base import RewardOutput, trained
+
+CUT_OFF_REWARD = -1.0
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the reward."""
+
+    raw: Tensor
+    """[B]."""
+    weight: float
+
+    @property
+    def weighted(self) -> Tensor:
+        return self.weight * self.raw
+
+
+@dataclass(frozen=True)
+class Group:
+    """The texts of a sample, to find false negatives."""
+
+    query: str
+    positive: str
+    negative: str | None
+
+
+def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """[B] cosine of each row with its group's query."""
+    return (m * q[g]).sum(1)
+
+
+def negative_similarity(q: Tensor, n: Tensor, g: Tensor) -> Tensor:
+    """[B] minus the cosine of the group's query and negative: the same for all rows of a group."""
+    return -(q * n).sum(1)[g]
+
+
+def clustering(m: Tensor, g: Tensor) -> Tensor:
+    """[B] mean cosine with the group's other rows; 0 in a group of one."""
+    size = group_size(g)[g]
+    total = m.new_zeros(int(g.max()) + 1, m.shape[1]).index_add(0, g, m)[g]
+    others = (m * (total - m)).sum(1) / (size - 1).clamp(min=1)
+    return others.masked_fill(size == 1, 0.0)
+
+
+def cross_group_supervised(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """[B] minus the mean, over the other groups, of the group's query's largest cosine with their rows."""
+    num_groups = len(q)
+    if num_groups == 1:
+        return m.new_zeros(len(m))
+    similarity = q @ m.T  # [G,B]
+    largest = similarity.new_full((num_groups, num_groups), -torch.inf)
+    largest.scatter_reduce_(1, g.expand(num_groups, -1), similarity, reduce="amax")
+    return -((largest.sum(1) - largest.diagonal()) / (num_groups - 1))[g]
+
+
+def cross_group_unsupervised(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """[B] mean cosine with the other groups' queries; positive, and subtracted from the reward."""
+    num_groups = len(q)
+    if num_groups == 1:
+        return m.new_zeros(len(m))
+    similarity = m @ q.T  # [B,G]
+    own = similarity.gather(1, g.unsqueeze(1)).squeeze(1)
+    return (similarity.sum(1) - own) / (num_groups - 1)
+
+
+def contrast(
+    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], temperature: float
+) -> Tensor:
+    """[B] log-probability of the own query among the candidates (InfoNCE, arXiv 1807.03748).
+
+    Candidates of a row of group g: its query, the other groups' queries, and every group's negative. A
+    candidate whose text equals g's query or positive is a false negative and is left out.
+    """
+    texts = [group.query for group in groups]
+    logits = m @ q.T  # [B,G]
+    if n is not None:
+        texts += [group.negative or "" for group in groups]
+        logits = torch.cat([logits, m @ n.T], dim=1)  # [B,2G]
+    same = torch.tensor(
+        [[text in (group.query, group.positive) for text in texts] for group in groups], device=m.device
+    )  # [G,candidates]
+    same[range(len(groups)), range(len(groups))] = False
+    logits = (logits / temperature).masked_fill(same[g], -torch.inf)
+    return logits.log_softmax(1).gather(1, g.unsqueeze(1)).squeeze(1)
+
+
+def grace_terms(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig) -> dict[str, Term]:
+    """The terms of the `grace` objective; their weighted sum is the reward before any penalty."""
+    scale = 1.0 / config.temperature if config.with_scale else 1.0
+    terms = {"positive": Term(positive_similarity(m, q, g), scale)}
+    if n is not None:
+        terms["negative"] = Term(negative_similarity(q, n, g), scale)
+    if config.enable_clustering:
+        terms["clustering"] = Term(clustering(m, g), scale * config.clustering_weight)
+        if n is not None:
+            terms["cross_group"] = Term(cross_group_supervised(m, q, g), scale * config.cross_group_weight)
+        else:
+            terms["cross_group"] = Term(cross_group_unsupervised(m, q, g), -scale * config.cross_group_weight)
+    return terms
+
+
+def infonce_terms(
+    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], config: HiddenRewardConfig
+) -> dict[str, Term]:
+    """The terms of the `infonce` objective."""
+    terms = {"contrast": Term(contrast(m, q, n, g, groups, config.temperature), 1.0)}
+    if config.enable_clustering:
+        terms["clustering"] = Term(clustering(m, g), config.clustering_weight / config.temperature)
+    return terms
+
+
+def penalise(rewards: Tensor, truncated: Tensor, g: Tensor, config: HiddenRewardConfig) -> Tensor:
+    """Lower the rewards of rationales that were cut off at the length limit.
+
+    grace replaces them by -1, as the original does. infonce puts them `length_penalty` below their group's
+    lowest reward, so that a penalty can never be a bonus.
+    """
+    if config.objective == "grace":
+        return torch.where(truncated, torch.full_like(rewards, CUT_OFF_REWARD), rewards)
+    lowest = rewards.new_full((int(g.max()) + 1,), torch.inf).scatter_reduce(0, g, rewards, reduce="amin")
+    return torch.where(truncated, lowest[g] - config.length_penalty, rewards)
+
+
+def variance_shares(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
+    """Share of each term in the variance of the reward within groups; they sum to 1, or are all 0.
+
+    The share is cov(term, reward) / var(reward): what part of the advantage comes from that term.
+    """
+    total = total_reward(terms)
+    deviation = total - group_mean_std(total, g)[0]
+    variance = (deviation * total).sum()
+    if variance <= 1e-12:
+        return dict.fromkeys(terms, 0.0)
+    return {name: float((deviation * term.weighted).sum() / variance) for name, term in terms.items()}
+
+
+def total_reward(terms: dict[str, Term]) -> Tensor:
+    """[B] weighted sum of the terms."""
+    return torch.stack([term.weighted for term in terms.values()]).sum(0)
+
+
+class HiddenRewardManager:
+    """Scores each rationale of a positive by where its embedding lies; see `HiddenRewardConfig`.
+
+    Raises:
+        ConfigError: an unknown keyword, with the list of valid ones.
+    """
+
+    needs_embeddings = True
+
+    def __init__(self, **reward_kwargs: Any) -> None:
+        self.config = build_reward_kwargs(reward_kwargs)
+        self.exclude_system_prompt = self.config.exclude_system_prompt
+
+    def __call__(self, rows: DataProto) -> RewardOutput:
+        rows.require("embeddings", "truncated", "uid", "role", "text")
+        main = rows[trained(rows)]
+        uids = list(dict.fromkeys(main.non_tensor_batch["uid"]))
+        g = group_index(main.non_tensor_batch["uid"])
+        m = main.batch["embeddings"]
+        anchors = {role: _anchor_rows(rows, role, uids) for role in ("query", "negative")}
+        query, negative = anchors["query"], anchors["negative"]
+        if query is None:
+            raise ValueError("the reward manager hidden needs a query row for every sample")
+        q = query.batch["embeddings"]
+        n = None if negative is None else negative.batch["embeddings"]
+        if self.config.objective == "grace":
+            terms = grace_terms(m, q, n, g, self.config)
+        else:
+            terms = infonce_terms(m, q, n, g, _groups(main, query, negative, g), self.config)
+        rewards = total_reward(terms)
+        scores = rewards
+        if self.config.enable_length_penalty:
+            scores = penalise(rewards, main.batch["truncated"], g, self.config)
+        columns = {name: term.weighted for name, term in terms.items()}
+        return RewardOutput(scores, _metrics(terms, g), {**columns, "before_penalty": rewards})
+
+
+def _metrics(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
+    shares = variance_shares(terms, g)
+    metrics = {}
+    for name, term in terms.items():
+        metrics[f"{name}/raw"] = float(term.raw.mean())
+        metrics[f"{name}/weighted"] = float(term.weighted.mean())
+        metrics[f"{name}/variance_share"] = shares[name]
+    return metrics
+
+
+def _anchor_rows(rows: DataProto, role: str, uids: list[Any]) -> DataProto | None:
+    """The rows of `role` in the order of `uids`; None when the step has none of that role."""
+    place = {uid: i for i, uid in enumerate(rows.non_tensor_batch["uid"]) if rows.non_tensor_batch["role"][i] == role}
+    return rows[[place[uid] for uid in uids]] if place else None
+
+
+def _groups(main: DataProto, query: DataProto, negative: DataProto | None, g: Tensor) -> list[Group]:
+    first = [int((g == i).nonzero()[0]) for i in range(len(query))]
+    return [
+        Group(
+            query=query.non_tensor_batch["text"][i],
+            positive=main.non_tensor_batch["text"][first[i]],
+            negative=None if negative is None else negative.non_tensor_batch["text"][i],
+        )
+        for i in range(len(query))
+    ]

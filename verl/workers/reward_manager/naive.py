@@ -1,0 +1,83 @@
+"""The reward manager `naive`: a rule per `data_source`, or a function of the user's, scores each text.
+
+It makes the trainer usable for anything whose answer can be checked; no embedding is computed.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from verl.protocol import DataProto
+from verl.workers.reward_manager.base import RewardOutput
+
+ScoreFn = Callable[..., float | dict[str, float]]
+
+
+def gsm8k(solution: str, ground_truth: str) -> float:
+    """1 when the last number of the solution is the answer (after #### where there is one)."""
+    marked = re.findall(r"####\s*(-?[\d.,]+)", solution)
+    numbers = marked or re.findall(r"-?\d[\d.,]*", solution)
+    return float(bool(numbers) and _plain(numbers[-1]) == _plain(str(ground_truth)))
+
+
+def exact_match(solution: str, ground_truth: str) -> float:
+    """1 when the solution is the ground truth up to case and outer spaces."""
+    return float(solution.strip().casefold() == str(ground_truth).strip().casefold())
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").rstrip(".")
+
+
+RULES: dict[str, Callable[[str, str], float]] = {
+    "openai/gsm8k": gsm8k,
+    "gsm8k": gsm8k,
+    "exact_match": exact_match,
+}
+
+
+def default_compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
+    """Score by the rule of `data_source`.
+
+    Raises:
+        ValueError: there is no rule of that name.
+    """
+    if data_source not in RULES:
+        raise ValueError(
+            f"no rule scores data_source={data_source!r} (rules: {', '.join(RULES)}); set "
+            "custom_reward_function.path to a file with your own, or reward_model.reward_manager=hidden"
+        )
+    return RULES[data_source](solution_str, ground_truth)
+
+
+class NaiveRewardManager:
+    """Calls a score function for each row.
+
+    Args:
+        compute_score: called with data_source, solution_str, ground_truth and extra_info; returns a number,
+            or a dict with `score` and other numbers to be logged.
+    """
+
+    needs_embeddings = False
+    exclude_system_prompt = True
+
+    def __init__(self, compute_score: ScoreFn = default_compute_score) -> None:
+        self.compute_score = compute_score
+
+    def __call__(self, rows: DataProto) -> RewardOutput:
+        columns = rows.non_tensor_batch
+        results = [
+            self.compute_score(
+                data_source=columns["data_source"][i],
+                solution_str=columns["rationale"][i],
+                ground_truth=columns["reward_model"][i]["ground_truth"],
+                extra_info=columns["extra_info"][i],
+            )
+            for i in range(len(rows))
+        ]
+        parts = [r if isinstance(r, dict) else {"score": r} for r in results]
+        tensors = {name: torch.tensor([float(p[name]) for p in parts]) for name in parts[0]}
+        scores = tensors.pop("score")
+        return RewardOutput(scores, {name: float(t.mean()) for name, t in tensors.items()}, tensors)
