@@ -25,7 +25,7 @@ from verl.data.length_filter import FilterReport, FilterSettings, filter_file, l
 from verl.data.parallel import build_mapper
 from verl.data.publish import library_versions, move_into
 
-ROWS_WORTH_A_PROCESS = 5_000
+ROWS_WORTH_A_PROCESS = 50_000
 """Starting a process takes about as long as measuring this many rows."""
 
 

@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hdfs_dir", help="also copy the outputs here: a folder or a URI (hdfs://, s3://, file://, ...)")
     add("--test_ratio", type=float, default=0.01, help="share of the samples that form the test split")
     add("--max_samples", type=int, help="stop after this many good samples")
-    add("--seed", type=int, help="draw the test split at random; without it, it is the leading samples")
+    add("--seed", type=int, help="draw the test split at random; else it is the leading samples")
     add("--max_rejected", type=float, default=0.01, help="largest share of bad lines that is put up with")
     add("--write_json", action="store_true", help="also write train.json and test.json")
     return parser.parse_args(argv)

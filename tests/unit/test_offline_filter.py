@@ -180,6 +180,17 @@ def test_texts_of_other_prompts_and_columns(tmp_path: Path, tokenizer_path: str)
     assert not (out / "test.parquet").exists()
 
 
+def test_metadata_of_the_old_columns_goes_and_the_rest_stays(tmp_path: Path, tokenizer_path: str) -> None:
+    write_chats(tmp_path / "in.parquet", [chat("a")])
+    table = pq.read_table(tmp_path / "in.parquet").replace_schema_metadata({"huggingface": "{}", "mine": "1"})
+    pq.write_table(table, tmp_path / "in.parquet")
+    argv = ["--train_parquet", tmp_path / "in.parquet", "--out_dir", tmp_path / "out"]
+    assert run(*argv, "--tokenizer_path", tokenizer_path) == 0
+    metadata = pq.read_schema(tmp_path / "out" / "train.parquet").metadata
+    assert metadata[b"mine"] == b"1"
+    assert b"huggingface" not in metadata
+
+
 def test_triplets_are_measured_under_their_own_system_message(tmp_path: Path, tokenizer_path: str) -> None:
     rows = write_triplets(tmp_path / "in.parquet", query=["q"], positive=["p"], negative=["n"])
     rows[0]["prompt"][0]["content"] = "Another system message."

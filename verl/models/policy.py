@@ -4,6 +4,7 @@ Shapes: N rows, K packed tokens, S scored response tokens, H hidden size, V voca
 size [S,V] is kept: the LM head runs on scored positions only, in chunks that backward recomputes.
 """
 
+import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -57,6 +58,9 @@ class PolicyModel(nn.Module):
             entropy: compute entropies too (needs log_probs).
             embeddings: pool the rows.
         """
+        if self.lm.config._attn_implementation != ATTENTION:
+            # Any other attention would mix the rows of a packed batch without a word.
+            raise RuntimeError(f"the policy's attention is {self.lm.config._attn_implementation!r}, not {ATTENTION!r}")
         hidden = self.lm.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -181,6 +185,16 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
             f"{config.model_type!r} do something between hidden states and log-probs that is not supported"
         )
     return lm
+
+
+def build_decoding_model(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """A model of the same shape, with the attention that decoding with a cache needs; its weights are random."""
+    # from_config writes the attention into the config it is given, which must not be the policy's own.
+    config = copy.deepcopy(lm.config)
+    twin = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    )
+    return twin.to(device)
 
 
 def _probe_rows(vocab_size: int) -> list[tuple[int, ...]]:

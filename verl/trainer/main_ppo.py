@@ -156,7 +156,7 @@ def start_ray(config: RunConfig, world_size: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
+        ray.init(logging_level="error")
         return
     if config.trainer.nnodes > 1:
         raise ConfigError(
@@ -164,7 +164,7 @@ def start_ray(config: RunConfig, world_size: int) -> None:
             "`ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
     cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="warning")
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="error")
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:

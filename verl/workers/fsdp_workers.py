@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 
 from verl.config import ActorRolloutRefConfig, ConfigError, FsdpConfig, RunConfig
 from verl.models.fsdp import full_weights, move_optimizer, shard
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel, build_decoding_model, load_causal_lm
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
@@ -173,11 +172,9 @@ class ActorRolloutRefWorker(Worker):
                 "use actor_rollout_ref.rollout.name=hf or auto."
             )
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        engine_lm = AutoModelForCausalLM.from_config(
-            self.lm.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=self.config.model.trust_remote_code
-        )
+        engine_lm = build_decoding_model(self.lm, dtype, self.device, self.config.model.trust_remote_code)
         return HFRollout(
-            engine_lm.to(self.device),
+            engine_lm,
             stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config),
             self.tokenizer.pad_token_id,
             rollout.max_num_seqs,

@@ -1,0 +1,106 @@
+"""The transformers rollout engine against transformers' own generate and forward."""
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from verl.embedding.prompts import PromptRenderer, rationale_messages
+from verl.workers.rollout.base import finish
+from verl.workers.rollout.hf import HFRollout, _sample
+
+TEXTS = ["short", "a somewhat longer text to embed", "mid size text", "short"]
+
+
+def prompts() -> list[list[int]]:
+    return [p.ids for p in PromptRenderer(tiny_tokenizer()).render([rationale_messages(t) for t in TEXTS])]
+
+
+def engine(stop_ids: list[int], max_num_seqs: int = 100, **kwargs) -> HFRollout:
+    return HFRollout(tiny_model(), stop_ids, tiny_tokenizer().pad_token_id, max_num_seqs, **kwargs)
+
+
+def greedy_reference(prompt: list[int], stop_ids: list[int], limit: int) -> list[int]:
+    out = tiny_model().generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, eos_token_id=stop_ids or None, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def greedy_ids(rollout: HFRollout) -> list[list[int]]:
+    return [r.ids for r in finish(rollout.generate(prompts(), [0.0] * 4, 8, seed=0))]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 100])
+def test_greedy_output_is_that_of_generate_with_rows_that_end_early(max_num_seqs):
+    free = [greedy_reference(p, [], 24) for p in prompts()]
+    # Stop at tokens that occur in the middle of some rows, so that rows leave the batch at different times.
+    stop_ids = sorted({free[0][5], free[1][11]})
+    expected = [greedy_reference(p, stop_ids, 24) for p in prompts()]
+    responses = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [0.0] * 4, 24, seed=0))
+    assert [r.ids for r in responses] == expected
+    assert [r.truncated for r in responses] == [ids[-1] not in stop_ids for ids in expected]
+    assert any(r.truncated for r in responses) and not all(r.truncated for r in responses)
+
+
+def test_progress_counts_every_response_once():
+    stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
+    generation = engine(stop_ids).generate(prompts(), [0.0] * 4, 24, seed=0)
+    assert sum(generation) == 4
+
+
+def test_log_probs_are_those_of_a_forward_at_the_rows_temperature():
+    temperatures = [1.0, 0.5, 2.0, 1.0]
+    responses = finish(engine([]).generate(prompts(), temperatures, 16, seed=3))
+    lm = tiny_model()
+    for prompt, response, temperature in zip(prompts(), responses, temperatures, strict=True):
+        logits = lm(torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response.ids).unsqueeze(1))
+        torch.testing.assert_close(torch.tensor(response.log_probs), expected.squeeze(1), atol=1e-4, rtol=1e-4)
+
+
+def test_samples_follow_the_tempered_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    generator = torch.Generator().manual_seed(0)
+    count = 40_000
+    token, log_prob = _sample(logits.repeat(count, 1), torch.full((count,), 0.5), generator)
+    expected = (logits[0] / 0.5).softmax(-1)
+    observed = torch.bincount(token, minlength=4) / count
+    standard_error = (expected * (1 - expected) / count).sqrt()
+    assert ((observed - expected).abs() < 5 * standard_error).all()
+    torch.testing.assert_close(log_prob, expected.log()[token], atol=1e-5, rtol=1e-5)
+
+
+def test_rationales_of_one_prompt_differ_and_a_seed_repeats_them():
+    rows = [prompts()[1]] * 4
+
+    def run(seed: int) -> list[list[int]]:
+        return [r.ids for r in finish(engine([]).generate(rows, [1.0] * 4, 12, seed))]
+
+    first = run(7)
+    assert len({tuple(ids) for ids in first}) == 4
+    assert run(7) == first
+    assert run(8) != first
+
+
+def test_ignore_eos_writes_to_the_limit():
+    stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
+    responses = finish(engine(stop_ids, ignore_eos=True).generate(prompts(), [0.0] * 4, 24, seed=0))
+    assert [len(r.ids) for r in responses] == [24] * 4
+
+
+def test_new_weights_change_what_is_generated():
+    rollout, other = engine([]), tiny_model(seed=1)
+    before = greedy_ids(rollout)
+    rollout.update_weights(other.named_parameters())
+    assert greedy_ids(rollout) == greedy_ids(HFRollout(other, [], 0, 100)) != before
+
+
+def test_a_weight_that_is_not_sent_is_an_error_that_names_it():
+    weights = dict(tiny_model().named_parameters())
+    weights.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"1 weights were not sent, among them 'model\.norm\.weight'"):
+        engine([]).update_weights(weights.items())
+
+
+def test_a_weight_the_engine_does_not_have_is_an_error():
+    with pytest.raises(ValueError, match="no weight 'lm.nonsense'"):
+        engine([]).update_weights([("lm.nonsense", torch.zeros(1))])

@@ -1,0 +1,86 @@
+"""Imports point one way. The table below is the architecture; the test reads the code against it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Lowest first. A module may import modules of lower layers and of its own; longest prefix wins.
+LAYERS: list[list[str]] = [
+    ["verl", "verl.config", "verl.protocol", "verl.utils.seqlen_balancing", "verl.utils.logging"],
+    ["verl.utils", "verl.data", "verl.embedding.prompts", "verl.embedding.pooling", "verl.embedding.metrics",
+     "verl.trainer.ppo.core_algos", "verl.single_controller.dispatch", "verl.single_controller.worker"],
+    ["verl.models"],
+    ["verl.workers.actor", "verl.workers.rollout", "verl.workers.reward_manager"],
+    ["verl.embedding.encoder", "verl.workers.fsdp_workers", "verl.single_controller.ray_group", "verl.utils.samples"],
+    ["verl.workers.group"],
+    ["verl.trainer.ppo"],
+    ["verl.trainer.main_ppo"],
+]  # fmt: skip
+
+# Third-party packages that only some modules may import.
+RESERVED = {
+    "ray": {"verl.single_controller.ray_group", "verl.trainer.main_ppo"},
+    "hydra": {"verl.trainer.main_ppo"},
+    "vllm": set(),
+    "wandb": {"verl.utils.tracking"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in (ROOT / "verl").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = path
+    return found
+
+
+def layer_of(module: str) -> int:
+    matches = [(len(p), i) for i, layer in enumerate(LAYERS) for p in layer if module == p or module.startswith(p + ".")]
+    return max(matches)[1]
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(imported module, whether the import stands inside a function)."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, id(node) not in top))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_only_from_its_own_layer_and_below(module):
+    for imported, local in imports_of(modules()[module]):
+        if imported.split(".")[0] == "verl":
+            assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}, which lies above it"
+            assert not local, f"{module} imports {imported} inside a function"
+        package = imported.split(".")[0]
+        if package in RESERVED:
+            assert module in RESERVED[package], f"{module} imports {package}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_init_files_are_empty_but_for_the_registries(module):
+    path = modules()[module]
+    if path.name == "__init__.py" and module not in ("verl", "verl.workers.reward_manager"):
+        assert path.read_text() == ""
+
+
+def test_nothing_imports_an_entry_point():
+    for module, path in modules().items():
+        assert "verl.trainer.main_ppo" not in [name for name, _ in imports_of(path)], module
+
+
+def test_the_config_loads_nothing_heavy():
+    code = "import sys, verl.config, verl.embedding.prompts; print([m for m in ('torch','ray','transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
