@@ -1,0 +1,98 @@
+"""Two gloo processes with FSDP2 against one process without: scores, gradients, weights, checkpoints."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
+from verl.config import FsdpConfig
+from verl.models.fsdp import full_weights, shard
+from verl.utils.checkpoint import load_training_state, save_training_state
+from verl.utils.seqlen_balancing import partition_rows
+from verl.workers.actor import MicroBatchLimit, score
+
+# Ranks get rows by tokens; in the second split, rank 1 gets nothing of mini-batch 1 and only keeps company.
+SPLITS = {"balanced": None, "one rank idles": [list(range(6)), list(range(6, 12))]}
+
+
+def run_rank(rank: int, world_size: int, port: int, folder: str, split: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    # Rows and their old log-probs are made by each rank alone, before anything is sharded.
+    rows = torch.load(Path(folder) / "rows.pt", weights_only=False)
+    policy = shard(tiny_policy(), torch.device("cpu"), FsdpConfig(), offload_policy=False)
+    costs = (rows.batch["prompt_length"] + rows.batch["response_length"]).tolist()
+    parts = SPLITS[split] or partition_rows(rows.non_tensor_batch["uid"], costs, world_size)
+    part = list(range(len(rows))) if world_size == 1 else parts[rank]
+    actor = build_actor(policy, ppo_max_token_len_per_gpu=90)
+    scored = score(policy, rows[part], MicroBatchLimit(90, None), TEMPERATURE, embed=True, entropy=True)
+    metrics = [actor.update(rows[part], 2) for _ in range(2)]
+    weights = {name: weight.clone() for name, weight in full_weights(policy)}
+    save_training_state(Path(folder) / f"checkpoint_{world_size}", policy, actor.optimizer, actor.scheduler, rank)
+    torch.save((part, scored, metrics, weights), Path(folder) / f"result_{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    rows = torch.load(Path(folder) / "rows.pt", weights_only=False)
+    policy = shard(tiny_policy(seed=5), torch.device("cpu"), FsdpConfig(), offload_policy=False)
+    actor = build_actor(policy)
+    load_training_state(Path(folder) / f"checkpoint_{source}", policy, actor.optimizer, actor.scheduler, rank)
+    part = list(range(rank * 12 // world_size, (rank + 1) * 12 // world_size))
+    actor.update(rows[part], 2)
+    weights = {name: weight.clone() for name, weight in full_weights(policy)}
+    torch.save(weights, Path(folder) / f"resumed_{source}_{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spawn(function, world_size: int, *args) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(function, args=(world_size, port, *args), nprocs=world_size)
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    torch.save(with_log_probs(trained_rows(), tiny_policy()), folder / "rows.pt")
+    dist.destroy_process_group()
+    spawn(run_rank, 1, str(folder), "balanced")
+    return folder
+
+
+@pytest.mark.parametrize("split", list(SPLITS))
+def test_two_ranks_compute_what_one_does(rows_folder, split):
+    spawn(run_rank, 2, str(rows_folder), split)
+    _, scored, metrics, weights = torch.load(rows_folder / "result_1_0.pt", weights_only=False)
+    for rank in (0, 1):
+        part, rank_scored, rank_metrics, rank_weights = torch.load(
+            rows_folder / f"result_2_{rank}.pt", weights_only=False
+        )
+        for key in ("log_probs", "embeddings", "entropy"):
+            torch.testing.assert_close(rank_scored.batch[key], scored.batch[key][part], atol=1e-5, rtol=1e-5)
+        for one, two in zip(metrics, rank_metrics, strict=True):
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        for name, weight in weights.items():
+            torch.testing.assert_close(rank_weights[name], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (2, 2)])
+def test_a_checkpoint_goes_on_with_any_number_of_ranks(rows_folder, source, target):
+    if not (rows_folder / "checkpoint_2").exists():
+        spawn(run_rank, 2, str(rows_folder), "balanced")
+    spawn(resume_rank, 1, str(rows_folder), 1)
+    spawn(resume_rank, target, str(rows_folder), source)
+    expected = torch.load(rows_folder / "resumed_1_1_0.pt")
+    for rank in range(target):
+        resumed = torch.load(rows_folder / f"resumed_{source}_{target}_{rank}.pt")
+        for name, weight in expected.items():
+            torch.testing.assert_close(resumed[name], weight, atol=2e-4, rtol=1e-3)

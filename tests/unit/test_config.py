@@ -1,0 +1,162 @@
+"""The configuration: the original's command lines, every shipped recipe, and errors that help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from verl.config import ConfigError, build_config
+from verl.trainer.main_ppo import build_renderer, compose_config, find_devices
+from verl.trainer.ppo.batch_plan import BatchPlan
+
+ORIGINAL = """
+algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False algorithm.use_kl_in_reward=False
+data.train_batch_size=64 data.val_batch_size=16 data.max_prompt_length=1024 data.max_response_length=2048
+data.filter_overlong_prompts=False data.truncation=right
+actor_rollout_ref.model.path=Qwen/Qwen2.5-1.5B-Instruct actor_rollout_ref.model.use_remove_padding=True
+actor_rollout_ref.model.enable_gradient_checkpointing=True actor_rollout_ref.actor.optim.lr=1e-6
+actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0
+actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.actor.entropy_coeff=0
+actor_rollout_ref.actor.fsdp_config.param_offload=True actor_rollout_ref.actor.fsdp_config.optimizer_offload=True
+actor_rollout_ref.actor.fsdp_config.offload_policy=True actor_rollout_ref.actor.use_dynamic_bsz=True
+actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
+actor_rollout_ref.rollout.tensor_model_parallel_size=2 actor_rollout_ref.rollout.gpu_memory_utilization=0.5
+actor_rollout_ref.rollout.enable_chunked_prefill=False actor_rollout_ref.rollout.enforce_eager=True
+actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.free_cache_engine=False
+actor_rollout_ref.rollout.n=8 actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
+actor_rollout_ref.ref.fsdp_config.param_offload=True actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True
+reward_model.enable=False reward_model.reward_manager=hidden
++reward_model.reward_kwargs.temperature=0.1 +reward_model.reward_kwargs.with_scale=True
++reward_model.reward_kwargs.clustering_weight=0.2 +reward_model.reward_kwargs.cross_group_weight=0.2
+trainer.critic_warmup=0 trainer.logger=["wandb"] trainer.project_name=GRACE trainer.experiment_name=test_exp
+trainer.n_gpus_per_node=4 trainer.nnodes=1 trainer.save_freq=50 trainer.test_freq=-1
+trainer.val_before_train=False trainer.total_epochs=2
+""".split()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    for name in ("train.parquet", "test.parquet"):
+        (tmp_path / name).touch()
+    return [f"data.train_files={tmp_path}/train.parquet", f"data.val_files={tmp_path}/test.parquet"]
+
+
+@pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
+def test_the_originals_command_line_is_accepted_with_its_meaning(files, mode):
+    config = compose_config([*ORIGINAL, *files, f"+data.train_mode={mode}"])
+    assert config.train_mode == mode
+    actor = config.actor_rollout_ref.actor
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n) == (64, 16, 8)
+    assert config.reward_model.reward_kwargs == {
+        "temperature": 0.1, "with_scale": True, "clustering_weight": 0.2, "cross_group_weight": 0.2,
+    }  # fmt: skip
+    assert actor.use_kl_loss and not config.needs_reference, "a KL of weight 0 needs no reference model"
+    assert config.trainer.logger == ["wandb"] and config.trainer.save_freq == 50
+    assert actor.optim.lr == 1e-6 and actor.fsdp_config.offload_policy
+    plan = BatchPlan.from_config(config, num_samples=640, num_anchors=2 if mode == "supervised" else 1, world_size=4)
+    assert plan.trained_rows_per_step == 512
+    assert plan.anchor_rows_per_step == (128 if mode == "supervised" else 64)
+    assert (plan.updates_per_step, plan.trained_rows_per_update, plan.total_steps) == (4, 128, 20)
+
+
+@pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+def test_every_recipe_of_train_sh_is_accepted(files, tmp_path, repo, mode, gpus):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else exec {sys.executable} "$@"; fi\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "MODEL": "some/model"}
+    env |= {"TRAIN_FILE": f"{tmp_path}/train.parquet", "VAL_FILE": f"{tmp_path}/test.parquet"}
+    command = ["bash", str(repo / "train.sh"), "actor_rollout_ref.rollout.seed=77", "--print-config"]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    said, printed = out.stdout.split("\n", 1)
+    assert ("no GPU" in said) if gpus == 0 else (f"{gpus} visible GPU" in said)
+    config = yaml.safe_load(printed)
+    assert config["data"]["train_mode"] == mode
+    assert config["actor_rollout_ref"]["rollout"]["seed"] == 77
+    assert config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"] == (2 if gpus == 4 else 1)
+
+
+def test_the_yaml_is_that_of_the_classes(repo):
+    command = [sys.executable, str(repo / "scripts/write_config.py"), "--check"]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.trian_files=x", r"unknown key data\.trian_files\. Did you mean data\.train_files\?"),
+        ("data.n=4", r"Did you mean actor_rollout_ref\.rollout\.n\?"),
+        ("critic.optim.lr=1", "no counterpart here: GRPO has no critic"),
+        ("actor_rollout_ref.model.lora_rank=8", "no counterpart here: full weights are trained"),
+        ("data.train_batch_size=50", "Nearest: train_batch_size 48 or 64, or ppo_mini_batch_size 5, 10, 25"),
+        ("data.train_batch_size=many", r"data\.train_batch_size='many'"),
+        ("data.max_prompt_length=0", r"data\.max_prompt_length=0 must be above 0"),
+        ("actor_rollout_ref.rollout.n=1", r"rollout\.n=1 with algorithm\.adv_estimator=grpo.*2 or more"),
+        ("algorithm.adv_estimator=gae", "gae is not supported: it needs a critic"),
+        ("actor_rollout_ref.rollout.top_p=0.9", "must keep the full distribution"),
+        ("trainer.critic_warmup=5", "there is no critic"),
+        ("reward_model.enable=True", "rewards come from embeddings"),
+        ("+reward_model.reward_kwargs.temprature=1", r"Did you mean temperature\? Valid: objective, temperature"),
+        ("+reward_model.reward_kwargs.objective=triplet", r"reward_kwargs\.objective='triplet'"),
+        ("data.train_files=/nowhere/train.parquet", "'/nowhere/train.parquet' does not exist"),
+        ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
+        ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro-batches need a size"),
+        ("actor_rollout_ref.actor.clip_ratio_c=0.5", "clip_ratio_c=0.5 must be above 1"),
+    ],
+)
+def test_errors_name_the_key_the_value_and_the_way_out(files, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_config([*ORIGINAL, *files, "+data.train_mode=supervised", override])
+
+
+def test_a_validation_file_is_needed_only_when_validation_is_on(files):
+    base = [*ORIGINAL, files[0]]
+    compose_config(base)
+    for switch in ("trainer.test_freq=5", "trainer.val_before_train=True"):
+        with pytest.raises(ConfigError, match=r"data\.val_files is not set"):
+            compose_config([*base, switch])
+    with pytest.raises(ConfigError, match=r"data\.val_files: the file 'gone.parquet' does not exist"):
+        compose_config([*base, "trainer.test_freq=5", "data.val_files=gone.parquet"])
+
+
+def tiny_run(tiny_folder: Path, files: list[str], *overrides: str):
+    base = [f"actor_rollout_ref.model.path={tiny_folder}", "data.train_batch_size=4"]
+    return compose_config([*base, "actor_rollout_ref.actor.ppo_mini_batch_size=4", files[0], *overrides])
+
+
+def test_a_length_beyond_the_models_context_is_an_error(tiny_folder, files):
+    config = tiny_run(tiny_folder, files, "data.max_prompt_length=2100")
+    with pytest.raises(ConfigError, match="4148 tokens, beyond the model's context of 4096; lower one of them by 52"):
+        build_renderer(config)
+
+
+def test_more_workers_than_cpus_is_an_error(tiny_folder, files):
+    config = tiny_run(tiny_folder, files, "trainer.n_gpus_per_node=4096", "trainer.device=cpu")
+    with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=4096, but this machine has \d+ CPUs"):
+        find_devices(config)
+
+
+def test_the_plan_refuses_too_few_samples_and_rows(tiny_folder, files):
+    config = tiny_run(tiny_folder, files)
+    with pytest.raises(ConfigError, match="set data.train_batch_size to 3 or less"):
+        BatchPlan.from_config(config, num_samples=3, num_anchors=2, world_size=1)
+    config = tiny_run(tiny_folder, files, "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=1")
+    with pytest.raises(ConfigError, match="2 rows per update, fewer than the 4 workers; set ppo_mini_batch_size to 2"):
+        BatchPlan.from_config(config, num_samples=30, num_anchors=2, world_size=4)
+
+
+def test_nothing_changes_after_building(files):
+    config = compose_config([*ORIGINAL, *files])
+    with pytest.raises(ValueError, match="frozen"):
+        config.data.train_batch_size = 3
+
+
+def test_a_plain_mapping_builds_the_same_config(files):
+    train = files[0].split("=", 1)[1]
+    built = build_config({"data": {"train_files": train}, "actor_rollout_ref": {"model": {"path": "m"}}})
+    assert built == compose_config([files[0], "actor_rollout_ref.model.path=m"])

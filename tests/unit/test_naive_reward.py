@@ -1,0 +1,238 @@
+"""The reward manager `naive`, its rules, and loading a reward manager or a score function from a user's file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from verl.config import ConfigError, RunConfig, build_config
+from verl.protocol import DataProto
+from verl.workers.reward_manager import load_reward_manager
+from verl.workers.reward_manager.hidden import HiddenRewardManager
+from verl.workers.reward_manager.naive import NaiveRewardManager, default_compute_score, exact_match, gsm8k
+
+
+@pytest.mark.parametrize(
+    ("solution", "truth", "score"),
+    [
+        ("She has 3 + 4 = 7 apples.\n#### 7", "7", 1.0),
+        ("#### 7", "8", 0.0),
+        ("####7", "7", 1.0),
+        ("#### -12", "-12", 1.0),
+        ("#### -12", "12", 0.0),
+        ("#### 1,234", "1234", 1.0),
+        ("#### 1234", "1,234", 1.0),
+        ("#### 3.5", "3.5", 1.0),
+        ("#### 7. Done, in 2 steps.", "7", 1.0),  # the marked number counts, not the last one
+        ("#### 3 no, #### 4", "4", 1.0),
+        ("The answer is 42.", "42", 1.0),
+        ("First 41, then 42", "42", 1.0),
+        ("First 42, then 41", "42", 0.0),
+        ("It costs $1,000.", "1000", 1.0),
+        ("no number at all", "7", 0.0),
+        ("", "7", 0.0),
+        ("#### seven 7", "7", 1.0),
+    ],
+)
+def test_gsm8k_takes_the_marked_or_the_last_number(solution: str, truth: str, score: float) -> None:
+    assert gsm8k(solution, truth) == score
+    assert default_compute_score("openai/gsm8k", solution, truth) == score
+    assert default_compute_score("gsm8k", solution, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("solution", "truth", "score"),
+    [
+        ("Paris", "paris", 1.0),
+        ("  Paris\n", "Paris ", 1.0),
+        ("Straße", "STRASSE", 1.0),
+        ("Paris.", "Paris", 0.0),
+        ("in Paris", "Paris", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_exact_match_ignores_case_and_outer_spaces(solution: str, truth: str, score: float) -> None:
+    assert exact_match(solution, truth) == score
+    assert default_compute_score("exact_match", solution, truth) == score
+
+
+def test_a_number_as_ground_truth_is_compared_by_its_digits() -> None:
+    assert default_compute_score("gsm8k", "#### 7", 7) == 1.0  # type: ignore[arg-type]
+    assert default_compute_score("exact_match", "7", 7) == 1.0  # type: ignore[arg-type]
+
+
+def test_an_unknown_data_source_is_an_error_with_the_rules_and_the_ways_out() -> None:
+    with pytest.raises(ValueError) as error:
+        default_compute_score("math500", "7", "7")
+    message = str(error.value)
+    for part in ("'math500'", "openai/gsm8k", "exact_match", "custom_reward_function.path", "hidden"):
+        assert part in message
+
+
+def make_rows(cases: list[tuple[str, str, str]]) -> DataProto:
+    """Rows of (data source, rationale, ground truth)."""
+    return DataProto.from_dict(
+        {"response_length": torch.ones(len(cases), dtype=torch.int64)},
+        {
+            "data_source": [c[0] for c in cases],
+            "rationale": [c[1] for c in cases],
+            "reward_model": [{"style": "rule", "ground_truth": c[2]} for c in cases],
+            "extra_info": [{"index": i} for i in range(len(cases))],
+            "role": ["positive"] * len(cases),
+        },
+    )
+
+
+CASES = [("gsm8k", "#### 5", "5"), ("exact_match", "Rome", "Paris"), ("gsm8k", "so 6", "6"), ("gsm8k", "9", "6")]
+
+
+def test_each_row_is_scored_by_the_rule_of_its_data_source() -> None:
+    manager = NaiveRewardManager()
+    out = manager(make_rows(CASES))
+    assert out.scores.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert (out.metrics, out.columns) == ({}, {})
+    assert manager.needs_embeddings is False
+
+
+def test_dict_results_become_scores_metrics_and_columns() -> None:
+    def compute(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> dict[str, float]:
+        return {"length": len(solution_str), "score": extra_info["index"] / 4, "known": data_source == "gsm8k"}
+
+    out = NaiveRewardManager(compute)(make_rows(CASES))
+    assert out.scores.tolist() == [0.0, 0.25, 0.5, 0.75]
+    assert {name: column.tolist() for name, column in out.columns.items()} == {
+        "length": [6.0, 4.0, 4.0, 1.0],
+        "known": [1.0, 0.0, 1.0, 1.0],
+    }
+    assert out.metrics == pytest.approx({"length": 3.75, "known": 0.75}, abs=1e-6)
+
+
+USER_FILE = '''
+import torch
+from verl.workers.reward_manager.base import RewardOutput
+
+
+class LengthReward:
+    needs_embeddings = False
+    exclude_system_prompt = True
+
+    def __init__(self, target, weight=1.0):
+        self.target, self.weight = target, weight
+
+    def __call__(self, rows):
+        lengths = [len(text) for text in rows.non_tensor_batch["rationale"]]
+        return RewardOutput(torch.tensor([-self.weight * abs(n - self.target) for n in lengths]))
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0):
+    return {"score": float(solution_str == ground_truth) + bonus, "index": extra_info["index"]}
+
+
+def shout(data_source, solution_str, ground_truth, extra_info):
+    return float(solution_str.isupper())
+'''
+
+
+@pytest.fixture
+def user_file(tmp_path: Path) -> Path:
+    file = tmp_path / "my_reward.py"
+    file.write_text(USER_FILE)
+    return file
+
+
+def run_config(tmp_path: Path, manager: str, kwargs: dict[str, Any] | None = None, **custom: Any) -> RunConfig:
+    train = tmp_path / "train.parquet"
+    train.touch()
+    return build_config(
+        {
+            "data": {"train_files": str(train)},
+            "actor_rollout_ref": {"model": {"path": "a/model"}},
+            "reward_model": {"reward_manager": manager, "reward_kwargs": kwargs or {}},
+            "custom_reward_function": custom,
+        }
+    )
+
+
+def test_hidden_is_built_with_its_arguments(tmp_path: Path) -> None:
+    manager = load_reward_manager(run_config(tmp_path, "hidden", {"temperature": 0.1, "with_scale": False}))
+    assert isinstance(manager, HiddenRewardManager)
+    assert (manager.config.temperature, manager.config.with_scale, manager.config.cross_group_weight) == (0.1, False, 0.2)
+    assert manager.needs_embeddings is True
+
+
+def test_naive_without_a_function_uses_the_rules(tmp_path: Path) -> None:
+    manager = load_reward_manager(run_config(tmp_path, "naive"))
+    assert manager(make_rows(CASES)).scores.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_naive_uses_the_function_of_the_users_file_with_its_arguments(tmp_path: Path, user_file: Path) -> None:
+    config = run_config(tmp_path, "naive", path=str(user_file), reward_kwargs={"bonus": 0.5})
+    out = load_reward_manager(config)(make_rows([("mine", "a", "a"), ("mine", "a", "b")]))
+    assert out.scores.tolist() == [1.5, 0.5]
+    assert out.columns["index"].tolist() == [0.0, 1.0]
+    assert out.metrics == {"index": 0.5}
+
+
+def test_naive_uses_the_function_of_the_given_name(tmp_path: Path, user_file: Path) -> None:
+    config = run_config(tmp_path, "naive", path=str(user_file), name="shout")
+    assert load_reward_manager(config)(make_rows([("x", "AB", ""), ("x", "Ab", "")])).scores.tolist() == [1.0, 0.0]
+
+
+def test_a_class_of_the_users_file_is_built_with_reward_kwargs(tmp_path: Path, user_file: Path) -> None:
+    config = run_config(tmp_path, f"{user_file}:LengthReward", {"target": 3, "weight": 2.0})
+    manager = load_reward_manager(config)
+    assert manager(make_rows([("x", "abc", ""), ("x", "abcde", "")])).scores.tolist() == [0.0, -4.0]
+    assert manager.needs_embeddings is False
+
+
+def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "modern.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from verl.workers.reward_manager.base import RewardOutput\n"
+        "@dataclass\n"
+        "class Constant:\n"
+        "    value: float = 1.0\n"
+        "    def __call__(self, rows):\n"
+        "        return RewardOutput(torch.full((len(rows),), self.value))\n"
+    )
+    manager = load_reward_manager(run_config(tmp_path, f"{file}:Constant", {"value": 2.5}))
+    assert manager(make_rows(CASES)).scores.tolist() == [2.5] * 4
+
+
+def test_an_unknown_manager_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward_manager=hiden is unknown; known: hidden, naive, or path/to/file.py:"):
+        load_reward_manager(run_config(tmp_path, "hiden"))
+
+
+@pytest.mark.parametrize(("name", "missing"), [("absent.py:LengthReward", "absent.py"), ("my_reward.py:Other", "'Other'")])
+def test_a_missing_file_or_class_is_named(tmp_path: Path, user_file: Path, name: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match="^reward_model.reward_manager: ") as error:
+        load_reward_manager(run_config(tmp_path, str(tmp_path / name)))
+    assert missing in str(error.value)
+
+
+@pytest.mark.parametrize(("file", "name", "missing"), [("absent.py", "shout", "absent.py"), ("my_reward.py", "sing", "'sing'")])
+def test_a_missing_function_or_its_file_is_named(
+    tmp_path: Path, user_file: Path, file: str, name: str, missing: str
+) -> None:
+    config = run_config(tmp_path, "naive", path=str(tmp_path / file), name=name)
+    with pytest.raises(ConfigError, match="^custom_reward_function.path: ") as error:
+        load_reward_manager(config)
+    assert missing in str(error.value)
+
+
+@pytest.mark.parametrize("kwargs", [{"targt": 3}, {}])
+def test_arguments_that_a_users_class_does_not_take_are_an_error(
+    tmp_path: Path, user_file: Path, kwargs: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"reward_kwargs do not fit .*LengthReward: .*targ"):
+        load_reward_manager(run_config(tmp_path, f"{user_file}:LengthReward", kwargs))
+
+
+def test_arguments_that_naive_does_not_take_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward_kwargs do not fit naive: .*temperature"):
+        load_reward_manager(run_config(tmp_path, "naive", {"temperature": 0.1}))
