@@ -86,8 +86,7 @@ def filter_inputs(
     if reports["train"].kept == 0:
         longest = ", ".join(f"{name} {length}" for name, length in reports["train"].longest.items())
         raise UserError(
-            f"no training row is left: each has a text over --max_len {settings.max_len} "
-            f"tokens (longest: {longest})"
+            f"no training row is left: each has a text over --max_len {settings.max_len} tokens (longest: {longest})"
         )
     write_record(settings, reports, folder / "filter.json")
     return reports

@@ -79,9 +79,7 @@ def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=200_000)
     parser.add_argument("--triplets", type=int, help="default: a quarter of --lines")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import save_tiny  # noqa: E402
+from tiny import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import torch
 from tiny import tiny_model
+
 from verl.config import ActorConfig
 from verl.models.policy import ATTENTION, PolicyModel
 from verl.protocol import DataProto

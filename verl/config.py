@@ -128,9 +128,9 @@ class ActorConfig(_Section):
     """Upper clip range; null = clip_ratio."""
     clip_ratio_c: float = 3.0
     """Dual-clip bound for negative advantages, above 1."""
-    loss_agg_mode: Literal[
-        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-    ] = "token-mean"
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
     """How token losses become one number, with one denominator for the whole mini-batch."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
@@ -570,11 +570,26 @@ def _check_fixed(config: RunConfig) -> None:
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
     full = "training sampling must keep the full distribution, or the importance ratio is biased; use temperature"
     fixed: list[tuple[str, Any, Any, str]] = [
-        ("actor_rollout_ref.hybrid_engine", config.actor_rollout_ref.hybrid_engine, True, "devices are shared"),
-        ("actor_rollout_ref.model.use_remove_padding", model.use_remove_padding, True, "every forward is packed"),
+        (
+            "actor_rollout_ref.hybrid_engine",
+            config.actor_rollout_ref.hybrid_engine,
+            True,
+            "devices are shared",
+        ),
+        (
+            "actor_rollout_ref.model.use_remove_padding",
+            model.use_remove_padding,
+            True,
+            "every forward is packed",
+        ),
         ("actor_rollout_ref.rollout.top_p", rollout.top_p, 1.0, full),
         ("actor_rollout_ref.rollout.top_k", rollout.top_k, -1, full),
-        ("actor_rollout_ref.rollout.do_sample", rollout.do_sample, True, "a greedy group has no spread to learn from"),
+        (
+            "actor_rollout_ref.rollout.do_sample",
+            rollout.do_sample,
+            True,
+            "a greedy group has no spread to learn from",
+        ),
         ("reward_model.enable", config.reward_model.enable, False, "rewards come from embeddings or rules"),
         (
             "reward_model.launch_reward_fn_async",
@@ -583,7 +598,12 @@ def _check_fixed(config: RunConfig) -> None:
             "rewards are computed in the step",
         ),
         ("trainer.critic_warmup", config.trainer.critic_warmup, 0, "there is no critic"),
-        ("trainer.balance_batch", config.trainer.balance_batch, True, "rows are spread over ranks by their tokens"),
+        (
+            "trainer.balance_batch",
+            config.trainer.balance_batch,
+            True,
+            "rows are spread over ranks by their tokens",
+        ),
     ]
     for key, value, only, why in fixed:
         if value != only:
@@ -640,7 +660,10 @@ def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
     actor = config.actor_rollout_ref.actor
     rules = [("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz)]
     sizes = [actor.ppo_micro_batch_size_per_gpu]
-    for name, section in (("rollout", config.actor_rollout_ref.rollout), ("ref", config.actor_rollout_ref.ref)):
+    for name, section in (
+        ("rollout", config.actor_rollout_ref.rollout),
+        ("ref", config.actor_rollout_ref.ref),
+    ):
         dynamic = section.log_prob_use_dynamic_bsz
         rules.append(
             (
@@ -652,7 +675,10 @@ def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
     return [(key, dynamic, rows) for (key, dynamic), rows in zip(rules, sizes, strict=True)]
 
 
-_CRITIC_ESTIMATORS = {"gae": "it needs a critic (value model)", "remax": "it needs a greedy rollout of each prompt"}
+_CRITIC_ESTIMATORS = {
+    "gae": "it needs a critic (value model)",
+    "remax": "it needs a greedy rollout of each prompt",
+}
 _GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"}
 
 

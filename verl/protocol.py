@@ -122,7 +122,9 @@ class DataProto:
         columns = {
             name: np.concatenate([p.non_tensor_batch[name] for p in parts]) for name in parts[0].non_tensor_batch
         }
-        return DataProto(torch.cat([p.batch for p in parts]), columns, parts[0].meta_info)
+        tensors = {name: torch.cat([p.batch[name] for p in parts]) for name in parts[0].batch.keys()}
+        size = sum(len(p) for p in parts)
+        return DataProto(TensorDict(tensors, batch_size=[size]), columns, parts[0].meta_info)
 
     def to(self, device: str | torch.device) -> "DataProto":
         """The same rows with tensors on `device`."""
@@ -132,11 +134,14 @@ class DataProto:
         """Raise `KeyError` naming the columns of `keys` that are missing."""
         missing = [k for k in keys if k not in self.batch.keys() and k not in self.non_tensor_batch]
         if missing:
-            raise KeyError(f"rows lack {missing}; they have {sorted(self.batch.keys())} {sorted(self.non_tensor_batch)}")
+            raise KeyError(
+                f"rows lack {missing}; they have {sorted(self.batch.keys())} {sorted(self.non_tensor_batch)}"
+            )
 
     def num_bytes(self) -> int:
         """Bytes of the tensors: what the batch costs to send."""
-        return sum(t.numel() * t.element_size() for t in self.batch.values())
+        tensors = [self.batch[name] for name in self.batch.keys()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:

@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from steps import MAX_RESPONSE, TEMPERATURE, actor_config, build_actor, tiny_policy, trained_rows, with_log_probs
+from steps import (
+    MAX_RESPONSE,
+    TEMPERATURE,
+    actor_config,
+    build_actor,
+    tiny_policy,
+    trained_rows,
+    with_log_probs,
+)
 from tiny import tiny_model
+
 from verl.models.fsdp import full_weights
 from verl.protocol import DataProto
 from verl.workers.actor import MicroBatchLimit, score
@@ -59,9 +68,7 @@ def padded_loss(lm, rows: DataProto, mode: str) -> torch.Tensor:
     return aggregate(per_row) + config.kl_loss_coef * aggregate(kls) - config.entropy_coeff * aggregate(entropies)
 
 
-@pytest.mark.parametrize(
-    "mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-)
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_an_update_is_adamw_on_the_plain_padded_loss(mode):
     rows = rows_to_train()
     reference = tiny_model()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from verl.config import ConfigError, build_config
 from verl.trainer.main_ppo import build_renderer, compose_config, find_devices
 from verl.trainer.ppo.batch_plan import BatchPlan
@@ -48,7 +49,11 @@ def test_the_originals_command_line_is_accepted_with_its_meaning(files, mode):
     config = compose_config([*ORIGINAL, *files, f"+data.train_mode={mode}"])
     assert config.train_mode == mode
     actor = config.actor_rollout_ref.actor
-    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n) == (64, 16, 8)
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n) == (
+        64,
+        16,
+        8,
+    )
     assert config.reward_model.reward_kwargs == {
         "temperature": 0.1, "with_scale": True, "clustering_weight": 0.2, "cross_group_weight": 0.2,
     }  # fmt: skip
@@ -101,7 +106,10 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("actor_rollout_ref.rollout.top_p=0.9", "must keep the full distribution"),
         ("trainer.critic_warmup=5", "there is no critic"),
         ("reward_model.enable=True", "rewards come from embeddings"),
-        ("+reward_model.reward_kwargs.temprature=1", r"Did you mean temperature\? Valid: objective, temperature"),
+        (
+            "+reward_model.reward_kwargs.temprature=1",
+            r"Did you mean temperature\? Valid: objective, temperature",
+        ),
         ("+reward_model.reward_kwargs.objective=triplet", r"reward_kwargs\.objective='triplet'"),
         ("data.train_files=/nowhere/train.parquet", "'/nowhere/train.parquet' does not exist"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
@@ -145,7 +153,9 @@ def test_the_plan_refuses_too_few_samples_and_rows(tiny_folder, files):
     config = tiny_run(tiny_folder, files)
     with pytest.raises(ConfigError, match="set data.train_batch_size to 3 or less"):
         BatchPlan.from_config(config, num_samples=3, num_anchors=2, world_size=1)
-    config = tiny_run(tiny_folder, files, "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=1")
+    config = tiny_run(
+        tiny_folder, files, "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=1"
+    )
     with pytest.raises(ConfigError, match="2 rows per update, fewer than the 4 workers; set ppo_mini_batch_size to 2"):
         BatchPlan.from_config(config, num_samples=30, num_anchors=2, world_size=4)
 

@@ -187,7 +187,9 @@ def test_tokens_that_are_not_pooled_change_nothing() -> None:
     assert torch.equal(mean_pool(hidden, tokens, rows, 2), before)
 
 
-@pytest.mark.parametrize(("rows", "missing"), [([0, 0, 2], r"\[1\]"), ([1, 1, 1], r"\[0, 2, 3\]"), ([0, 1, 2], r"\[3\]")])
+@pytest.mark.parametrize(
+    ("rows", "missing"), [([0, 0, 2], r"\[1\]"), ([1, 1, 1], r"\[0, 2, 3\]"), ([0, 1, 2], r"\[3\]")]
+)
 def test_a_row_with_nothing_to_pool_is_an_error_that_names_it(rows: list[int], missing: str) -> None:
     count = 4 if "3" in missing else 3
     with pytest.raises(ValueError, match=f"rows {missing} have no token to pool"):

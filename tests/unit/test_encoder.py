@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from verl.config import DataConfig
 from verl.embedding.encoder import GraceEncoder
 from verl.models.policy import PolicyModel, load_causal_lm
@@ -13,7 +14,13 @@ from verl.protocol import DataProto
 from verl.utils.dataset import collate
 from verl.workers.actor import MicroBatchLimit, score
 
-TEXTS = ["a card", "the quick brown fox jumps over the lazy dog", "where is my parcel?", "a card", "naïve café"]
+TEXTS = [
+    "a card",
+    "the quick brown fox jumps over the lazy dog",
+    "where is my parcel?",
+    "a card",
+    "naïve café",
+]
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 
 
@@ -27,7 +34,13 @@ def test_vectors_equal_those_of_the_training_pass(encoder, tiny_folder, tmp_path
     prompts = encoder.renderer.render([[*_chat(encoder, text)] for text in TEXTS])
     responses = encoder._think(prompts, 12, 0.0, seed=0)
     samples = [
-        {"uid": i, "chats": {"positive": _chat(encoder, t)}, "data_source": "", "reward_model": {}, "extra_info": {}}
+        {
+            "uid": i,
+            "chats": {"positive": _chat(encoder, t)},
+            "data_source": "",
+            "reward_model": {},
+            "extra_info": {},
+        }
         for i, t in enumerate(TEXTS)
     ]
     rows = collate(samples, encoder.renderer, pad_id=0, config=DataConfig())
@@ -85,4 +98,7 @@ def test_settings_of_a_trained_folder_are_used(tiny_folder, tmp_path, encoder):
 
 
 def _chat(encoder, text):
-    return [{"role": "system", "content": encoder.settings["system_prompt"]}, {"role": "user", "content": text}]
+    return [
+        {"role": "system", "content": encoder.settings["system_prompt"]},
+        {"role": "user", "content": text},
+    ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.workers.rollout.base import finish
 from verl.workers.rollout.hf import HFRollout, _sample
@@ -20,7 +21,11 @@ def engine(stop_ids: list[int], max_num_seqs: int = 100, **kwargs) -> HFRollout:
 
 def greedy_reference(prompt: list[int], stop_ids: list[int], limit: int) -> list[int]:
     out = tiny_model().generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, eos_token_id=stop_ids or None, pad_token_id=0
+        torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=stop_ids or None,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 

@@ -14,7 +14,12 @@ from verl.workers.reward_manager.base import RewardOutput
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 
 WIDTH = 8
-LAYOUTS = {"several groups": [3, 2, 4, 5], "one group": [4], "one row per group": [1, 1, 1], "mixed": [1, 3, 2]}
+LAYOUTS = {
+    "several groups": [3, 2, 4, 5],
+    "one group": [4],
+    "one row per group": [1, 1, 1],
+    "mixed": [1, 3, 2],
+}
 WEIGHTS = {"temperature": 0.1, "clustering_weight": 0.3, "cross_group_weight": 0.7}
 
 
@@ -111,7 +116,12 @@ def slow_grace(rows: list[Row], row: Row, clustering: bool) -> dict[str, float]:
 def grace_weights(supervised: bool, with_scale: bool) -> dict[str, float]:
     scale = 10.0 if with_scale else 1.0
     sign = 1 if supervised else -1
-    return {"positive": scale, "negative": scale, "clustering": 0.3 * scale, "cross_group": sign * 0.7 * scale}
+    return {
+        "positive": scale,
+        "negative": scale,
+        "clustering": 0.3 * scale,
+        "cross_group": sign * 0.7 * scale,
+    }
 
 
 def slow_contrast(rows: list[Row], row: Row, temperature: float, masked: bool = True) -> float:
@@ -150,16 +160,12 @@ def furthest(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("with_scale", [True, False])
 @pytest.mark.parametrize("negatives", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grace_equals_its_loop(
-    layout: str, negatives: bool, with_scale: bool, clustering: bool, penalty: bool
-) -> None:
-    """Every raw term to 1e-6, the sum to what float32 keeps of values of about 10, the cut-off rows exactly -1."""
+def test_grace_equals_its_loop(layout: str, negatives: bool, with_scale: bool, clustering: bool, penalty: bool) -> None:
+    """Raw terms to 1e-6, their sum to what float32 keeps of values of about 10, cut-off rows exactly -1."""
     rows = make_rows(LAYOUTS[layout], negatives, truncated=True)
     main = positives(rows)
     assert any(row.truncated for row in main)
-    out = score(
-        rows, **WEIGHTS, with_scale=with_scale, enable_clustering=clustering, enable_length_penalty=penalty
-    )
+    out = score(rows, **WEIGHTS, with_scale=with_scale, enable_clustering=clustering, enable_length_penalty=penalty)
     raw = [slow_grace(rows, row, clustering) for row in main]
     weights = grace_weights(negatives, with_scale)
     assert set(out.columns) == {*raw[0], "before_penalty"}
@@ -225,13 +231,13 @@ def test_infonce_contrast_to_1e_6_at_temperatures_that_float32_allows(temperatur
 
 
 def test_false_negatives_in_the_example_matter() -> None:
-    """Guards the test above: leaving equal texts in would change what it compares with, in every way of being equal."""
+    """Guards the tests above: with the equal texts left in, they would expect something else."""
     rows = with_equal_texts(make_rows([3, 2, 4, 5]))
-    for uid in ("sample-0", "sample-2", "sample-3"):
-        row = next(r for r in positives(rows) if r.uid == uid)
-        assert abs(slow_contrast(rows, row, 0.1) - slow_contrast(rows, row, 0.1, masked=False)) > 1e-3
-    unmasked = next(r for r in positives(rows) if r.uid == "sample-1")
-    assert slow_contrast(rows, unmasked, 0.1) == slow_contrast(rows, unmasked, 0.1, masked=False)
+    effect = {uid: 0.0 for uid in sorted({row.uid for row in rows})}
+    for row in positives(rows):
+        change = slow_contrast(rows, row, 0.1) - slow_contrast(rows, row, 0.1, masked=False)
+        effect[row.uid] = max(effect[row.uid], change)
+    assert min(effect["sample-0"], effect["sample-2"], effect["sample-3"]) > 0.01, effect
 
 
 def test_infonce_where_every_other_candidate_is_a_false_negative_is_certain() -> None:
@@ -245,9 +251,7 @@ def test_a_cut_off_row_never_scores_above_its_group_with_infonce() -> None:
     main = positives(rows)
     out = score(rows, objective="infonce", temperature=0.1)
     for row, value in zip(main, out.scores.tolist(), strict=True):
-        finished = [
-            v for r, v in zip(main, out.scores.tolist(), strict=True) if r.uid == row.uid and not r.truncated
-        ]
+        finished = [v for r, v in zip(main, out.scores.tolist(), strict=True) if r.uid == row.uid and not r.truncated]
         if row.truncated:
             assert value <= min(finished) - 1.0 + 1e-5
 
@@ -308,7 +312,7 @@ def test_variance_shares_are_covariances_with_the_reward_and_sum_to_one(objectiv
 @pytest.mark.parametrize("objective", ["grace", "infonce"])
 @pytest.mark.parametrize("size", [2, 3, 5, 6, 7, 8])
 def test_variance_shares_of_identical_rows_are_zero(size: int, objective: str) -> None:
-    """The mean of equal float32 rewards is not always that reward; the rest must not be taken for variance."""
+    """float32 rounds the mean of equal rewards; what is left of them must not be taken for variance."""
     for seed in range(12):
         rows = make_rows([size, size], seed=seed)
         same = {row.uid: row.vector for row in positives(rows)}
@@ -350,7 +354,8 @@ def test_a_missing_column_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("temprature", "temperature"), ("cluster_weight", "clustering_weight"), ("zzz", None)]
+    ("wrong", "meant"),
+    [("temprature", "temperature"), ("cluster_weight", "clustering_weight"), ("zzz", None)],
 )
 def test_an_unknown_argument_lists_the_valid_ones_and_the_closest(wrong: str, meant: str | None) -> None:
     with pytest.raises(ConfigError) as error:
@@ -368,9 +373,7 @@ def test_a_temperature_that_is_not_positive_is_an_error(temperature: float) -> N
         HiddenRewardManager(temperature=temperature)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"temperature": "warm"}, {"objective": "triplet"}, {"with_scale": "perhaps"}]
-)
+@pytest.mark.parametrize("kwargs", [{"temperature": "warm"}, {"objective": "triplet"}, {"with_scale": "perhaps"}])
 def test_a_value_of_the_wrong_type_names_its_argument(kwargs: dict[str, Any]) -> None:
     (name, value), *_ = kwargs.items()
     with pytest.raises(ConfigError, match=rf"reward_model.reward_kwargs.{name}='{value}'"):

@@ -40,7 +40,9 @@ def modules() -> dict[str, Path]:
 
 
 def layer_of(module: str) -> int:
-    matches = [(len(p), i) for i, layer in enumerate(LAYERS) for p in layer if module == p or module.startswith(p + ".")]
+    matches = [
+        (len(p), i) for i, layer in enumerate(LAYERS) for p in layer if module == p or module.startswith(p + ".")
+    ]
     return max(matches)[1]
 
 
@@ -81,6 +83,9 @@ def test_nothing_imports_an_entry_point():
 
 
 def test_the_config_loads_nothing_heavy():
-    code = "import sys, verl.config, verl.embedding.prompts; print([m for m in ('torch','ray','transformers') if m in sys.modules])"
+    code = (
+        "import sys, verl.config, verl.embedding.prompts; "
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The reward manager `naive`, its rules, and loading a reward manager or a score function from a user's file."""
+"""The reward manager `naive`, its rules, and loading a manager or a score function from a user's file."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,12 @@ def make_rows(cases: list[tuple[str, str, str]]) -> DataProto:
     )
 
 
-CASES = [("gsm8k", "#### 5", "5"), ("exact_match", "Rome", "Paris"), ("gsm8k", "so 6", "6"), ("gsm8k", "9", "6")]
+CASES = [
+    ("gsm8k", "#### 5", "5"),
+    ("exact_match", "Rome", "Paris"),
+    ("gsm8k", "so 6", "6"),
+    ("gsm8k", "9", "6"),
+]
 
 
 def test_each_row_is_scored_by_the_rule_of_its_data_source() -> None:
@@ -97,7 +102,11 @@ def test_each_row_is_scored_by_the_rule_of_its_data_source() -> None:
 
 def test_dict_results_become_scores_metrics_and_columns() -> None:
     def compute(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> dict[str, float]:
-        return {"length": len(solution_str), "score": extra_info["index"] / 4, "known": data_source == "gsm8k"}
+        return {
+            "length": len(solution_str),
+            "score": extra_info["index"] / 4,
+            "known": data_source == "gsm8k",
+        }
 
     out = NaiveRewardManager(compute)(make_rows(CASES))
     assert out.scores.tolist() == [0.0, 0.25, 0.5, 0.75]
@@ -108,7 +117,7 @@ def test_dict_results_become_scores_metrics_and_columns() -> None:
     assert out.metrics == pytest.approx({"length": 3.75, "known": 0.75}, abs=1e-6)
 
 
-USER_FILE = '''
+USER_FILE = """
 import torch
 from verl.workers.reward_manager.base import RewardOutput
 
@@ -131,7 +140,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0
 
 def shout(data_source, solution_str, ground_truth, extra_info):
     return float(solution_str.isupper())
-'''
+"""
 
 
 @pytest.fixture
@@ -157,7 +166,11 @@ def run_config(tmp_path: Path, manager: str, kwargs: dict[str, Any] | None = Non
 def test_hidden_is_built_with_its_arguments(tmp_path: Path) -> None:
     manager = load_reward_manager(run_config(tmp_path, "hidden", {"temperature": 0.1, "with_scale": False}))
     assert isinstance(manager, HiddenRewardManager)
-    assert (manager.config.temperature, manager.config.with_scale, manager.config.cross_group_weight) == (0.1, False, 0.2)
+    assert (manager.config.temperature, manager.config.with_scale, manager.config.cross_group_weight) == (
+        0.1,
+        False,
+        0.2,
+    )
     assert manager.needs_embeddings is True
 
 
@@ -176,7 +189,10 @@ def test_naive_uses_the_function_of_the_users_file_with_its_arguments(tmp_path: 
 
 def test_naive_uses_the_function_of_the_given_name(tmp_path: Path, user_file: Path) -> None:
     config = run_config(tmp_path, "naive", path=str(user_file), name="shout")
-    assert load_reward_manager(config)(make_rows([("x", "AB", ""), ("x", "Ab", "")])).scores.tolist() == [1.0, 0.0]
+    assert load_reward_manager(config)(make_rows([("x", "AB", ""), ("x", "Ab", "")])).scores.tolist() == [
+        1.0,
+        0.0,
+    ]
 
 
 def test_a_class_of_the_users_file_is_built_with_reward_kwargs(tmp_path: Path, user_file: Path) -> None:
@@ -204,18 +220,24 @@ def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Pa
 
 
 def test_an_unknown_manager_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reward_manager=hiden is unknown; known: hidden, naive, or path/to/file.py:"):
+    with pytest.raises(
+        ConfigError, match=r"reward_manager=hiden is unknown; known: hidden, naive, or path/to/file.py:"
+    ):
         load_reward_manager(run_config(tmp_path, "hiden"))
 
 
-@pytest.mark.parametrize(("name", "missing"), [("absent.py:LengthReward", "absent.py"), ("my_reward.py:Other", "'Other'")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("absent.py:LengthReward", "absent.py"), ("my_reward.py:Other", "'Other'")]
+)
 def test_a_missing_file_or_class_is_named(tmp_path: Path, user_file: Path, name: str, missing: str) -> None:
     with pytest.raises(ConfigError, match="^reward_model.reward_manager: ") as error:
         load_reward_manager(run_config(tmp_path, str(tmp_path / name)))
     assert missing in str(error.value)
 
 
-@pytest.mark.parametrize(("file", "name", "missing"), [("absent.py", "shout", "absent.py"), ("my_reward.py", "sing", "'sing'")])
+@pytest.mark.parametrize(
+    ("file", "name", "missing"), [("absent.py", "shout", "absent.py"), ("my_reward.py", "sing", "'sing'")]
+)
 def test_a_missing_function_or_its_file_is_named(
     tmp_path: Path, user_file: Path, file: str, name: str, missing: str
 ) -> None:

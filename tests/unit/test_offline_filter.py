@@ -207,10 +207,7 @@ def test_filtering_again_replaces_the_lengths(tmp_path: Path, tokenizer_path: st
     write_chats(tmp_path / "in.parquet", [chat("a"), chat("bb")], prompt_lengths=pa.array(["old", "old"]))
     common = ["--tokenizer_path", tokenizer_path, "--out_dir"]
     assert run("--train_parquet", tmp_path / "in.parquet", *common, tmp_path / "one") == 0
-    assert (
-        run("--train_parquet", tmp_path / "one/train.parquet", *common, tmp_path / "two", "--max_len", 999)
-        == 0
-    )
+    assert run("--train_parquet", tmp_path / "one/train.parquet", *common, tmp_path / "two", "--max_len", 999) == 0
     one, two = (pq.read_table(tmp_path / name / "train.parquet") for name in ("one", "two"))
     assert one.to_pylist() == two.to_pylist()
     assert two.column_names == ["prompt", "prompt_lengths"]
@@ -303,9 +300,7 @@ def test_odd_inputs_fail_with_one_line(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_bad_tokenizers_and_arguments(
-    tmp_path: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_tokenizers_and_arguments(tmp_path: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "train.parquet"
     write_chats(path, [chat("a")])
     bare = AutoTokenizer.from_pretrained(tokenizer_path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
+
 from verl.models.packing import Row, pack
 from verl.models.policy import ATTENTION, PolicyModel
 
@@ -79,7 +80,9 @@ def test_packed_equals_padded_with_gradients(share, checkpointing, tie):
     torch.testing.assert_close(out.embeddings, vectors, atol=1e-6, rtol=1e-5)
     expected = dict(reference.named_parameters())
     for name, parameter in policy.lm.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_sharing_computes_a_prompt_and_the_common_beginning_once():
@@ -126,9 +129,9 @@ def test_rows_beyond_a_sliding_window_are_an_error():
 
 
 def test_a_model_whose_logits_are_changed_after_the_head_is_refused(tmp_path, monkeypatch):
+    from tiny import save_tiny
     from transformers import Qwen2ForCausalLM
 
-    from tiny import save_tiny
     from verl.models.policy import load_causal_lm
 
     folder = str(save_tiny(tmp_path / "model"))

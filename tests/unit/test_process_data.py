@@ -68,9 +68,7 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
 
 
-def reference_triplet(
-    split: str, index: int, line_idx: int, texts: tuple[str, str, str], source: str | None
-) -> dict:
+def reference_triplet(split: str, index: int, line_idx: int, texts: tuple[str, str, str], source: str | None) -> dict:
     query, positive, negative = texts
     return {
         "data_source": "supervised",
@@ -166,9 +164,7 @@ EXPECTED_SCHEMAS = {
 
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
 @pytest.mark.parametrize("ratio", [0, 0.5])
-def test_both_splits_have_the_schema_even_if_empty_or_without_sources(
-    tmp_path: Path, mode: str, ratio: float
-) -> None:
+def test_both_splits_have_the_schema_even_if_empty_or_without_sources(tmp_path: Path, mode: str, ratio: float) -> None:
     good = [triplet(i) | {"text": f"t {i}"} for i in range(4)]  # no source anywhere
     assert run(mode, write_jsonl(tmp_path / "in.jsonl", good), tmp_path, "--test_ratio", ratio) == 0
     for split, rows in (("train", 4 - int(4 * ratio)), ("test", int(4 * ratio))):
@@ -208,9 +204,7 @@ def test_csv_and_parquet_give_the_rows_of_jsonl(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", records)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet")
     with (tmp_path / "in.CSV").open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["source", "negative", "query", "positive"]
-        )  # read by name, not position
+        writer = csv.DictWriter(file, ["source", "negative", "query", "positive"])  # read by name, not position
         writer.writeheader()
         writer.writerows(records)
     for name in ("in.jsonl", "in.parquet", "in.CSV"):
@@ -256,9 +250,7 @@ def test_txt_is_texts_or_json_lines_by_mode(tmp_path: Path) -> None:
 # ---- split, duplicates ----
 
 
-@pytest.mark.parametrize(
-    ("num", "ratio"), [(7, 0.3), (100, 0.01), (99, 0.01), (3, 0.999), (10, 0.7), (1, 0.5)]
-)
+@pytest.mark.parametrize(("num", "ratio"), [(7, 0.3), (100, 0.01), (99, 0.01), (3, 0.999), (10, 0.7), (1, 0.5)])
 def test_leading_split(tmp_path: Path, num: int, ratio: float) -> None:
     texts = [f"text {i}" for i in range(num)]
     assert run("unsupervised", write_texts(tmp_path / "in.txt", texts), tmp_path, "--test_ratio", ratio) == 0
@@ -277,8 +269,7 @@ def test_seeded_split_is_exact_repeatable_and_keeps_the_order(tmp_path: Path) ->
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("unsupervised", source, tmp_path / name, "--test_ratio", 0.013, "--seed", seed) == 0
         test, train = (
-            [row["extra_info"]["line_idx"] for row in rows_of(tmp_path / name, split)]
-            for split in ("test", "train")
+            [row["extra_info"]["line_idx"] for row in rows_of(tmp_path / name, split)] for split in ("test", "train")
         )
         assert len(test) == int(num * 0.013)
         assert sorted(test + train) == list(range(num))
@@ -304,15 +295,13 @@ def test_seeded_split_is_fair() -> None:
 def test_duplicates_and_overlap_equal_brute_force(tmp_path: Path, seed: int | None) -> None:
     rng = random.Random(0)
     records = [
-        {k: str(rng.randint(0, 6)) for k in ("query", "positive", "negative")} | {"source": f"s{i}"}
-        for i in range(600)
+        {k: str(rng.randint(0, 6)) for k in ("query", "positive", "negative")} | {"source": f"s{i}"} for i in range(600)
     ]
     source = write_jsonl(tmp_path / "in.jsonl", records)
     more = [] if seed is None else ["--seed", seed]
     assert run("supervised", source, tmp_path, "--test_ratio", 0.1, *more) == 0
     parts = {
-        split: [tuple(row["multi_input"].values()) for row in rows_of(tmp_path, split)]
-        for split in ("train", "test")
+        split: [tuple(row["multi_input"].values()) for row in rows_of(tmp_path, split)] for split in ("train", "test")
     }
     counts = counts_of(tmp_path)
     assert counts["duplicates"] == 600 - len(set(parts["train"] + parts["test"])) > 0
@@ -363,11 +352,7 @@ def test_a_bad_line_is_rejected_and_the_rest_is_kept(tmp_path: Path, bad: bytes,
     assert entry["excerpt"] == bad[:120].decode(errors="replace")
     counts = counts_of(tmp_path / "out")
     assert (counts["lines"], counts["accepted"], counts["rejected"]) == (201, 200, 1)
-    lines = [
-        row["extra_info"]["line_idx"]
-        for split in ("test", "train")
-        for row in rows_of(tmp_path / "out", split)
-    ]
+    lines = [row["extra_info"]["line_idx"] for split in ("test", "train") for row in rows_of(tmp_path / "out", split)]
     assert lines == [*range(50), *range(51, 201)]
 
 
@@ -582,9 +567,7 @@ def test_failures_are_one_line_and_exit_2(
     assert left <= {"rejected.jsonl"}
 
 
-def test_wrong_parquet_columns_folders_and_overwriting(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_parquet_columns_folders_and_overwriting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"title": ["a"]}), tmp_path / "in.parquet")
     assert run("unsupervised", tmp_path / "in.parquet", tmp_path / "out") == 2
     assert "has the columns title; --mode unsupervised needs text|sentence" in one_complaint(capsys)
@@ -662,9 +645,7 @@ def test_copies(tmp_path: Path) -> None:
         assert found == {name: (out / name).read_bytes() for name in names}
 
 
-def test_failing_copies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_texts(tmp_path / "in.txt", ["a", "b"])
     for target, cause in [(str(source), "FileExistsError"), ("nosuch://x/y", "Protocol not known: nosuch")]:
         assert run("unsupervised", source, tmp_path / "out", "--hdfs_dir", target) == 2
@@ -697,8 +678,7 @@ def program(*argv: object) -> list[str]:
 
 def test_imports_are_light() -> None:
     code = (
-        "import sys, process_data; "
-        "print([m for m in ('torch', 'ray', 'transformers', 'datasets') if m in sys.modules])"
+        "import sys, process_data; print([m for m in ('torch', 'ray', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -709,9 +689,7 @@ def test_progress_shows_on_a_terminal_and_only_there(tmp_path: Path) -> None:
     argv = program("--mode", "unsupervised", "--input_file", source, "--local_dir", tmp_path)
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stderr == ""
     ours, theirs = pty.openpty()
-    subprocess.run(
-        argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, env=os.environ | {"TERM": "xterm"}
-    )
+    subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, env=os.environ | {"TERM": "xterm"})
     os.close(theirs)
     assert b"reading" in os.read(ours, 65_536)
     os.close(ours)
@@ -731,8 +709,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         source = tmp_path / f"{num}.txt"
         with source.open("w") as file:
             file.writelines(f"{i:09d} {'word ' * 118}\n" for i in range(num))
-        peaks.append(
-            peak_mb(program("--mode", "unsupervised", "--input_file", source, "--local_dir", tmp_path))
-        )
+        peaks.append(peak_mb(program("--mode", "unsupervised", "--input_file", source, "--local_dir", tmp_path)))
         source.unlink()
     assert peaks[1] - peaks[0] < 72, peaks

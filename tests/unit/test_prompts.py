@@ -2,6 +2,7 @@
 
 import pytest
 from tiny import tiny_tokenizer
+
 from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer, rationale_messages
 
 TEXTS = ["How do I locate my card?", "naïve café 北京 🙂", "a", "line one\nline two", "user\nassistant"]
@@ -53,7 +54,9 @@ def test_no_room_for_any_text_is_an_error():
 
 def test_a_template_that_hides_the_users_text_is_an_error():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="0 times"):
         PromptRenderer(tokenizer).render([rationale_messages("hello")])
 

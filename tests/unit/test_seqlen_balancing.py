@@ -86,7 +86,7 @@ def test_groups_are_split_only_where_there_are_fewer_than_ranks() -> None:
 def test_micro_batches_keep_their_limits_and_are_as_full_as_they_allow(
     rows: tuple[list[int], list[int], list[int]], max_tokens: int | None, max_rows: int | None
 ) -> None:
-    """Fullness (the next row would not have fitted) holds only if a prompt is counted once per micro-batch."""
+    """Fullness (the next row would not fit) holds only if a prompt is counted once per micro-batch."""
     prompts = rows[0]
     batches = pack_rows(*rows, max_tokens=max_tokens, max_rows=max_rows)
     assert sorted(row for batch in batches for row in batch) == list(range(len(prompts)))

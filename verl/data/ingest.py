@@ -56,9 +56,7 @@ class Spool:
     def _flush(self) -> None:
         if self._rows:
             columns = zip(*self._rows, strict=True)
-            arrays = [
-                pa.array(column, type_) for column, type_ in zip(columns, self._schema.types, strict=True)
-            ]
+            arrays = [pa.array(column, type_) for column, type_ in zip(columns, self._schema.types, strict=True)]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
             self._rows, self._num_chars = [], 0
 
@@ -95,9 +93,7 @@ class RejectLog:
         self._file.close()
 
 
-def ingest(
-    records: Iterable[Record], mode: Mode, spool: Spool, rejects: RejectLog, max_samples: int | None
-) -> Counts:
+def ingest(records: Iterable[Record], mode: Mode, spool: Spool, rejects: RejectLog, max_samples: int | None) -> Counts:
     """Read `records` up to the `max_samples`-th good one, and sort them into `spool` and `rejects`."""
     counts = Counts()
     for record in records:

@@ -46,6 +46,4 @@ def copy_to(target: str, files: Iterable[Path]) -> None:
                 raise OSError(f"{copy} has {size} bytes there and {file.stat().st_size} here")
     except Exception as error:  # each file system raises its own kinds
         cause = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"the local files are complete, but their copy to {target} failed: {cause}"
-        ) from error
+        raise UserError(f"the local files are complete, but their copy to {target} failed: {cause}") from error

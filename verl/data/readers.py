@@ -99,8 +99,7 @@ def _json_record(line: Line) -> Record:
 def _check_columns(names: list[str], path: Path, mode: Mode) -> None:
     if not all(set(aliases) & set(names) for aliases in FIELDS[mode].values()):
         raise UserError(
-            f"{path} has the columns {', '.join(names) or '(none)'}; "
-            f"--mode {mode} needs {describe_fields(mode)}"
+            f"{path} has the columns {', '.join(names) or '(none)'}; --mode {mode} needs {describe_fields(mode)}"
         )
 
 

@@ -35,9 +35,7 @@ def _extra_info(mode: Mode) -> pa.DataType:
 _MULTI_INPUT = pa.struct(dict.fromkeys(("query", "instruction", "negative_document"), pa.string()))
 
 SCHEMAS: dict[Mode, pa.Schema] = {
-    "supervised": pa.schema(
-        {**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT}
-    ),
+    "supervised": pa.schema({**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT}),
     "unsupervised": pa.schema({**_COMMON, "extra_info": _extra_info("unsupervised")}),
 }
 

@@ -43,9 +43,7 @@ class GraceEncoder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings = {**_DEFAULTS, **_read_settings(Path(path))}
         self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.renderer = PromptRenderer(
-            self.tokenizer, self.settings["max_prompt_length"], self.settings["truncation"]
-        )
+        self.renderer = PromptRenderer(self.tokenizer, self.settings["max_prompt_length"], self.settings["truncation"])
         lm = load_causal_lm(path, trust_remote_code)
         if device == "cuda":
             lm = lm.to(device, torch.bfloat16)
@@ -112,7 +110,9 @@ class GraceEncoder:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 chosen = [prompts[i] for i in rows]
-                responses = self._think(chosen, max_new_tokens, temperature, seed + start) if think else [[] for _ in rows]
+                responses = (
+                    self._think(chosen, max_new_tokens, temperature, seed + start) if think else [[] for _ in rows]
+                )
                 for i, response, vector in zip(rows, responses, self._embed(chosen, responses), strict=True):
                     vectors[texts[i]] = vector
                     rationales[texts[i]] = self.tokenizer.decode(response, skip_special_tokens=True)

@@ -6,9 +6,7 @@ Shapes: N rows, K packed tokens, M pooled positions, H hidden size.
 import torch
 
 
-def mean_pool(
-    hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Tensor, num_rows: int
-) -> torch.Tensor:
+def mean_pool(hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Mean of the hidden states of each row's pooled positions, L2-normalised (arXiv 2510.04506).
 
     The sum, the mean and the norm are taken in float32, whatever the states' dtype.

@@ -130,9 +130,7 @@ class PromptRenderer:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
-    def _finish(
-        self, frame: tuple[str, str], text: str, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> Prompt:
+    def _finish(self, frame: tuple[str, str], text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Prompt:
         prefix, suffix = frame
         shortened = False
         if self.max_length is not None and len(ids) > self.max_length:

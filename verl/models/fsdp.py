@@ -33,7 +33,9 @@ def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload
         raise ConfigError(
             f"actor_rollout_ref.actor.fsdp_config.fsdp_size={group} does not divide the {world_size} workers"
         )
-    shape, names = ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
+    shape, names = (
+        ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
+    )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":
@@ -53,7 +55,9 @@ def decoder_layers(policy: PolicyModel) -> list[nn.Module]:
     names = set(policy.lm._no_split_modules or [])
     layers = [m for m in policy.lm.modules() if type(m).__name__ in names]
     if not layers:
-        raise ConfigError(f"models of type {policy.lm.config.model_type!r} name no decoder layers; they cannot be sharded")
+        raise ConfigError(
+            f"models of type {policy.lm.config.model_type!r} name no decoder layers; they cannot be sharded"
+        )
     return layers
 
 

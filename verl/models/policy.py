@@ -73,9 +73,7 @@ class PolicyModel(nn.Module):
         scored, entropies = self._score(hidden[packed.score_token], packed.score_target, temperature, entropy)
         return PolicyOutput(scored, entropies, vectors)
 
-    def _score(
-        self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _score(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies of `target` [S] from `hidden` [S,H], chunk by chunk."""
         head = self.lm.get_output_embeddings()
         chunk = max(1, _LOGITS_BYTES // (4 * self.lm.config.get_text_config().vocab_size))
@@ -98,7 +96,7 @@ def _score_chunk(
     return log_probs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0913 - transformers' interface
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -173,7 +171,11 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(override_config or {}))
     lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        path,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
     )
     plain = _probe_plain(lm)
     lm.set_attn_implementation(ATTENTION)

@@ -20,9 +20,6 @@ from verl.single_controller.worker import Worker, WorkerPlace
 
 _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
-# glibc gives every large buffer back to the kernel and faults it in again at the next use; decoding on a
-# CPU makes and drops some in every step, which costs 5 % at best and stalls of minutes in virtual machines.
-_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
 
 
 class WorkerError(RuntimeError):
@@ -41,7 +38,12 @@ class RayWorkerGroup:
     """
 
     def __init__(
-        self, worker_class: type[Worker], args: Sequence[Any], num_nodes: int, workers_per_node: int, device: str
+        self,
+        worker_class: type[Worker],
+        args: Sequence[Any],
+        num_nodes: int,
+        workers_per_node: int,
+        device: str,
     ) -> None:
         self.world_size = num_nodes * workers_per_node
         self.bytes_moved = 0
@@ -59,9 +61,7 @@ class RayWorkerGroup:
         assert dispatch_mode(method) is Dispatch.ONE_TO_ALL, method
         return _collect([getattr(worker, method.__name__).remote(*args) for worker in self._workers])[0]
 
-    def map_rows(
-        self, method: Callable[..., Any], rows: DataProto, parts: list[list[int]], *args: Any
-    ) -> list[Any]:
+    def map_rows(self, method: Callable[..., Any], rows: DataProto, parts: list[list[int]], *args: Any) -> list[Any]:
         """Call a registered method with each rank's part of the rows; return the ranks' results.
 
         Args:
@@ -109,17 +109,13 @@ class RayWorkerGroup:
         for placement in self._placements:
             ray.util.remove_placement_group(placement)
 
-    def _start(
-        self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace, workers_per_node: int
-    ) -> Any:
+    def _start(self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace, workers_per_node: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._placements[place.rank // workers_per_node],
             placement_group_bundle_index=place.rank % workers_per_node,
         )
         # Ray sets OMP_NUM_THREADS to the CPUs of the slot, which would leave a CPU worker with one thread.
         environment = {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": str(place.num_threads)}
-        if place.device == "cpu":
-            environment |= _KEEP_BUFFERS
         remote_class = ray.remote(worker_class).options(
             num_cpus=1,
             num_gpus=1 if place.device == "cuda" else 0,
@@ -162,8 +158,8 @@ def _reserve(workers: int, device: str) -> PlacementGroup:
         ]
         free = ray.available_resources()
         raise ConfigError(
-            f"no node has room for trainer.n_gpus_per_node={workers} workers on {device} after {_PLACEMENT_TIMEOUT_S} s. "
-            f"Nodes: {', '.join(nodes)}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+            f"no node has room for trainer.n_gpus_per_node={workers} workers on {device} in {_PLACEMENT_TIMEOUT_S} s."
+            f" Nodes: {', '.join(nodes)}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
             "Lower n_gpus_per_node or nnodes, stop the job that holds them (ray list actors), or add nodes "
             "(ray start) and set RAY_ADDRESS."
         ) from None

@@ -8,6 +8,7 @@ and the devices started. Exit code 2: something given is wrong, and the message 
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -96,7 +97,14 @@ def run(config: RunConfig) -> None:
             ActorRolloutRefWorker, (config, plan.total_steps), config.trainer.nnodes, workers_per_node, device
         )
         trainer = RayPPOTrainer(
-            config, plan, dataset, val_dataset, renderer, reward_manager, ActorRolloutRefGroup(group), resume_from
+            config,
+            plan,
+            dataset,
+            val_dataset,
+            renderer,
+            reward_manager,
+            ActorRolloutRefGroup(group),
+            resume_from,
         )
         trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", plan.lines())
         trainer.fit()
@@ -127,7 +135,7 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
     if workers > available:
         raise ConfigError(
             f"trainer.n_gpus_per_node={workers}, but this machine has {available} "
-            f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker here)'}; set it to {available} or less."
+            f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
         )
     return device, workers
 
@@ -141,7 +149,9 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     model, data = config.actor_rollout_ref.model, config.data
     assert model.path is not None
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    model_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
+    model_config = AutoConfig.from_pretrained(
+        model.path, trust_remote_code=model.trust_remote_code, **model.override_config
+    )
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     wanted = data.max_prompt_length + data.max_response_length
     if context is not None and wanted > context:
@@ -156,20 +166,22 @@ def start_ray(config: RunConfig, world_size: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="error")
+        ray.init(logging_level=logging.ERROR)
         return
     if config.trainer.nnodes > 1:
         raise ConfigError(
-            f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one machine, "
-            "`ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
+            f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
+            "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
     cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="error")
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python3 -m verl.trainer.main_ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m verl.trainer.main_ppo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-name", default="ppo_trainer")
     parser.add_argument("--config-path", type=Path, default=CONFIG_DIR)

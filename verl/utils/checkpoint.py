@@ -10,7 +10,6 @@ A step is written under a temporary name and renamed when whole; `latest` is wri
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +36,9 @@ def temporary_folder(run_dir: Path, step: int) -> Path:
     return run_dir / f".{STEP_PREFIX}{step}.writing"
 
 
-def save_training_state(folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int) -> None:
+def save_training_state(
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+) -> None:
     """Write weights, optimizer, schedule and RNG; all ranks call it with the same folder."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
@@ -45,10 +46,12 @@ def save_training_state(folder: Path, model: torch.nn.Module, optimizer: Optimiz
     torch.save(extra, folder / f"extra_rank_{rank}.pt")
 
 
-def load_training_state(folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int) -> None:
+def load_training_state(
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+) -> None:
     """Read what `save_training_state` wrote, on any number of ranks."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     own = folder / f"extra_rank_{rank}.pt"
@@ -60,7 +63,12 @@ def load_training_state(folder: Path, model: torch.nn.Module, optimizer: Optimiz
 
 
 def save_transformers_folder(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], lm: Any, tokenizer: Any, embedder: dict[str, Any], rank: int
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    lm: Any,
+    tokenizer: Any,
+    embedder: dict[str, Any],
+    rank: int,
 ) -> None:
     """Write a folder that transformers loads, in the dtype of the model that training started from.
 
@@ -90,7 +98,7 @@ def publish(run_dir: Path, step: int, trainer_state: dict[str, Any], keep: int |
     written.rename(final)
     latest = run_dir / f".{LATEST}.writing"
     latest.write_text(f"{step}\n")
-    os.replace(latest, run_dir / LATEST)
+    latest.replace(run_dir / LATEST)
     steps = sorted(saved_steps(run_dir))
     for old in steps[:-keep] if keep else []:
         shutil.rmtree(step_folder(run_dir, old))

@@ -31,7 +31,9 @@ class PromptDataset(Dataset):
         ConfigError: a file is not parquet, lacks a column, or no sample is left.
     """
 
-    def __init__(self, files: Sequence[str], config: DataConfig, roles: Sequence[str], renderer: PromptRenderer) -> None:
+    def __init__(
+        self, files: Sequence[str], config: DataConfig, roles: Sequence[str], renderer: PromptRenderer
+    ) -> None:
         self.config = config
         self.roles = roles
         self.supervised = (config.train_mode or "supervised") == "supervised"
@@ -159,5 +161,3 @@ def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
     for i, row in enumerate(ids):
         padded[i, width - len(row) :] = torch.tensor(row)
     return padded
-
-

@@ -6,7 +6,7 @@ over it.
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 
 def balanced_partitions(costs: Sequence[int], num_parts: int) -> list[list[int]]:
@@ -24,7 +24,7 @@ def balanced_partitions(costs: Sequence[int], num_parts: int) -> list[list[int]]
     return [sorted(part) for part in parts]
 
 
-def partition_rows(groups: Sequence[Hashable], costs: Sequence[int], num_parts: int) -> list[list[int]]:
+def partition_rows(groups: Iterable[Hashable], costs: Sequence[int], num_parts: int) -> list[list[int]]:
     """Split rows over ranks by cost, whole groups at a time where there are enough groups.
 
     Rows of a group share their prompt, so a group that stays together is computed with one prompt.
@@ -32,7 +32,7 @@ def partition_rows(groups: Sequence[Hashable], costs: Sequence[int], num_parts: 
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
-    units = list(members.values()) if len(members) >= num_parts else [[row] for row in range(len(groups))]
+    units = list(members.values()) if len(members) >= num_parts else [[row] for row in range(len(costs))]
     parts = balanced_partitions([sum(costs[row] for row in unit) for unit in units], num_parts)
     return [[row for unit in part for row in units[unit]] for part in parts]
 

@@ -12,7 +12,8 @@ from verl.config import ConfigError
 
 
 class Tracker(Protocol):
-    run_id: str | None
+    @property
+    def run_id(self) -> str | None: ...
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 

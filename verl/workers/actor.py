@@ -87,7 +87,12 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
 
 @torch.no_grad()
 def score(
-    policy: PolicyModel, rows: DataProto, limit: MicroBatchLimit, temperature: float, embed: bool, entropy: bool
+    policy: PolicyModel,
+    rows: DataProto,
+    limit: MicroBatchLimit,
+    temperature: float,
+    embed: bool,
+    entropy: bool,
 ) -> DataProto:
     """One packed forward over a rank's rows.
 
@@ -130,7 +135,12 @@ class Actor:
     """
 
     def __init__(
-        self, policy: PolicyModel, config: ActorConfig, temperature: float, max_response_length: int, total_steps: int
+        self,
+        policy: PolicyModel,
+        config: ActorConfig,
+        temperature: float,
+        max_response_length: int,
+        total_steps: int,
     ) -> None:
         self.policy = policy
         self.config = config
@@ -172,8 +182,8 @@ class Actor:
         order = [i for _ in range(self.config.ppo_epochs) for i in range(num_mini_batches)]
         steps = [self._step(rows[mini_batch == i]) for i in order]
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
-        metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
-        metrics["lr"] = self.scheduler.get_last_lr()[0]
+        metrics["skipped_steps"] = float(sum(step["skipped_steps"] for step in steps))
+        metrics["lr"] = float(self.scheduler.get_last_lr()[0])
         return metrics
 
     def end_step(self) -> None:
@@ -222,7 +232,11 @@ class Actor:
             return out.log_probs.sum(), {}
         old, advantages = (rows.batch[k][where].to(device) for k in ("old_log_probs", "advantages"))
         weights = token_weights(
-            rows.batch["response_length"], config.loss_agg_mode, total_tokens, total_rows, self.max_response_length
+            rows.batch["response_length"],
+            config.loss_agg_mode,
+            total_tokens,
+            total_rows,
+            self.max_response_length,
         ).to(device)
         token_share = 1.0 / total_tokens
         losses, indicators = policy_loss(old, out.log_probs, advantages, self.clip)

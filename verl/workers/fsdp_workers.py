@@ -84,7 +84,12 @@ class ActorRolloutRefWorker(Worker):
         """One forward: `log_probs` of the trained rows, and `embeddings` and `entropy` where asked for."""
         self._load_params()
         columns = score(
-            self.actor.policy, rows, self._score_limit(), self.config.rollout.temperature, embed=embed, entropy=entropy
+            self.actor.policy,
+            rows,
+            self._score_limit(),
+            self.config.rollout.temperature,
+            embed=embed,
+            entropy=entropy,
         )
         self._offload_params()
         return columns
@@ -96,7 +101,12 @@ class ActorRolloutRefWorker(Worker):
         if self.config.ref.fsdp_config.param_offload:
             self.reference.to(self.device)
         columns = score(
-            self.reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
+            self.reference,
+            rows,
+            self._ref_limit(),
+            self.config.rollout.temperature,
+            embed=False,
+            entropy=False,
         )
         if self.config.ref.fsdp_config.param_offload:
             self.reference.to("cpu")
@@ -209,7 +219,9 @@ class ActorRolloutRefWorker(Worker):
     def _ref_limit(self) -> MicroBatchLimit:
         ref = self.config.ref
         return self._limit(
-            ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu, ref.log_prob_micro_batch_size_per_gpu
+            ref.log_prob_use_dynamic_bsz,
+            ref.log_prob_max_token_len_per_gpu,
+            ref.log_prob_micro_batch_size_per_gpu,
         )
 
     def _limit(self, dynamic: bool | None, max_tokens: int | None, max_rows: int | None) -> MicroBatchLimit:

@@ -4,7 +4,7 @@ Tensors and scalars in, tensors out: no config objects, no distributed calls, no
 Shapes: N rows, R response tokens, S response tokens of all rows in one line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,13 @@ def register_adv_est(name: str) -> Callable[[AdvantageFn], AdvantageFn]:
 def get_adv_estimator_fn(name: str) -> AdvantageFn:
     """Raises ValueError with the known names for an unknown one."""
     if name not in _ADVANTAGE_ESTIMATORS:
-        raise ValueError(f"algorithm.adv_estimator={name} is unknown; known: {', '.join(sorted(_ADVANTAGE_ESTIMATORS))}")
+        raise ValueError(
+            f"algorithm.adv_estimator={name} is unknown; known: {', '.join(sorted(_ADVANTAGE_ESTIMATORS))}"
+        )
     return _ADVANTAGE_ESTIMATORS[name]
 
 
-def group_index(uid: Sequence[Any]) -> Tensor:
+def group_index(uid: Iterable[Any]) -> Tensor:
     """[N] int64: groups numbered 0..G-1 by first appearance of their uid."""
     seen: dict[Any, int] = {}
     return torch.tensor([seen.setdefault(u, len(seen)) for u in uid], dtype=torch.int64)

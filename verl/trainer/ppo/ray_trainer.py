@@ -20,7 +20,13 @@ from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer
 from verl.protocol import DataProto, object_array, response_mask
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.core_algos import KlController, get_adv_estimator_fn, group_index, kl_penalty
-from verl.trainer.ppo.metrics import duplicate_share, length_metrics, mismatch_metrics, reward_metrics, time_metrics
+from verl.trainer.ppo.metrics import (
+    duplicate_share,
+    length_metrics,
+    mismatch_metrics,
+    reward_metrics,
+    time_metrics,
+)
 from verl.utils.checkpoint import latest_step, publish, step_folder, temporary_folder
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.utils.progress import RunDisplay, Stopwatch
@@ -145,7 +151,10 @@ class RayPPOTrainer:
         with self.display.generating(len(rows)) as advance:
             responses = self.workers.generate(rows, seed, self.config.data.max_response_length, advance)
         rows = rows.union(responses)
-        ids = [r[:length].tolist() for r, length in zip(rows.batch["responses"], rows.batch["response_length"], strict=True)]
+        ids = [
+            r[:length].tolist()
+            for r, length in zip(rows.batch["responses"], rows.batch["response_length"], strict=True)
+        ]
         rows.non_tensor_batch["rationale"] = object_array(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
         return rows
 
@@ -308,4 +317,5 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def _renamed(rows: DataProto, old: str, new: str) -> DataProto:
-    return DataProto.from_dict({new if name == old else name: tensor for name, tensor in rows.batch.items()})
+    names = [str(name) for name in rows.batch.keys()]
+    return DataProto.from_dict({new if name == old else name: rows.batch[name] for name in names})

@@ -25,7 +25,8 @@ def load_reward_manager(config: RunConfig) -> RewardManager:
     if name in REWARD_MANAGERS:
         manager_class = REWARD_MANAGERS[name]
     elif ":" in name:
-        manager_class = load_from_file(*name.rsplit(":", 1), key="reward_model.reward_manager")
+        path, class_name = name.rsplit(":", 1)
+        manager_class = load_from_file(path, class_name, key="reward_model.reward_manager")
     else:
         raise ConfigError(
             f"reward_model.reward_manager={name} is unknown; known: {', '.join(REWARD_MANAGERS)}, "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from verl.config import HiddenRewardConfig, build_reward_kwargs
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import group_index, group_mean_std, group_size, group_sum
+from verl.trainer.ppo.core_algos import group_index, group_mean_std, group_size
 from verl.workers.reward_manager.base import RewardOutput, trained
 
 CUT_OFF_REWARD = -1.0
@@ -80,9 +80,7 @@ def cross_group_unsupervised(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
     return (similarity.sum(1) - own) / (num_groups - 1)
 
 
-def contrast(
-    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], temperature: float
-) -> Tensor:
+def contrast(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], temperature: float) -> Tensor:
     """[B] log-probability of the own query among the candidates (InfoNCE, arXiv 1807.03748).
 
     Candidates of a row of group g: its query, the other groups' queries, and every group's negative. A

@@ -94,9 +94,7 @@ class HFRollout:
         for step in range(max_new_tokens):
             token, log_prob = _sample(logits, temperature[rows], generator)
             stopped = torch.isin(token, self.stop_ids)
-            for row, t, lp, s in zip(
-                rows.tolist(), token.tolist(), log_prob.tolist(), stopped.tolist(), strict=True
-            ):
+            for row, t, lp, s in zip(rows.tolist(), token.tolist(), log_prob.tolist(), stopped.tolist(), strict=True):
                 ids[row].append(t)
                 log_probs[row].append(lp)
                 ended[row] = s
@@ -110,9 +108,7 @@ class HFRollout:
                 cache.batch_select_indices(going)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._step(token, mask, cache)
-        return [
-            Response(i, p, truncated=not e) for i, p, e in zip(ids, log_probs, ended, strict=True)
-        ]
+        return [Response(i, p, truncated=not e) for i, p, e in zip(ids, log_probs, ended, strict=True)]
 
     def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Run each different prompt once; give every row its prompt's logits, cache and mask."""
@@ -157,7 +153,9 @@ def _sample(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> 
         Tokens [B] int64 and their log-probs [B] float32 under the tempered distribution.
     """
     greedy = temperature == 0
-    scaled = (logits.float() / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(1)).log_softmax(-1)
+    scaled = (logits.float() / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(1)).log_softmax(
+        -1
+    )
     token = torch.multinomial(scaled.exp(), 1, generator=generator).squeeze(1)
     token = torch.where(greedy, logits.argmax(-1), token)
     return token, scaled.gather(1, token.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The main job in minutes, on a CPU: a real small model, the data programs, eight steps of training, and the
+# evaluation part of examples/ before and after. `make quickstart` calls it; everything lands in OUT.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+MODEL=models/SmolLM2-135M-Instruct
+OUT=${OUT:-checkpoints/GRACE/quickstart}
+STEPS=${STEPS:-8}
+TOKENS=16
+export PYTHON
+
+echo "== 1/4 model"
+"$PYTHON" scripts/get_demo_model.py
+echo "== 2/4 data"
+"$PYTHON" process_data.py --mode supervised --input_file examples/triplets.jsonl --local_dir data/quickstart --test_ratio 0.1
+"$PYTHON" offline_filter_data.py --train_parquet data/quickstart/train.parquet --val_parquet data/quickstart/test.parquet \
+    --out_dir data/quickstart_filtered --tokenizer_path "$MODEL" --max_len 160
+echo "== 3/4 training, $STEPS steps"
+TRAIN_FILE=data/quickstart_filtered/train.parquet bash train.sh trainer.default_local_dir="$OUT" \
+    trainer.experiment_name=quickstart trainer.total_training_steps="$STEPS" trainer.resume_mode=disable \
+    data.max_response_length=$TOKENS "$@"
+echo "== 4/4 evaluation: the same texts with the untrained and the trained model"
+"$PYTHON" scripts/evaluate_local.py --model before="$MODEL" --model after="$OUT/global_step_$STEPS/huggingface" \
+    --sts examples/eval/sts_pairs.jsonl --retrieval examples/eval --triplets data/quickstart_filtered/test.parquet \
+    --max_new_tokens $TOKENS --show 2 --json "$OUT/evaluation.json" \
+    --note "A demo: $STEPS small steps and one seed move these scores within their noise. docs/experiments.md has longer runs."
+echo "The trained model: $OUT/global_step_$STEPS/huggingface   curves: $OUT/metrics.jsonl   rationales: $OUT/samples/"

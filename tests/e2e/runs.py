@@ -1,0 +1,77 @@
+"""Running the programs as a user does, on the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parents[2]
+WORDS = "river stone paper cloud engine garden winter bottle window copper violin market island shadow".split()
+
+
+def write_triplets(file: Path, count: int = 24) -> Path:
+    lines = []
+    for i in range(count):
+        first, second, third = (WORDS[(i * k + k) % len(WORDS)] for k in (1, 3, 5))
+        triplet = {
+            "query": f"{first} {second}?",
+            "positive": f"the {second} of a {first} {i}",
+            "negative": f"no {third} {i}",
+        }
+        lines.append(json.dumps(triplet))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def write_texts(file: Path, count: int = 24) -> Path:
+    file.write_text("".join(f"{WORDS[i % 14]} and {WORDS[(3 * i + 1) % 14]} number {i}\n" for i in range(count)))
+    return file
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPO / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def prepare(mode: str, input_file: Path, folder: Path) -> Path:
+    done = program("process_data.py", "--mode", mode, "--input_file", str(input_file), "--local_dir", str(folder),
+                   "--test_ratio", "0.25")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def main_ppo(*overrides: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")}
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=REPO, timeout=400)
+
+
+def recipe(model: Path, data: Path, run_dir: Path, mode: str = "supervised") -> list[str]:
+    """A run of a few seconds: 4 samples a step, groups of 3, 10 new tokens."""
+    return [
+        f"+data.train_mode={mode}",
+        f"data.train_files={data}/train.parquet",
+        f"data.val_files={data}/test.parquet",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=220",
+        "data.max_response_length=10",
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        "actor_rollout_ref.rollout.n=3",
+        "algorithm.norm_adv_by_std_in_grpo=False",
+        "+reward_model.reward_kwargs.temperature=0.1",
+        "+reward_model.reward_kwargs.enable_length_penalty=False",
+        "trainer.device=cpu",
+        f"trainer.default_local_dir={run_dir}",
+    ]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "samples" / f"step_{step}.jsonl").read_text().splitlines()]

@@ -1,0 +1,89 @@
+"""What a user gets wrong: one clear message, exit code 2, and nothing half-written."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from runs import main_ppo, prepare, recipe, write_triplets
+from tiny import save_tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad_input")
+    return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
+
+
+def refused(run_dir: Path, overrides: list[str], *message: str) -> None:
+    done = main_ppo(*overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in message:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not run_dir.exists()
+
+
+def test_a_parquet_without_a_prompt_column(tmp_path, tiny_folder, data):
+    pq.write_table(pa.table({"text": ["a"], "other": [1]}), tmp_path / "odd.parquet")
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/odd.parquet"]
+    refused(tmp_path / "run", overrides, "lacks the column prompt", "it has text, other", "process_data.py")
+
+
+def test_a_file_that_is_not_parquet(tmp_path, tiny_folder, data):
+    (tmp_path / "odd.parquet").write_text("not parquet")
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/odd.parquet"]
+    refused(tmp_path / "run", overrides, "odd.parquet is not a parquet file")
+
+
+def test_texts_given_as_triplets(tmp_path, tiny_folder, data):
+    table = pq.read_table(data / "train.parquet").drop_columns(["multi_input"])
+    pq.write_table(table, tmp_path / "texts.parquet")
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/texts.parquet"]
+    refused(tmp_path / "run", overrides, "lacks the column multi_input", "+data.train_mode=unsupervised")
+
+
+def test_a_model_path_that_does_not_exist(tmp_path, data):
+    overrides = recipe(tmp_path / "no_model", data, tmp_path / "run")
+    refused(tmp_path / "run", overrides, "no_model' does not exist")
+
+
+def test_a_model_without_a_chat_template(tmp_path, data):
+    folder = save_tiny(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    refused(tmp_path / "run", recipe(folder, data, tmp_path / "run"), "has no chat template")
+
+
+def test_a_typo_in_a_reward_argument(tmp_path, tiny_folder, data):
+    overrides = [
+        *recipe(tiny_folder, data, tmp_path / "run"),
+        "+reward_model.reward_kwargs.clustring_weight=1",
+    ]
+    refused(tmp_path / "run", overrides, "clustring_weight", "Did you mean clustering_weight?")
+
+
+def test_a_missing_validation_file_when_validation_is_on(tmp_path, tiny_folder, data):
+    overrides = [
+        *recipe(tiny_folder, data, tmp_path / "run"),
+        "data.val_files=gone.parquet",
+        "trainer.test_freq=1",
+    ]
+    refused(tmp_path / "run", overrides, "data.val_files", "'gone.parquet' does not exist")
+
+
+def test_more_workers_than_cpus(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "trainer.n_gpus_per_node=999"]
+    refused(tmp_path / "run", overrides, "trainer.n_gpus_per_node=999, but this machine has")
+
+
+def test_a_misspelt_override(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "trainer.total_epoch=1"]
+    refused(tmp_path / "run", overrides, "Did you mean trainer.total_epochs?")
+
+
+def test_an_unknown_estimator(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "algorithm.adv_estimator=grop"]
+    refused(tmp_path / "run", overrides, "algorithm.adv_estimator=grop is unknown; known: grpo")

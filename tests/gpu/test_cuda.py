@@ -1,0 +1,66 @@
+"""What only a GPU shows: the packed forward on CUDA, flash-attention, a run with offload.
+
+Skipped, saying so, where there is no CUDA device.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from verl.models.packing import Row, pack
+from verl.models.policy import ATTENTION, PolicyModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def rows() -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(30, 12), (25, 40), (30, 1), (60, 25)]
+    return [
+        Row(*(tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in size), 20, True)
+        for size in sizes
+    ]
+
+
+def packed_outputs(device: str, dtype: torch.dtype, share: bool):
+    lm = tiny_model().to(device, dtype)
+    lm.set_attn_implementation(ATTENTION)
+    packed = pack(rows(), share).to(torch.device(device))
+    return PolicyModel(lm)(packed, 1.0, entropy=True, embeddings=True)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attention has no float32")
+@pytest.mark.parametrize("share", [True, False])
+def test_cuda_equals_cpu_in_float32(share):
+    cpu, cuda = packed_outputs("cpu", torch.float32, share), packed_outputs("cuda", torch.float32, share)
+    torch.testing.assert_close(cuda.log_probs.cpu(), cpu.log_probs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cuda.embeddings.cpu(), cpu.embeddings, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_on_cuda_is_near_float32():
+    cpu, cuda = packed_outputs("cpu", torch.float32, False), packed_outputs("cuda", torch.bfloat16, False)
+    assert (cuda.embeddings.cpu() * cpu.embeddings).sum(1).min() > 0.99
+    assert (cuda.log_probs.cpu() - cpu.log_probs).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_run_on_a_gpu(tmp_path, tiny_folder, offload):
+    from runs import main_ppo, prepare, read_metrics, recipe, write_triplets
+
+    data = prepare("supervised", write_triplets(tmp_path / "raw.jsonl"), tmp_path / "data")
+    overrides = [o for o in recipe(tiny_folder, data, tmp_path / "run") if not o.startswith("trainer.device")]
+    done = main_ppo(
+        *overrides, "trainer.device=cuda", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=2",
+        f"actor_rollout_ref.actor.fsdp_config.param_offload={offload}",
+        f"actor_rollout_ref.actor.fsdp_config.optimizer_offload={offload}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for m in read_metrics(tmp_path / "run"):
+        assert m["rollout/probs_diff_mean"] < 0.02
+        assert m["memory/gpu_peak_gb"] > 0
