@@ -698,6 +698,11 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             f"actor_rollout_ref.actor.clip_ratio_c={config.actor_rollout_ref.actor.clip_ratio_c} must be above 1."
         )
+    if config.custom_reward_function.path and config.reward_model.reward_manager != "naive":
+        raise ConfigError(
+            f"custom_reward_function.path={config.custom_reward_function.path} is read by "
+            f"reward_model.reward_manager=naive only, and that is {config.reward_model.reward_manager}; set one of them."
+        )
     if config.reward_model.reward_manager == "hidden":
         build_reward_kwargs(config.reward_model.reward_kwargs)
 

@@ -114,6 +114,7 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("data.train_files=/nowhere/train.parquet", "'/nowhere/train.parquet' does not exist"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro-batches need a size"),
+        ("custom_reward_function.path=mine.py", "is read by reward_model.reward_manager=naive only"),
         ("actor_rollout_ref.actor.clip_ratio_c=0.5", "clip_ratio_c=0.5 must be above 1"),
     ],
 )

@@ -382,6 +382,11 @@ def test_warm_up_rises_linearly_from_zero_to_the_peak() -> None:
     assert rates == pytest.approx([0.0, 0.125, 0.25, 0.375] + [0.5] * 9, abs=1e-12)
 
 
+def test_zero_warm_up_steps_are_not_replaced_by_the_ratio() -> None:
+    rates = learning_rates(OptimConfig(lr=0.5, lr_warmup_steps=0, lr_warmup_steps_ratio=0.5), 8)
+    assert rates == [0.5] * 9
+
+
 def test_warm_up_by_ratio_counts_steps_of_the_run() -> None:
     rates = learning_rates(OptimConfig(lr=0.5, lr_warmup_steps_ratio=0.25), 8)
     assert rates == pytest.approx([0.0, 0.25] + [0.5] * 7, abs=1e-12)

@@ -62,13 +62,19 @@ def group_size(group: Tensor) -> Tensor:
 
 
 def group_mean_std(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each row's group, both [N]; a group of one has mean 0 and std 1."""
-    size = group_size(group)
-    mean = group_sum(scores, group) / size
-    squares = group_sum((scores - mean[group]) ** 2, group)
+    """Mean and unbiased standard deviation of each row's group, both [N]; a group of one has mean 0 and std 1.
+
+    Computed in float64: in float32 the mean of equal scores can miss them by a rounding, which a division by
+    their tiny standard deviation would blow up to a real advantage.
+    """
+    size = group_size(group).double()
+    exact = scores.double()
+    mean = group_sum(exact, group) / size
+    squares = group_sum((exact - mean[group]) ** 2, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     alone = size == 1
-    return mean.masked_fill(alone, 0.0)[group], std.masked_fill(alone, 1.0)[group]
+    mean, std = mean.masked_fill(alone, 0.0)[group], std.masked_fill(alone, 1.0)[group]
+    return mean.to(scores.dtype), std.to(scores.dtype)
 
 
 @register_adv_est("grpo")
@@ -150,11 +156,12 @@ def _spread(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def _whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit (unbiased) variance over the masked entries; 0 elsewhere."""
+    """Zero mean and unit (unbiased) variance over the masked entries; 0 elsewhere. In float64, as group_mean_std."""
     count = mask.sum()
-    mean = (values * mask).sum() / count
-    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
-    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+    exact = values.double()
+    mean = (exact * mask).sum() / count
+    variance = ((exact - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    return ((exact - mean) * torch.rsqrt(variance + 1e-8) * mask).to(values.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The reward managers, and loading one by its config."""
 
 import importlib.util
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ def load_reward_manager(config: RunConfig) -> RewardManager:
             "or path/to/file.py:ClassName for your own."
         )
     try:
-        return manager_class(**kwargs)
+        manager = manager_class(**kwargs)
     except TypeError as error:
         raise ConfigError(f"reward_model.reward_kwargs do not fit {name}: {error}") from error
+    for attribute in ("needs_embeddings", "exclude_system_prompt"):
+        if not hasattr(manager, attribute):
+            raise ConfigError(
+                f"reward_model.reward_manager={name} lacks the attribute {attribute}; see examples/custom_reward.py."
+            )
+    return manager
 
 
 def load_from_file(path: str, name: str, key: str) -> Any:
@@ -46,6 +53,8 @@ def load_from_file(path: str, name: str, key: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name while it is being executed.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise ConfigError(f"{key}: {path!r} has no {name!r}.")

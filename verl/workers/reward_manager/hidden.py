@@ -13,7 +13,7 @@ from torch import Tensor
 
 from verl.config import HiddenRewardConfig, build_reward_kwargs
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import group_index, group_mean_std, group_size
+from verl.trainer.ppo.core_algos import group_index, group_size, group_sum
 from verl.workers.reward_manager.base import RewardOutput, trained
 
 CUT_OFF_REWARD = -1.0
@@ -141,12 +141,17 @@ def variance_shares(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
 
     The share is cov(term, reward) / var(reward): what part of the advantage comes from that term.
     """
-    total = total_reward(terms)
-    deviation = total - group_mean_std(total, g)[0]
-    variance = (deviation * total).sum()
+    deviations = {name: _within_group(term.weighted.double(), g) for name, term in terms.items()}
+    total = torch.stack(list(deviations.values())).sum(0)
+    variance = total.square().sum()
     if variance <= 1e-12:
         return dict.fromkeys(terms, 0.0)
-    return {name: float((deviation * term.weighted).sum() / variance) for name, term in terms.items()}
+    return {name: float((total * deviation).sum() / variance) for name, deviation in deviations.items()}
+
+
+def _within_group(values: Tensor, g: Tensor) -> Tensor:
+    """[B] values minus their group's mean."""
+    return values - (group_sum(values, g) / group_size(g).double())[g]
 
 
 def total_reward(terms: dict[str, Term]) -> Tensor:
