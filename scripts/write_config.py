@@ -9,12 +9,15 @@ are kept. With --check nothing is written: exit code 1 says that the two differ.
 import argparse
 import json
 import sys
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from verl.config import RunConfig, type_name
+from verl.config import RunConfig
 
 TARGET = Path(__file__).parent.parent / "verl/trainer/config/ppo_trainer.yaml"
 HEADER = "# All keys with their defaults. Generated from verl/config.py by scripts/write_config.py.\n"
@@ -29,6 +32,15 @@ def yaml_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
             about = (field.description or "").replace("\n", " ")
             yield f"{indent}# {about} [{type_name(field.annotation)}]"
             yield f"{indent}{name}: {json.dumps(field.default)}"
+
+
+def type_name(annotation: Any) -> str:
+    """A field's type as a reader writes it."""
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(type_name(a) for a in typing.get_args(annotation))
+    return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl.config import ConfigError, build_config
+from verl.config import ConfigError
+from verl.config_checks import build_config
 from verl.trainer.main_ppo import build_renderer, compose_config, find_devices
 from verl.trainer.ppo.batch_plan import BatchPlan
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # Lowest first. A module may import modules of lower layers and of its own; longest prefix wins.
 LAYERS: list[list[str]] = [
-    ["verl", "verl.config", "verl.protocol", "verl.utils.seqlen_balancing", "verl.utils.logging"],
+    ["verl", "verl.config", "verl.config_checks", "verl.protocol", "verl.utils.seqlen_balancing", "verl.utils.logging"],
     ["verl.utils", "verl.data", "verl.embedding.prompts", "verl.embedding.pooling", "verl.embedding.metrics",
      "verl.trainer.ppo.core_algos", "verl.single_controller.dispatch", "verl.single_controller.worker"],
     ["verl.models"],

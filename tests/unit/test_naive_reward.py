@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from verl.config import ConfigError, RunConfig, build_config
+from verl.config import ConfigError, RunConfig
+from verl.config_checks import build_config
 from verl.protocol import DataProto
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.hidden import HiddenRewardManager
@@ -212,11 +213,20 @@ def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Pa
         "@dataclass\n"
         "class Constant:\n"
         "    value: float = 1.0\n"
+        "    needs_embeddings: bool = False\n"
+        "    exclude_system_prompt: bool = True\n"
         "    def __call__(self, rows):\n"
         "        return RewardOutput(torch.full((len(rows),), self.value))\n"
     )
     manager = load_reward_manager(run_config(tmp_path, f"{file}:Constant", {"value": 2.5}))
     assert manager(make_rows(CASES)).scores.tolist() == [2.5] * 4
+
+
+def test_a_class_that_is_no_reward_manager_is_told_what_it_lacks(tmp_path: Path) -> None:
+    file = tmp_path / "plain.py"
+    file.write_text("class Plain:\n    pass\n")
+    with pytest.raises(ConfigError, match=r"plain\.py:Plain lacks the attribute needs_embeddings"):
+        load_reward_manager(run_config(tmp_path, f"{file}:Plain"))
 
 
 def test_an_unknown_manager_lists_the_known_ones(tmp_path: Path) -> None:

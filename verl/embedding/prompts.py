@@ -95,7 +95,8 @@ class PromptRenderer:
             return []
         framed = [(self._frame(c), _user_text(c)) for c in conversations]
         texts = [prefix + text + suffix for (prefix, suffix), text in framed]
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        # The backend's own call: no lists of ids and masks are built only to be counted.
+        return [len(e) for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def fingerprint(self) -> str:
         """Hash of what decides a prompt's length: the tokenizer's tokens and its chat template."""

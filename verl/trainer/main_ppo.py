@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from verl.config import ConfigError, RunConfig, build_config, check_key, file_list
+from verl.config import ConfigError, RunConfig, file_list
+from verl.config_checks import build_config, check_key
 from verl.embedding.prompts import PromptRenderer
 from verl.single_controller.ray_group import RayWorkerGroup, WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.config import HiddenRewardConfig, build_reward_kwargs
+from verl.config import HiddenRewardConfig
+from verl.config_checks import build_reward_kwargs
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import group_index, group_size, group_sum
 from verl.workers.reward_manager.base import RewardOutput, trained
