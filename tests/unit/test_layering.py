@@ -16,7 +16,7 @@ LAYERS: list[list[str]] = [
      "verl.trainer.ppo.core_algos", "verl.single_controller.dispatch", "verl.single_controller.worker"],
     ["verl.models"],
     ["verl.workers.actor", "verl.workers.rollout", "verl.workers.reward_manager"],
-    ["verl.embedding.encoder", "verl.workers.fsdp_workers", "verl.single_controller.ray_group", "verl.utils.samples"],
+    ["verl.embedding.encoder", "verl.workers.fsdp_workers", "verl.single_controller.ray_group"],
     ["verl.workers.group"],
     ["verl.trainer.ppo"],
     ["verl.trainer.main_ppo"],

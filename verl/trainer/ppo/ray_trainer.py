@@ -27,10 +27,10 @@ from verl.trainer.ppo.metrics import (
     reward_metrics,
     time_metrics,
 )
+from verl.trainer.ppo.samples import step_samples
 from verl.utils.checkpoint import latest_step, publish, step_folder, temporary_folder
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.utils.progress import RunDisplay, Stopwatch
-from verl.utils.samples import step_samples
 from verl.utils.tracking import Tracking
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardManager, RewardOutput, trained
