@@ -84,6 +84,11 @@ def test_a_misspelt_override(tmp_path, tiny_folder, data):
     refused(tmp_path / "run", overrides, "Did you mean trainer.total_epochs?")
 
 
+def test_an_engine_that_is_not_there(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "actor_rollout_ref.rollout.name=vllm"]
+    refused(tmp_path / "run", overrides, "rollout.name=vllm", "hf or auto")
+
+
 def test_an_unknown_estimator(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "algorithm.adv_estimator=grop"]
     refused(tmp_path / "run", overrides, "algorithm.adv_estimator=grop is unknown; known: grpo")

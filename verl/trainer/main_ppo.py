@@ -75,6 +75,7 @@ def compose_config(overrides: list[str], config_name: str = "ppo_trainer", confi
 def run(config: RunConfig) -> None:
     """Check everything that can be checked here, start the workers, train."""
     device, workers_per_node = find_devices(config)
+    check_engine(config)
     try:
         get_adv_estimator_fn(config.algorithm.adv_estimator)
         reward_manager = load_reward_manager(config)
@@ -139,6 +140,15 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
             f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
         )
     return device, workers
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise ConfigError for an engine that this version does not have."""
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        raise ConfigError(
+            "actor_rollout_ref.rollout.name=vllm: this version generates with transformers only; "
+            "set actor_rollout_ref.rollout.name=hf or auto."
+        )
 
 
 def build_renderer(config: RunConfig) -> PromptRenderer:

@@ -34,7 +34,9 @@ class WandbTracker:
         )  # fmt: skip
         self.run_id = self._run.id
         if mode == "offline":
-            sys.stderr.write(f"wandb: no API key, writing offline; send it later with: wandb sync {self._run.dir}\n")
+            sys.stderr.write(
+                f"wandb: no API key, writing offline; send it later with: wandb sync {Path(self._run.dir).parent}\n"
+            )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)

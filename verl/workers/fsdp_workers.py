@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from verl.config import ActorRolloutRefConfig, ConfigError, FsdpConfig, RunConfig
+from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.models.fsdp import full_weights, move_optimizer, shard
 from verl.models.policy import PolicyModel, build_decoding_model, load_causal_lm
 from verl.protocol import DataProto
@@ -176,11 +176,6 @@ class ActorRolloutRefWorker(Worker):
     def _build_rollout(self) -> Rollout:
         """The engine with a model of its own, which `sync_rollout_weights` fills before every use."""
         rollout = self.config.rollout
-        if rollout.name == "vllm":
-            raise ConfigError(
-                "actor_rollout_ref.rollout.name=vllm: this version has the hf engine only; "
-                "use actor_rollout_ref.rollout.name=hf or auto."
-            )
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         engine_lm = build_decoding_model(self.lm, dtype, self.device, self.config.model.trust_remote_code)
         return HFRollout(
