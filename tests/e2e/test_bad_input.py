@@ -84,6 +84,15 @@ def test_a_misspelt_override(tmp_path, tiny_folder, data):
     refused(tmp_path / "run", overrides, "Did you mean trainer.total_epochs?")
 
 
+def test_a_tracker_file_that_names_a_missing_checkpoint(tmp_path, tiny_folder, data):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "latest_checkpointed_iteration.txt").write_text("7")
+    done = main_ppo(*recipe(tiny_folder, data, run_dir))
+    assert done.returncode == 2
+    assert "names global_step_7, which is not there or not whole" in done.stderr and "disable" in done.stderr
+
+
 def test_an_engine_that_is_not_there(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "actor_rollout_ref.rollout.name=vllm"]
     refused(tmp_path / "run", overrides, "rollout.name=vllm", "hf or auto")

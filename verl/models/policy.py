@@ -19,8 +19,8 @@ from verl.embedding.pooling import mean_pool
 from verl.models.packing import PackedBatch, Row, Segment, pack
 
 ATTENTION = "grace_packed"
-# Bytes of float32 logits that exist at once.
-_LOGITS_BYTES = 256 * 2**20
+# Bytes of one chunk of float32 logits; scoring and its backward hold about five tensors of that size.
+_LOGITS_BYTES = 128 * 2**20
 
 
 @dataclass

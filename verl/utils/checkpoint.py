@@ -36,6 +36,14 @@ def temporary_folder(run_dir: Path, step: int) -> Path:
     return run_dir / f".{STEP_PREFIX}{step}.writing"
 
 
+def empty_temporary_folder(run_dir: Path, step: int) -> Path:
+    """The temporary folder of a step, without what a killed run may have left there."""
+    folder = temporary_folder(run_dir, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def save_training_state(
     folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
 ) -> None:

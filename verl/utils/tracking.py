@@ -108,6 +108,12 @@ class Tracking:
             kept = [line for line in file.read_bytes().splitlines() if orjson.loads(line)["step"] <= step]
             file.write_bytes(b"".join(line + b"\n" for line in kept))
 
+    def start_over(self) -> None:
+        """Set the metrics of an earlier run in the same folder aside, so that every step occurs once."""
+        file = self.run_dir / "metrics.jsonl"
+        if file.is_file():
+            file.replace(self.run_dir / "metrics.previous.jsonl")
+
     def finish(self) -> None:
         for tracker in self.trackers.values():
             tracker.finish()

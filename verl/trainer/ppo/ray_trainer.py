@@ -28,7 +28,7 @@ from verl.trainer.ppo.metrics import (
     time_metrics,
 )
 from verl.trainer.ppo.samples import step_samples
-from verl.utils.checkpoint import latest_step, publish, step_folder, temporary_folder
+from verl.utils.checkpoint import LATEST, empty_temporary_folder, latest_step, publish, step_folder
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.utils.progress import RunDisplay, Stopwatch
 from verl.utils.tracking import Tracking
@@ -117,6 +117,8 @@ class RayPPOTrainer:
             self.workers.load_checkpoint(self.resume_from)
             self.tracking.forget_after(self.first_step)
             self.display.say(f"resumed from {self.resume_from}: {self.first_step} steps done")
+        else:
+            self.tracking.start_over()
         self.workers.sync_rollout_weights()
         if self.config.trainer.val_before_train and not self.resume_from:
             self.log_validation(0)
@@ -230,7 +232,7 @@ class RayPPOTrainer:
     def save(self, step: int) -> None:
         """Write a checkpoint under a temporary name, then publish it."""
         run_dir = self.config.run_dir.absolute()
-        self.workers.save_checkpoint(temporary_folder(run_dir, step), self._embedder_config())
+        self.workers.save_checkpoint(empty_temporary_folder(run_dir, step), self._embedder_config())
         state = {
             "step": step,
             "samples_seen": step * self.config.data.train_batch_size,
@@ -301,7 +303,14 @@ def find_resume(config: RunConfig) -> Path | None:
     if mode == "disable":
         return None
     if mode == "auto":
-        return latest_step(config.run_dir.absolute())
+        folder = latest_step(config.run_dir.absolute())
+        if folder and not (folder / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"{folder.parent / LATEST} names {folder.name}, which is not there or not whole; set "
+                "trainer.resume_mode=resume_path and trainer.resume_from_path to another global_step_N, or "
+                "trainer.resume_mode=disable to start over."
+            )
+        return folder
     assert config.trainer.resume_from_path is not None
     folder = Path(config.trainer.resume_from_path).absolute()
     if not (folder / "trainer_state.json").is_file():
