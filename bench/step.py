@@ -29,6 +29,7 @@ def run(folder: Path, steps: int, overrides: list[str]) -> list[dict[str, float]
         "data.max_prompt_length=160", "data.max_response_length=48", "actor_rollout_ref.rollout.ignore_eos=True",
         f"actor_rollout_ref.model.path={MODEL}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         f"data.train_files={data}/train.parquet", f"trainer.default_local_dir={out}", "trainer.save_freq=0",
+        "+reward_model.reward_kwargs.enable_length_penalty=False",
         f"trainer.total_training_steps={steps + 1}", "trainer.device=cpu",
     ]  # fmt: skip
     subprocess.run([python, "-m", "verl.trainer.main_ppo", *train, *overrides], check=True, cwd=REPO)
