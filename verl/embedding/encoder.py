@@ -56,23 +56,9 @@ class GraceEncoder:
             ignore_eos=ignore_eos,
         )
 
-    def encode(
-        self,
-        sentences: Sequence[str],
-        *,
-        batch_size: int = 64,
-        show_progress_bar: bool = False,
-        think: bool = True,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int = 0,
-    ) -> np.ndarray:
-        """[N,H] float32 unit vectors; see `encode_with_rationales`."""
-        vectors, _ = self.encode_with_rationales(
-            sentences, batch_size=batch_size, show_progress_bar=show_progress_bar, think=think,
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        )  # fmt: skip
-        return vectors
+    def encode(self, sentences: Sequence[str], **options: Any) -> np.ndarray:
+        """[N,H] float32 unit vectors; options are those of `encode_with_rationales`."""
+        return self.encode_with_rationales(sentences, **options)[0]
 
     def encode_with_rationales(
         self,
