@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test unit check config clean-venv
 
 quickstart: $(READY)
-	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 5 minutes on 2 cores"
+	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 8 minutes on 2 cores"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 test: $(READY)
