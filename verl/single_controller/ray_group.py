@@ -1,7 +1,7 @@
 """Worker processes on Ray: starting them on every node, calling them, collecting their results.
 
-With main_ppo the only code that knows Ray. One placement group per node keeps a node's workers
-together; each worker owns one GPU, or one CPU slot.
+With main_ppo the only code that knows Ray. One bundle of a placement group holds a node's workers, and bundles
+lie on different nodes; each worker owns one GPU, or one CPU slot.
 """
 
 import os
@@ -47,7 +47,7 @@ class RayWorkerGroup:
     ) -> None:
         self.world_size = num_nodes * workers_per_node
         self.bytes_moved = 0
-        self._placements = [_reserve(workers_per_node, device) for _ in range(num_nodes)]
+        self._placement = _reserve(num_nodes, workers_per_node, device)
         threads = max(1, (os.cpu_count() or 1) // workers_per_node)
         self._workers = [
             self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, threads), workers_per_node)
@@ -106,13 +106,11 @@ class RayWorkerGroup:
         """End the workers and give their slots back."""
         for worker in self._workers:
             ray.kill(worker)
-        for placement in self._placements:
-            ray.util.remove_placement_group(placement)
+        ray.util.remove_placement_group(self._placement)
 
     def _start(self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace, workers_per_node: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._placements[place.rank // workers_per_node],
-            placement_group_bundle_index=place.rank % workers_per_node,
+            placement_group=self._placement, placement_group_bundle_index=place.rank // workers_per_node
         )
         # Ray sets OMP_NUM_THREADS to the CPUs of the slot, which would leave a CPU worker with one thread.
         environment = {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": str(place.num_threads)}
@@ -143,10 +141,11 @@ def restore_order(results: Sequence[DataProto], parts: list[list[int]]) -> DataP
     return DataProto.concat(filled)[inverse]
 
 
-def _reserve(workers: int, device: str) -> PlacementGroup:
-    """Slots for one node's workers."""
-    bundle = {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-    group = placement_group([bundle] * workers, strategy="STRICT_PACK")
+def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGroup:
+    """Slots for all workers, one bundle on each of `num_nodes` different nodes."""
+    slots = float(workers_per_node)
+    bundle = {"CPU": slots, "GPU": slots} if device == "cuda" else {"CPU": slots}
+    group = placement_group([bundle] * num_nodes, strategy="STRICT_SPREAD")
     try:
         ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
     except GetTimeoutError:
@@ -158,7 +157,8 @@ def _reserve(workers: int, device: str) -> PlacementGroup:
         ]
         free = ray.available_resources()
         raise ConfigError(
-            f"no node has room for trainer.n_gpus_per_node={workers} workers on {device} in {_PLACEMENT_TIMEOUT_S} s."
+            f"the cluster has no room for {workers_per_node} workers on {device} (trainer.n_gpus_per_node) on each of "
+            f"{num_nodes} nodes (trainer.nnodes), after {_PLACEMENT_TIMEOUT_S} s."
             f" Nodes: {', '.join(nodes)}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
             "Lower n_gpus_per_node or nnodes, stop the job that holds them (ray list actors), or add nodes "
             "(ray start) and set RAY_ADDRESS."

@@ -176,8 +176,15 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
 def start_ray(config: RunConfig, world_size: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
+                "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
+            ) from error
         return
     if config.trainer.nnodes > 1:
         raise ConfigError(
