@@ -132,7 +132,7 @@ class GraceEncoder:
         )
         vectors = np.zeros((len(rows), self.policy.lm.config.get_text_config().hidden_size), np.float32)
         for part in parts:
-            packed = pack([rows[i] for i in part], self.policy.shares_prompts).to(self.policy.lm.device)
+            packed = pack([rows[i] for i in part], self.policy.shares_prompts).to(self.policy.device)
             out = self.policy(packed, log_probs=False, embeddings=True)
             vectors[part] = out.embeddings.cpu().numpy()
         return vectors

@@ -28,6 +28,7 @@ def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload
     if device.type == "cpu" and world_size == 1:
         return policy
     policy.to(device)
+    policy.device = device
     group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
     if world_size % group:
         raise ConfigError(

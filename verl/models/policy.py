@@ -39,11 +39,13 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
+        # Where forwards run. Not read off the weights: offloaded ones lie elsewhere between forwards.
+        self.device = lm.device
 
     @property
     def shares_prompts(self) -> bool:
         """Whether `pack` should share prompts: yes where attention runs segment by segment on a CPU."""
-        return self.lm.device.type == "cpu"
+        return self.device.type == "cpu"
 
     def forward(
         self, packed: PackedBatch, temperature: float = 1.0, log_probs: bool = True, entropy: bool = False,

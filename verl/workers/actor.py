@@ -82,7 +82,7 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
     for i in range(int(count)):
         part = parts[i] if i < len(parts) else []
         packed = pack([tokens[row] for row in part] or [company], policy.shares_prompts)
-        yield MicroBatch(part, packed.to(policy.lm.device))
+        yield MicroBatch(part, packed.to(policy.device))
 
 
 @torch.no_grad()
