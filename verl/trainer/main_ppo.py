@@ -34,6 +34,7 @@ from verl.utils.tokenizer import load_tokenizer
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager import load_reward_manager
+from verl.workers.rollout.choose import choose_engine
 
 CONFIG_DIR = Path(__file__).parent / "config"
 EXIT_USER_ERROR = 2
@@ -75,7 +76,9 @@ def compose_config(overrides: list[str], config_name: str = "ppo_trainer", confi
 def run(config: RunConfig) -> None:
     """Check everything that can be checked here, start the workers, train."""
     device, workers_per_node = find_devices(config)
-    check_engine(config)
+    engine, why = choose_engine(config.actor_rollout_ref.rollout.name)
+    config = config.with_engine(engine)
+    check_engine_groups(config, workers_per_node)
     try:
         get_adv_estimator_fn(config.algorithm.adv_estimator)
         reward_manager = load_reward_manager(config)
@@ -105,10 +108,11 @@ def run(config: RunConfig) -> None:
             val_dataset,
             renderer,
             reward_manager,
-            ActorRolloutRefGroup(group),
+            ActorRolloutRefGroup(group, config.actor_rollout_ref.rollout.ranks_per_engine),
             resume_from,
         )
-        trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", plan.lines())
+        lines = [*plan.lines(), ("rollout engine", f"{engine}: {why}")]
+        trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", lines)
         trainer.fit()
         group.shutdown()
     finally:
@@ -128,7 +132,8 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
     Raises:
         ConfigError: cuda is asked for and not there, or there are fewer devices than workers.
     """
-    wanted, gpus, cpus = config.trainer.device, torch.cuda.device_count(), os.cpu_count() or 1
+    wanted, gpus = config.trainer.device, torch.cuda.device_count()
+    cpus = config.ray_init.num_cpus or os.cpu_count() or 1
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
     if device == "cuda" and not gpus:
         raise ConfigError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
@@ -142,12 +147,20 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
     return device, workers
 
 
-def check_engine(config: RunConfig) -> None:
-    """Raise ConfigError for an engine that this version does not have."""
-    if config.actor_rollout_ref.rollout.name == "vllm":
+def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
+    """Raise ConfigError unless the workers of a machine divide into engines."""
+    rollout = config.actor_rollout_ref.rollout
+    size = rollout.tensor_model_parallel_size
+    if size > 1 and rollout.name != "vllm":
         raise ConfigError(
-            "actor_rollout_ref.rollout.name=vllm: this version generates with transformers only; "
-            "set actor_rollout_ref.rollout.name=hf or auto."
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} needs the engine vllm, and this run "
+            f"generates with {rollout.name}; set it to 1."
+        )
+    if workers_per_node % size:
+        divisors = [d for d in range(1, workers_per_node + 1) if workers_per_node % d == 0]
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} does not divide the {workers_per_node} "
+            f"workers of a machine; use one of {', '.join(map(str, divisors))}."
         )
 
 

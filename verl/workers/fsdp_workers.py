@@ -22,8 +22,18 @@ from verl.utils.checkpoint import load_training_state, save_training_state, save
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.actor import Actor, MicroBatchLimit, score
-from verl.workers.rollout.base import Response, Rollout
+from verl.workers.device_stages import DeviceStages
+from verl.workers.rollout.base import Response, Rollout, finish
+from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
+from verl.workers.weight_sync import WeightSync
+
+# Sentences whose log-probs engine and policy must agree on after every sync.
+_CANARY = (
+    "The river carries the boat past the old mill and under the bridge.",
+    "A passage about copper: it conducts heat well, so kettles were made of it for centuries.",
+    "1, 2, 3 and 4 are followed by 5; 10, 20 and 30 are followed by 40.",
+)
 
 
 class ActorRolloutRefWorker(Worker):
@@ -39,6 +49,7 @@ class ActorRolloutRefWorker(Worker):
         self.run_config = config
         self.config = config.actor_rollout_ref
         self.total_steps = total_steps
+        self.stages = DeviceStages(self.device)
 
     @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> dict[str, Any]:
@@ -49,8 +60,15 @@ class ActorRolloutRefWorker(Worker):
         policy = PolicyModel(self.lm)
         if model.enable_gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # The engine measures the memory that is free, so it comes first and then gives way.
+        with self.stages.stage("starting the engine", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
+            self.rollout = self._build_rollout()
+        self.weight_sync = WeightSync(
+            policy, self.rollout, self._engine_dtype, self.config.rollout.check_weight_sync,
+            [self.tokenizer(text)["input_ids"] for text in _CANARY], self.stages,
+        )  # fmt: skip
+        self.rollout.sleep()
         self.reference = self._build_reference() if self.run_config.needs_reference else None
-        self.rollout: Rollout = self._build_rollout()
         fsdp = self.config.actor.fsdp_config
         policy = shard(policy, self.device, fsdp, self._uses_offload_policy(fsdp))
         self.actor = Actor(
@@ -60,37 +78,58 @@ class ActorRolloutRefWorker(Worker):
         self._offload_params()
         return {
             "parameters": sum(p.numel() for p in policy.parameters()),
-            "engine": self.rollout.name,
             "device": str(self.device),
             "reference": self.reference is not None,
         }
 
+    @register(Dispatch.ONE_TO_ALL)
+    def sync_rollout_weights(self) -> dict[str, float]:
+        """Make the engine ready to generate with the policy's weights; return what a sync took and proved.
+
+        On a GPU the order decides the peak: the optimizer is out already, the engine's weights come, the policy
+        goes, and only then the cache comes.
+        """
+        if not self.weight_sync.is_due():
+            return self.weight_sync.wake_engine()
+        self._load_params()
+        found = self.weight_sync.send()
+        self._offload_params()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        proven = self.weight_sync.wake_engine()
+        return {**found, **proven, "proof_s": found["proof_s"] + proven.get("proof_s", 0.0)}
+
     @register(Dispatch.DP_STREAM_PROTO)
     def generate(self, rows: DataProto, seed: int, max_new_tokens: int) -> Iterator[int | DataProto]:
-        """Write a rationale for every row: yields finished counts, then the response columns."""
+        """Write a rationale for every row: yields finished counts, then the response columns.
+
+        The ranks that share an engine get the same rows; the first of them answers for all.
+        """
         prompts = rows.batch["prompts"]
         lengths = rows.batch["prompt_length"].tolist()
         width = prompts.shape[1]
-        responses = yield from self.rollout.generate(
-            [prompt[width - length :].tolist() for prompt, length in zip(prompts, lengths, strict=True)],
-            rows.batch["temperature"].tolist(),
-            max_new_tokens,
-            seed + self.rank,
-        )
-        yield _response_columns(responses, self.tokenizer.pad_token_id)
+        engine, rank_in_engine = divmod(self.rank, self.config.rollout.ranks_per_engine)
+        with self.stages.stage("generating", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
+            generation = self.rollout.generate(
+                [prompt[width - length :].tolist() for prompt, length in zip(prompts, lengths, strict=True)],
+                rows.batch["temperature"].tolist(),
+                max_new_tokens,
+                seed + engine,
+            )
+            responses = (yield from generation) if rank_in_engine == 0 else finish(generation)
+            self.rollout.sleep()
+        columns = _response_columns(responses, self.tokenizer.pad_token_id)
+        yield columns if rank_in_engine == 0 else columns[:0]
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
         """One forward: `log_probs` of the trained rows, and `embeddings` and `entropy` where asked for."""
         self._load_params()
-        columns = score(
-            self.actor.policy,
-            rows,
-            self._score_limit(),
-            self.config.rollout.temperature,
-            embed=embed,
-            entropy=entropy,
-        )
+        with self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."):
+            columns = score(
+                self.actor.policy, rows, self._score_limit(), self.config.rollout.temperature,
+                embed=embed, entropy=entropy,
+            )  # fmt: skip
         self._offload_params()
         return columns
 
@@ -119,7 +158,9 @@ class ActorRolloutRefWorker(Worker):
         offload_optimizer = self.config.actor.fsdp_config.optimizer_offload and self.device.type == "cuda"
         if offload_optimizer:
             move_optimizer(self.actor.optimizer, self.device)
-        metrics = self.actor.update(rows, num_mini_batches)
+        with self.stages.stage("updating", "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."):
+            metrics = self.actor.update(rows, num_mini_batches)
+        self.rollout.mark_stale()
         if offload_optimizer:
             move_optimizer(self.actor.optimizer, torch.device("cpu"))
         self._offload_params()
@@ -127,21 +168,14 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.ONE_TO_ALL)
     def end_step(self) -> dict[str, float]:
-        """Advance the schedule; return rank 0's memory peaks in GiB."""
+        """Advance the schedule; return rank 0's memory in GiB: peaks, and what was free after each stage."""
         self.actor.end_step()
         # Linux counts ru_maxrss in KiB.
         memory = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         if self.device.type == "cuda":
             memory["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
-        return memory
-
-    @register(Dispatch.ONE_TO_ALL)
-    def sync_rollout_weights(self) -> None:
-        """Give the engine the policy's present weights."""
-        self._load_params()
-        self.rollout.update_weights(full_weights(self.actor.policy))
-        self._offload_params()
+        return memory | self.stages.take_free()
 
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
@@ -161,6 +195,7 @@ class ActorRolloutRefWorker(Worker):
         self._load_params()
         actor = self.actor
         load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
+        self.rollout.mark_stale()
         self._offload_params()
 
     def _load(self) -> Any:
@@ -174,17 +209,26 @@ class ActorRolloutRefWorker(Worker):
         return reference.to("cpu") if fsdp.param_offload else reference
 
     def _build_rollout(self) -> Rollout:
-        """The engine with a model of its own, which `sync_rollout_weights` fills before every use."""
-        rollout = self.config.rollout
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        engine_lm = build_decoding_model(self.lm, dtype, self.device, self.config.model.trust_remote_code)
-        return HFRollout(
-            engine_lm,
-            stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config),
-            self.tokenizer.pad_token_id,
-            rollout.max_num_seqs,
-            rollout.ignore_eos,
-        )
+        """The engine, with random weights of its own until the first sync; before the policy takes device memory."""
+        model, rollout, data = self.config.model, self.config.rollout, self.run_config.data
+        stop_ids = stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config)
+        if rollout.name == "hf":
+            engine_lm = build_decoding_model(self.lm, self._engine_dtype, self.device, model.trust_remote_code)
+            return HFRollout(engine_lm, stop_ids, self.tokenizer.pad_token_id, rollout.max_num_seqs, rollout.ignore_eos)
+        # A group is never larger than the trained rows and two anchors of each sample.
+        ranks = rollout.ranks_per_engine
+        most_rows = -(-data.train_batch_size * (rollout.n + 2) * ranks // self.world_size)
+        return load_vllm_adapter().VLLMRollout(
+            model, rollout, self.device, stop_ids,
+            weight_names=[name for name, _ in self.lm.named_parameters()],
+            max_model_len=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+            max_num_seqs=min(rollout.max_num_seqs, most_rows),
+            engines_per_node=self.place.workers_per_node // ranks,
+        )  # fmt: skip
+
+    @property
+    def _engine_dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.rollout.dtype) if self.device.type == "cuda" else torch.float32
 
     def _uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
         return fsdp.offload_policy and self.config.actor.strategy == "fsdp2" and self.device.type == "cuda"

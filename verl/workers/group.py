@@ -14,10 +14,15 @@ _RESPONSE = ("responses", "response_length")
 
 
 class ActorRolloutRefGroup:
-    """`ActorRolloutRefWorker` on every rank; see there for what each method does."""
+    """`ActorRolloutRefWorker` on every rank; see there for what each method does.
 
-    def __init__(self, group: RayWorkerGroup) -> None:
+    Args:
+        ranks_per_engine: neighbouring ranks that generate as one.
+    """
+
+    def __init__(self, group: RayWorkerGroup, ranks_per_engine: int) -> None:
         self._group = group
+        self._ranks_per_engine = ranks_per_engine
 
     @property
     def world_size(self) -> int:
@@ -36,12 +41,18 @@ class ActorRolloutRefGroup:
     ) -> DataProto:
         """Responses for every row. A row's cost is its prompt and a full-length response."""
         costs = (rows.batch["prompt_length"] + max_new_tokens).tolist()
-        parts = partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size)
+        size = self._ranks_per_engine
+        parts = partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size // size)
         sent = rows.select([*_PROMPT, "temperature"])
         results = self._group.stream_rows(
-            ActorRolloutRefWorker.generate, sent, parts, on_progress, seed, max_new_tokens
+            ActorRolloutRefWorker.generate,
+            sent,
+            [parts[rank // size] for rank in range(self.world_size)],
+            on_progress,
+            seed,
+            max_new_tokens,
         )
-        return restore_order(results, parts)
+        return restore_order(results[::size], parts)
 
     def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
         return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, entropy)
@@ -64,8 +75,8 @@ class ActorRolloutRefGroup:
     def end_step(self) -> dict[str, float]:
         return self._group.call(ActorRolloutRefWorker.end_step)
 
-    def sync_rollout_weights(self) -> None:
-        self._group.call(ActorRolloutRefWorker.sync_rollout_weights)
+    def sync_rollout_weights(self) -> dict[str, float]:
+        return self._group.call(ActorRolloutRefWorker.sync_rollout_weights)
 
     def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
         self._group.call(ActorRolloutRefWorker.save_checkpoint, folder, embedder)

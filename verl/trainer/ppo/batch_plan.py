@@ -47,7 +47,6 @@ class BatchPlan:
                 f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
                 f"{-(-world_size // n)} or more."
             )
-        _check_devices(config, world_size)
         steps_per_epoch = num_samples // data.train_batch_size
         limit = (
             f"{actor.ppo_max_token_len_per_gpu} tokens"
@@ -82,13 +81,3 @@ class BatchPlan:
             ("one forward takes at most", f"{self.micro_batch} per worker"),
             ("steps", f"{self.total_steps} ({self.steps_per_epoch} per epoch)"),
         ]
-
-
-def _check_devices(config: RunConfig, world_size: int) -> None:
-    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    if config.actor_rollout_ref.rollout.name == "vllm" and world_size % tensor_parallel:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the "
-            f"{world_size} workers; use one of {', '.join(map(str, divisors))}."
-        )

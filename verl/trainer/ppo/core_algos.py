@@ -172,6 +172,17 @@ class ClipRange:
     """Bound c of the dual clip (arXiv 1912.09729), above 1."""
 
 
+def truncated_importance_weights(trainer: Tensor, engine: Tensor, cap: float) -> Tensor:
+    """min(p_trainer / p_engine, cap) of each token: what corrects for sampling from the engine's distribution
+    (truncated importance sampling, fengyao.notion.site/off-policy-rl).
+
+    Args:
+        trainer, engine: log-probs of the same tokens.
+        cap: largest weight.
+    """
+    return (trainer - engine).exp().clamp(max=cap)
+
+
 def policy_loss(
     old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, clip: ClipRange
 ) -> tuple[Tensor, dict[str, Tensor]]:

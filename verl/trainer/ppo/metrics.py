@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.protocol import DataProto, response_mask
+from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import group_index, group_mean_std
 
 # Groups whose rewards spread less than this teach nothing.
@@ -42,19 +42,6 @@ def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:
         metrics[f"rationale/{role}_tokens_max"] = float(length.max())
         metrics[f"rationale/{role}_truncated"] = float(part["truncated"].float().mean())
     return metrics
-
-
-def mismatch_metrics(trained: DataProto) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's on the same tokens."""
-    mask = response_mask(trained)
-    engine, trainer = (trained.batch[key][mask] for key in ("rollout_log_probs", "old_log_probs"))
-    gap = (engine.exp() - trainer.exp()).abs()
-    return {
-        "rollout/probs_diff_mean": float(gap.mean()),
-        "rollout/probs_diff_max": float(gap.max()),
-        "rollout/kl": float((engine - trainer).mean()),
-        "actor/entropy": float(trained.batch["entropy"].mean()),
-    }
 
 
 def duplicate_share(rationales: np.ndarray, uid: np.ndarray) -> float:

@@ -19,14 +19,20 @@ from verl.embedding.metrics import spread_report, triplet_report
 from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer
 from verl.protocol import DataProto, object_array, response_mask
 from verl.trainer.ppo.batch_plan import BatchPlan
-from verl.trainer.ppo.core_algos import KlController, get_adv_estimator_fn, group_index, kl_penalty
+from verl.trainer.ppo.core_algos import (
+    KlController,
+    get_adv_estimator_fn,
+    group_index,
+    kl_penalty,
+    truncated_importance_weights,
+)
 from verl.trainer.ppo.metrics import (
     duplicate_share,
     length_metrics,
-    mismatch_metrics,
     reward_metrics,
     time_metrics,
 )
+from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
 from verl.trainer.ppo.samples import step_samples
 from verl.utils.checkpoint import LATEST, empty_temporary_folder, latest_step, publish, step_folder
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
@@ -68,12 +74,14 @@ class RayPPOTrainer:
         self.reward_manager = reward_manager
         self.workers = workers
         self.resume_from = resume_from
-        state = load_trainer_state(resume_from) if resume_from else {"step": 0, "run_ids": {}, "kl_coef": None}
+        state: dict[str, Any] = load_trainer_state(resume_from) if resume_from else {"step": 0, "run_ids": {}}
         self.first_step: int = state["step"]
         self.estimate_advantage = get_adv_estimator_fn(config.algorithm.adv_estimator)
         ctrl = config.algorithm.kl_ctrl
-        start = ctrl.kl_coef if state["kl_coef"] is None else state["kl_coef"]
-        self.kl_controller = KlController(start, ctrl.type == "adaptive", ctrl.target_kl, ctrl.horizon)
+        self.kl_controller = KlController(
+            state.get("kl_coef", ctrl.kl_coef), ctrl.type == "adaptive", ctrl.target_kl, ctrl.horizon
+        )
+        self.mismatch_guard = MismatchGuard(state.get("first_probs_diff"))
         names = config.trainer
         self.tracking = Tracking(
             config.run_dir, list(names.logger), names.project_name, names.experiment_name,
@@ -87,6 +95,8 @@ class RayPPOTrainer:
         self.start()
         for step, prompts in enumerate(self.prompt_batches(), start=self.first_step + 1):
             watch = Stopwatch()
+            with watch.phase("sync"):
+                sync_metrics = self.workers.sync_rollout_weights()
             rows = self.expand(prompts)
             with watch.phase("gen"):
                 rows = self.generate(rows, step)
@@ -100,17 +110,15 @@ class RayPPOTrainer:
                 batch = self.add_advantages(rows[trained(rows)], reward)
             with watch.phase("update"):
                 actor_metrics = self.update(batch, step)
-            with watch.phase("sync"):
-                self.workers.sync_rollout_weights()
-            self.finish_step(step, rows, batch, reward, actor_metrics, watch)
+            self.finish_step(step, rows, batch, reward, {"actor": actor_metrics, "sync": sync_metrics}, watch)
         self.stop()
 
     def start(self) -> None:
-        """Load what is resumed and give the engine its first weights."""
+        """Load the models and what is resumed."""
         facts = self.workers.init_model()
         self.display.say(
             f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters per worker, "
-            f"rollout engine {facts['engine']} on {facts['device']}, "
+            f"{facts['device']}, "
             f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
         )
         if self.resume_from:
@@ -119,7 +127,6 @@ class RayPPOTrainer:
             self.display.say(f"resumed from {self.resume_from}: {self.first_step} steps done")
         else:
             self.tracking.start_over()
-        self.workers.sync_rollout_weights()
         if self.config.trainer.val_before_train and not self.resume_from:
             self.log_validation(0)
 
@@ -188,6 +195,10 @@ class RayPPOTrainer:
         advantages = self.estimate_advantage(
             rewards, mask, group, norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
         )
+        if cap := self.config.importance_cap:
+            # Every term of the token loss is proportional to its advantage, so this weighs the loss.
+            old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
+            advantages = advantages * truncated_importance_weights(old, engine, cap)
         return batch.union(DataProto.from_dict({"advantages": advantages}))
 
     def update(self, batch: DataProto, step: int) -> dict[str, float]:
@@ -202,7 +213,7 @@ class RayPPOTrainer:
 
     def finish_step(
         self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput,
-        actor_metrics: dict[str, float], watch: Stopwatch,
+        worker_metrics: dict[str, dict[str, float]], watch: Stopwatch,
     ) -> None:  # fmt: skip
         """Log the step; validate and save when it is time."""
         memory = self.workers.end_step()
@@ -216,8 +227,8 @@ class RayPPOTrainer:
         metrics = {
             **reward_metrics(reward.scores, columns["uid"], reward.metrics),
             "group/duplicate_share": duplicate_share(columns["rationale"], columns["uid"]),
-            **{f"actor/{name}": value for name, value in actor_metrics.items()},
-            **mismatch_metrics(batch),
+            **{f"{part}/{name}": value for part, found in worker_metrics.items() for name, value in found.items()},
+            **mismatch_metrics(batch, self.config.importance_cap),
             **length_metrics(rows, rows.meta_info["num_shortened"]),
             **time_metrics(watch.seconds, rows, self.workers.take_bytes_moved()),
             **{f"memory/{name}": value for name, value in memory.items()},
@@ -228,6 +239,8 @@ class RayPPOTrainer:
         self.tracking.log(metrics, step)
         self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
         self.display.step_done(step, metrics)
+        if complaint := self.mismatch_guard.check(metrics["rollout/probs_diff_mean"]):
+            self.display.say(complaint)
 
     def save(self, step: int) -> None:
         """Write a checkpoint under a temporary name, then publish it."""
@@ -237,6 +250,7 @@ class RayPPOTrainer:
             "step": step,
             "samples_seen": step * self.config.data.train_batch_size,
             "kl_coef": self.kl_controller.coef,
+            "first_probs_diff": self.mismatch_guard.first,
             "run_ids": self.tracking.run_ids,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
             "config": self.config.model_dump(mode="json"),
@@ -258,6 +272,7 @@ class RayPPOTrainer:
         batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
         embedded = []
         for prompts in prompt_loader(self.val_dataset, batches, self.renderer, self.tokenizer.pad_token_id, 0):
+            self.workers.sync_rollout_weights()
             temperature = val.temperature if val.do_sample else 0.0
             prompts.batch["temperature"] = torch.full((len(prompts),), temperature)
             rows = self.generate(prompts, step=0)

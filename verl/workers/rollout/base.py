@@ -1,11 +1,13 @@
 """What a rollout engine is: prompts in, rationales and their log-probs out, weights from an iterator.
 
-Engines know neither FSDP nor Ray.
+Engines know neither FSDP nor Ray. What they share is here: which weights they hold, and that nothing is
+generated with any but the policy's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
 
 from torch import Tensor
 
@@ -22,15 +24,44 @@ class Response:
     """Whether it hit the length limit without an end token."""
 
 
-class Rollout(Protocol):
+@dataclass(frozen=True)
+class HeldWeight:
+    """A part of a weight as it was sent and as the engine computes with it; they must be equal bit by bit."""
+
+    place: str
+    """The engine's module that holds it."""
+    sent: Tensor
+    held: Tensor
+
+
+class EngineState(Enum):
+    AWAKE = "it holds the policy's weights and may generate"
+    WEIGHTS_ONLY = "it holds the policy's weights, but no memory for a cache"
+    ASLEEP = "the policy's weights are kept aside, and its device memory is given back"
+    STALE = "its weights are not the policy's"
+
+
+class RolloutError(RuntimeError):
+    """The engine cannot generate, or a request failed; the message names the cause."""
+
+
+class Rollout(ABC):
+    """An engine with its state. Subclasses implement the methods with a leading underscore.
+
+        STALE -- update_weights --> WEIGHTS_ONLY -- wake_up --> AWAKE -- sleep --> ASLEEP -- wake_up --> AWAKE
+        any state -- mark_stale, or a sleep that drops the weights --> STALE
+
+    An engine starts AWAKE with the weights that it was built from.
+    """
+
     name: str
 
+    def __init__(self, weight_names: Iterable[str]) -> None:
+        self.weight_names = frozenset(weight_names)
+        self.state = EngineState.AWAKE
+
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        temperatures: Sequence[float],
-        max_new_tokens: int,
-        seed: int,
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
     ) -> Generator[int, None, list[Response]]:
         """Yield the number of responses that have just ended, as they do; return one per prompt, in order.
 
@@ -39,20 +70,99 @@ class Rollout(Protocol):
             temperatures: one per prompt; 0 is greedy.
             max_new_tokens: length limit of a response.
             seed: equal seeds and prompts give equal responses.
+
+        Raises:
+            RolloutError: the engine is not AWAKE, or a request failed.
         """
-        ...
+        self._require_awake()
+        return self._generate(prompts, temperatures, max_new_tokens, seed)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over full tensors under their transformers names."""
-        ...
+        """Take over full tensors under their transformers names; then the engine holds the policy's weights.
 
-    def sleep(self) -> None:
-        """Free what is only needed to generate."""
-        ...
+        Raises:
+            ValueError: a weight was not sent, was sent twice, or is not one of the model's.
+        """
+        self.state = EngineState.STALE
+        self.wake_weights()
+        self._load(self._all_of(weights))
+        self.state = EngineState.WEIGHTS_ONLY
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-prob of every token of each prompt but its first, at temperature 1.
+
+        Raises:
+            RolloutError: the engine is not AWAKE.
+        """
+        self._require_awake()
+        return self._score(prompts)
+
+    @abstractmethod
+    def wake_weights(self) -> None:
+        """Take device memory for the weights, whatever they are."""
 
     def wake_up(self) -> None:
-        """Undo `sleep`."""
-        ...
+        """Make ready to generate.
+
+        Raises:
+            RolloutError: the engine is STALE.
+        """
+        if self.state is EngineState.STALE:
+            raise RolloutError(f"the rollout engine {self.name} has no weights to wake up with; sync them first")
+        self.wake_weights()
+        self._wake_cache()
+        self.state = EngineState.AWAKE
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give device memory back, where the engine can; weights that find no room elsewhere are dropped."""
+
+    def mark_stale(self) -> None:
+        """The policy has new weights: no generation before the next `update_weights`."""
+        self.state = EngineState.STALE
+
+    @abstractmethod
+    def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
+        """What the engine computes with for the weight `name`, beside the part of `tensor` that should be there.
+
+        Args:
+            tensor: the full weight.
+            most_columns: look at this many input columns of a matrix, spread evenly; None = at all.
+        """
+
+    @abstractmethod
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
+    ) -> Generator[int, None, list[Response]]: ...
+
+    @abstractmethod
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy every tensor to where the engine computes with it."""
+
+    @abstractmethod
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]: ...
+
+    @abstractmethod
+    def _wake_cache(self) -> None:
+        """Take device memory for the cache."""
+
+    def _require_awake(self) -> None:
+        if self.state is not EngineState.AWAKE:
+            raise RolloutError(
+                f"the rollout engine {self.name} must not generate while it is {self.state.name}: {self.state.value}"
+            )
+
+    def _all_of(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """Pass `weights` on; each of the model's must come once."""
+        missing = set(self.weight_names)
+        for name, tensor in weights:
+            if name not in missing:
+                what = "was sent twice" if name in self.weight_names else "is not one of the engine's"
+                raise ValueError(f"weight sync: {name!r} {what}")
+            missing.remove(name)
+            yield name, tensor
+        if missing:
+            raise ValueError(f"weight sync: {len(missing)} weights were not sent, among them {min(missing)!r}")
 
 
 def finish(generation: Generator[int, None, list[Response]]) -> list[Response]:

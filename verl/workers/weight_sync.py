@@ -1,0 +1,169 @@
+"""Giving the rollout engine the policy's weights, and proving that it computes with them.
+
+An engine that runs old or half-loaded weights trains on without an error, so every sync ends with a proof:
+weights are read back from the engine and compared bit by bit, and a few fixed sentences must get the
+log-probs that the policy gives them.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from verl.models.fsdp import full_weights
+from verl.models.packing import Row, pack
+from verl.models.policy import PolicyModel
+from verl.workers.device_stages import DeviceStages
+from verl.workers.rollout.base import EngineState, HeldWeight, Rollout
+
+# `sample` reads back this many weights of each sync, in turn, and this many columns of each.
+_SAMPLED_WEIGHTS = 8
+_SAMPLED_COLUMNS = 64
+# Largest difference of a token's log-prob in float32 (CPU), and the mean one in bfloat16 (CUDA), where single tokens
+# lie far apart.
+_CANARY_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
+
+CheckMode = Literal["full", "sample", "off"]
+
+
+class WeightSyncError(RuntimeError):
+    """The engine does not compute with the weights that it was sent."""
+
+
+class WeightSync:
+    """Keeps an engine on the policy's weights.
+
+    Args:
+        dtype: of the engine's weights.
+        check: full = read every weight back, sample = some in turn, off = trust the engine.
+        canary: token ids of sentences that the policy and the engine must score alike.
+        stages: what device memory is watched with.
+    """
+
+    def __init__(
+        self, policy: PolicyModel, rollout: Rollout, dtype: torch.dtype, check: CheckMode,
+        canary: Sequence[Sequence[int]], stages: DeviceStages,
+    ) -> None:  # fmt: skip
+        self._policy = policy
+        self._rollout = rollout
+        self._dtype = dtype
+        self._check = check
+        self._canary = [list(ids) for ids in canary]
+        self._stages = stages
+        self._count = 0
+        self._expected: Tensor | None = None
+        # What the engine was built with is not the policy's.
+        rollout.mark_stale()
+
+    def is_due(self) -> bool:
+        """Whether any rank's engine needs weights; all ranks must ask."""
+        flag = torch.tensor(int(self._rollout.state is EngineState.STALE))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def send(self) -> dict[str, float]:
+        """Stream the policy's weights into the engine and read back what the check asks for.
+
+        Returns:
+            Seconds of sending and of reading back, and how many weights were read back.
+
+        Raises:
+            WeightSyncError: a weight read back differs from the policy's.
+        """
+        self._count += 1
+        start = time.perf_counter()
+        with self._stages.stage(
+            "waking the engine's weights", "Set actor_rollout_ref.actor.fsdp_config.param_offload=True."
+        ):
+            self._rollout.wake_weights()
+        with self._stages.stage("streaming weights", "Set actor_rollout_ref.actor.fsdp_config.optimizer_offload=True."):
+            self._rollout.update_weights(full_weights(self._policy, dtype=self._dtype))
+            sent = time.perf_counter()
+            compared = self._compare_weights()
+        self._expected = self._score_by_policy() if self._check != "off" else None
+        return {
+            "weights_s": sent - start,
+            "proof_s": time.perf_counter() - sent,
+            "weights_compared": float(compared),
+        }
+
+    def wake_engine(self) -> dict[str, float]:
+        """Give the engine its cache, and let it score the canary as the policy did in `send`.
+
+        Returns:
+            Seconds of the proof, and the difference of the log-probs; nothing where there is nothing to prove.
+
+        Raises:
+            WeightSyncError: the engine's log-probs are not the policy's.
+        """
+        with self._stages.stage("waking the engine's cache", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
+            self._rollout.wake_up()
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return {}
+        start = time.perf_counter()
+        gap = self._compare_log_probs(expected)
+        return {"proof_s": time.perf_counter() - start, "canary_log_prob_diff": gap}
+
+    def _compare_weights(self) -> int:
+        """Read weights back from the engine; return how many."""
+        names = self._names_to_check()
+        columns = None if self._check == "full" else _SAMPLED_COLUMNS
+        for name, tensor in full_weights(self._policy, names, self._dtype):
+            for part in self._rollout.held(name, tensor, columns):
+                if not torch.equal(part.sent, part.held):
+                    self._rollout.mark_stale()
+                    raise WeightSyncError(self._describe(name, part))
+        return len(names)
+
+    def _names_to_check(self) -> set[str]:
+        """All, none, or the next few in turn and the vocabulary's, of which an engine may keep two copies."""
+        if self._check == "off":
+            return set()
+        names = sorted(self._rollout.weight_names)
+        if self._check == "full":
+            return set(names)
+        first = (self._count - 1) * _SAMPLED_WEIGHTS
+        turn = {names[(first + i) % len(names)] for i in range(_SAMPLED_WEIGHTS)}
+        return turn | {name for name in names if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+
+    def _describe(self, name: str, part: HeldWeight) -> str:
+        gap = (part.sent.float() - part.held.float()).abs().max().item()
+        return (
+            f"weight sync {self._count}: {name} differs in the engine's {part.place} (trainer {_checksum(part.sent)}, "
+            f"engine {_checksum(part.held)}, largest difference {gap:.3g}). Stopping: its rationales would come from "
+            "weights that are not the policy's."
+        )
+
+    @torch.no_grad()
+    def _score_by_policy(self) -> Tensor:
+        """Log-probs [S] of the canary's tokens, sentence after sentence."""
+        self._policy.eval()
+        rows = [Row(tuple(ids[:1]), tuple(ids[1:]), 0, scored=True) for ids in self._canary]
+        packed = pack(rows, share_prompts=False).to(self._policy.device)
+        return self._policy(packed).log_probs.cpu()
+
+    def _compare_log_probs(self, expected: Tensor) -> float:
+        engine = torch.tensor([log_prob for scores in self._rollout.score(self._canary) for log_prob in scores])
+        difference = (expected - engine).abs()
+        device = self._policy.device.type
+        gap, limit = float(difference.max() if device == "cpu" else difference.mean()), _CANARY_LIMIT[device]
+        if gap <= limit:
+            return gap
+        self._rollout.mark_stale()
+        worst = int(difference.argmax())
+        raise WeightSyncError(
+            f"weight sync {self._count}: the log-probs of fixed sentences in the engine {self._rollout.name} are "
+            f"{gap:.3g} away from the policy's, more than {limit} (worst token: trainer {float(expected[worst]):.4f}, "
+            f"engine {float(engine[worst]):.4f}). Stopping: engine and trainer do not compute the same model."
+        )
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Of a tensor's bytes, 8 hex digits."""
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
