@@ -33,6 +33,7 @@ if (( GPUS > 0 )); then
         actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
         actor_rollout_ref.actor.fsdp_config.param_offload=True
         actor_rollout_ref.actor.fsdp_config.optimizer_offload=True
+        actor_rollout_ref.rollout.name=vllm
         actor_rollout_ref.rollout.n=8
         actor_rollout_ref.rollout.tensor_model_parallel_size=$(( GPUS % 2 == 0 ? 2 : 1 ))
         actor_rollout_ref.rollout.gpu_memory_utilization=0.5

@@ -4,7 +4,8 @@ import torch
 from tiny import tiny_model
 
 from verl.config import ActorConfig
-from verl.models.policy import ATTENTION, PolicyModel
+from verl.models.attention import ATTENTION
+from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
 from verl.workers.actor import Actor, MicroBatchLimit, score
 

@@ -103,7 +103,7 @@ def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, tripl
     assert "3 steps done" in done.stdout
     resumed = {m["step"]: m for m in steps_of(run_dir)}
     assert sorted(resumed) == [4, 5]
-    timing = ("time/", "perf/", "memory/")
+    timing = ("time/", "perf/", "memory/", "sync/")
     for expected in steps_of(whole_run)[3:]:
         for name, value in expected.items():
             if not name.startswith(timing):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from verl.models.attention import ATTENTION
 from verl.models.packing import Row, pack
-from verl.models.policy import ATTENTION, PolicyModel
+from verl.models.policy import PolicyModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 

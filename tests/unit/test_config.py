@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl.config import ConfigError
+from verl.config import ConfigError, RunConfig
 from verl.config_checks import build_config
-from verl.trainer.main_ppo import build_renderer, compose_config, find_devices
+from verl.trainer.main_ppo import build_renderer, check_engine_groups, compose_config, find_devices
 from verl.trainer.ppo.batch_plan import BatchPlan
 
 ORIGINAL = """
@@ -117,6 +117,27 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro-batches need a size"),
         ("custom_reward_function.path=mine.py", "is read by reward_model.reward_manager=naive only"),
         ("actor_rollout_ref.actor.clip_ratio_c=0.5", "clip_ratio_c=0.5 must be above 1"),
+        (
+            "actor_rollout_ref.rollout.max_model_len=100",
+            r"max_model_len=100 is less than .*=1024 \+ .*=2048 = 3072; leave it out",
+        ),
+        (
+            "actor_rollout_ref.rollout.max_num_batched_tokens=1000",
+            "max_num_batched_tokens=1000 cannot take a sequence of 3072 tokens.*enable_chunked_prefill=True",
+        ),
+        (
+            "actor_rollout_ref.rollout.gpu_memory_utilization=1.5",
+            r"gpu_memory_utilization=1\.5 must be above 0, at most 1",
+        ),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.sglang.x=1",
+            r"engine_kwargs\.sglang belongs to no engine; put arguments under \.vllm",
+        ),
+        (
+            "actor_rollout_ref.rollout.check_weight_sync=maybe",
+            r"rollout\.check_weight_sync='maybe'.*'full', 'sample' or 'off'",
+        ),
+        ("actor_rollout_ref.rollout.dtype=int8", r"rollout\.dtype='int8'.*'bfloat16', 'float16' or 'float32'"),
     ],
 )
 def test_errors_name_the_key_the_value_and_the_way_out(files, override, message):
@@ -149,6 +170,48 @@ def test_more_workers_than_cpus_is_an_error(tiny_folder, files):
     config = tiny_run(tiny_folder, files, "trainer.n_gpus_per_node=4096", "trainer.device=cpu")
     with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=4096, but this machine has \d+ CPUs"):
         find_devices(config)
+
+
+def test_the_cpus_given_to_ray_bound_the_workers(tiny_folder, files):
+    # Neither number is likely to be this machine's own.
+    for cpus in (3, 5000):
+        given = ["trainer.device=cpu", f"ray_init.num_cpus={cpus}"]
+        assert find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus}")) == ("cpu", cpus)
+        with pytest.raises(ConfigError, match=f"this machine has {cpus} CPUs .*; set it to {cpus} or less"):
+            find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus + 1}"))
+
+
+def test_the_workers_of_a_machine_must_divide_into_engines(files):
+    config = compose_config([*ORIGINAL, *files]).with_engine("vllm")
+    check_engine_groups(config, workers_per_node=4)
+    with pytest.raises(ConfigError, match="size=2 does not divide the 3 workers of a machine; use one of 1, 3"):
+        check_engine_groups(config, workers_per_node=3)
+
+
+def test_only_vllm_is_shared_by_workers(files):
+    shared = compose_config([*ORIGINAL, *files]).with_engine("hf")
+    with pytest.raises(ConfigError, match="size=2 needs the engine vllm, and this run generates with hf; set it to 1"):
+        check_engine_groups(shared, workers_per_node=4)
+    alone = compose_config([*ORIGINAL, *files, "actor_rollout_ref.rollout.tensor_model_parallel_size=1"])
+    check_engine_groups(alone.with_engine("hf"), workers_per_node=3)
+
+
+def test_resolving_the_engine_changes_its_name_and_nothing_else(files):
+    config = compose_config([*ORIGINAL, *files])
+    resolved = config.with_engine("hf")
+    assert config.actor_rollout_ref.rollout.name == "vllm" and config.actor_rollout_ref.rollout.ranks_per_engine == 2
+    assert resolved.actor_rollout_ref.rollout.name == "hf" and resolved.actor_rollout_ref.rollout.ranks_per_engine == 1
+    assert resolved.with_engine("vllm") == config
+
+
+@pytest.mark.parametrize(
+    ("cap", "with_vllm", "with_hf"),
+    [(None, 2.0, None), (5, 5.0, 5.0), (0, None, None), (-1, None, None)],
+)
+def test_importance_weights_are_capped_at_two_with_vllm_and_there_are_none_with_hf(cap, with_vllm, with_hf):
+    config = RunConfig.model_validate({"actor_rollout_ref": {"actor": {"tis_imp_ratio_cap": cap}}})
+    assert config.with_engine("vllm").importance_cap == with_vllm
+    assert config.with_engine("hf").importance_cap == with_hf
 
 
 def test_the_plan_refuses_too_few_samples_and_rows(tiny_folder, files):

@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.workers.rollout.base import finish
+from verl.models.attention import ATTENTION
+from verl.workers.rollout.base import EngineState, RolloutError, finish
 from verl.workers.rollout.hf import HFRollout, _sample
 
 TEXTS = ["short", "a somewhat longer text to embed", "mid size text", "short"]
@@ -15,8 +16,10 @@ def prompts() -> list[list[int]]:
     return [p.ids for p in PromptRenderer(tiny_tokenizer()).render([rationale_messages(t) for t in TEXTS])]
 
 
-def engine(stop_ids: list[int], max_num_seqs: int = 100, **kwargs) -> HFRollout:
-    return HFRollout(tiny_model(), stop_ids, tiny_tokenizer().pad_token_id, max_num_seqs, **kwargs)
+def engine(stop_ids: list[int], max_num_seqs: int = 100, seed: int = 0, **kwargs) -> HFRollout:
+    lm = tiny_model(seed=seed)
+    lm.set_attn_implementation(ATTENTION)
+    return HFRollout(lm, stop_ids, max_num_seqs, **kwargs)
 
 
 def greedy_reference(prompt: list[int], stop_ids: list[int], limit: int) -> list[int]:
@@ -93,10 +96,11 @@ def test_ignore_eos_writes_to_the_limit():
 
 
 def test_new_weights_change_what_is_generated():
-    rollout, other = engine([]), tiny_model(seed=1)
+    rollout = engine([])
     before = greedy_ids(rollout)
-    rollout.update_weights(other.named_parameters())
-    assert greedy_ids(rollout) == greedy_ids(HFRollout(other, [], 0, 100)) != before
+    rollout.update_weights(tiny_model(seed=1).named_parameters())
+    rollout.wake_up()
+    assert greedy_ids(rollout) == greedy_ids(engine([], seed=1)) != before
 
 
 def test_a_weight_that_is_not_sent_is_an_error_that_names_it():
@@ -107,5 +111,37 @@ def test_a_weight_that_is_not_sent_is_an_error_that_names_it():
 
 
 def test_a_weight_the_engine_does_not_have_is_an_error():
-    with pytest.raises(ValueError, match="no weight 'lm.nonsense'"):
+    with pytest.raises(ValueError, match=r"'lm\.nonsense' is not one of the engine's"):
         engine([]).update_weights([("lm.nonsense", torch.zeros(1))])
+
+
+def test_a_weight_sent_twice_is_an_error_that_names_it():
+    weights = list(tiny_model().named_parameters())
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' was sent twice"):
+        engine([]).update_weights([*weights, ("model.norm.weight", torch.zeros(64))])
+
+
+def test_scores_are_the_log_probs_of_a_plain_forward():
+    lm = tiny_model()
+    for prompt, scores in zip(prompts(), engine([]).score(prompts()), strict=True):
+        log_probs = lm(torch.tensor([prompt])).logits[0].detach().log_softmax(-1)
+        expected = [float(log_probs[place, token]) for place, token in enumerate(prompt[1:])]
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("state", [EngineState.STALE, EngineState.WEIGHTS_ONLY, EngineState.ASLEEP])
+def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
+    rollout = engine([])
+    rollout.state = state
+    with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
+        rollout.generate(prompts(), [0.0] * 4, 8, seed=0)
+    with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
+        rollout.score(prompts())
+
+
+def test_what_is_held_is_the_parameter_itself_beside_what_was_sent():
+    rollout, sent = engine([]), torch.arange(64, dtype=torch.float64)
+    (weight,) = rollout.held("model.norm.weight", sent, most_columns=1)
+    assert weight.place == "model.norm.weight"
+    assert weight.held is rollout.lm.get_parameter("model.norm.weight")
+    assert weight.sent.dtype == weight.held.dtype and weight.sent.tolist() == list(range(64))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from verl.models.attention import ATTENTION
 from verl.models.packing import Row, pack
-from verl.models.policy import ATTENTION, PolicyModel
+from verl.models.policy import PolicyModel
 
 TEMPERATURE = 0.7
 

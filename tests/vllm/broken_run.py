@@ -3,6 +3,7 @@
 import sys
 
 from ray import cloudpickle
+
 from verl.trainer import main_ppo
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 

@@ -54,7 +54,9 @@ class Engine:
 
     def train(self, rows, steps: int) -> None:
         actor = build_actor(self.policy)
-        part = list(range(dist.get_rank() * 12 // dist.get_world_size(), (dist.get_rank() + 1) * 12 // dist.get_world_size()))
+        part = list(
+            range(dist.get_rank() * 12 // dist.get_world_size(), (dist.get_rank() + 1) * 12 // dist.get_world_size())
+        )
         for _ in range(steps):
             actor.update(rows[part], 2)
         self.rollout.mark_stale()

@@ -61,7 +61,9 @@ def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp
         assert "RolloutError: the rollout engine vllm must not generate while it is STALE" in rank["before_sync"]
         assert "STALE" in rank["when_stale"]
         assert rank["threads"] == (1, 1) and rank["threads_can_be_set"] == 2
-        assert rank["found"]["weights_compared"] == len(list(tiny_model(tie, hidden_size=128, llama=llama).parameters()))
+        assert rank["found"]["weights_compared"] == len(
+            list(tiny_model(tie, hidden_size=128, llama=llama).parameters())
+        )
         assert rank["found"]["canary_log_prob_diff"] < 1e-3
         assert rank["trained"]["sampled"] == ranks[0]["trained"]["sampled"], "ranks of one engine drew differently"
 

@@ -63,7 +63,9 @@ def test_two_runs_with_one_seed_agree(tmp_path, model, triplets):
         done = run(model, triplets, tmp_path / name, "vllm", "trainer.total_training_steps=2", "trainer.save_freq=0",
                    "actor_rollout_ref.rollout.check_weight_sync=full")  # fmt: skip
         assert done.returncode == 0, done.stderr
-        timeless = [{k: v for k, v in m.items() if not k.startswith((*TIMING, "sync/"))} for m in read_metrics(tmp_path / name)]
+        timeless = [
+            {k: v for k, v in m.items() if not k.startswith((*TIMING, "sync/"))} for m in read_metrics(tmp_path / name)
+        ]
         found.append((timeless, [s["rationale"] for s in read_samples(tmp_path / name, 2)]))
     assert found[0] == found[1]
 

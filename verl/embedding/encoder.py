@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, PromptRenderer, rationale_messages
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, build_decoding_model, load_causal_lm
+from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import finish
@@ -49,9 +49,8 @@ class GraceEncoder:
             lm = lm.to(device, torch.bfloat16)
         self.policy = PolicyModel(lm.eval().requires_grad_(False))
         self.rollout = HFRollout(
-            _sharing_weights(lm, trust_remote_code),
+            lm,
             stop_token_ids(self.tokenizer, lm.config, lm.generation_config),
-            self.tokenizer.pad_token_id,
             max_num_seqs=10**9,
             ignore_eos=ignore_eos,
         )
@@ -144,11 +143,3 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     return {name: value for name, value in json.loads(file.read_text()).items() if name in _DEFAULTS}
-
-
-def _sharing_weights(lm: Any, trust_remote_code: bool) -> Any:
-    """A decoding model around the same tensors."""
-    twin = build_decoding_model(lm, lm.dtype, lm.device, trust_remote_code)
-    twin.load_state_dict(lm.state_dict(), assign=True)
-    twin.tie_weights()
-    return twin

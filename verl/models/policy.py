@@ -6,19 +6,17 @@ size [S,V] is kept: the LM head runs on scored positions only, in chunks that ba
 
 import copy
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl.embedding.pooling import mean_pool
-from verl.models.packing import PackedBatch, Row, Segment, pack
+from verl.models.attention import ATTENTION
+from verl.models.packing import PackedBatch, Row, pack
 
-ATTENTION = "grace_packed"
 # Bytes of one chunk of float32 logits; scoring and its backward hold about five tensors of that size.
 _LOGITS_BYTES = 128 * 2**20
 
@@ -98,73 +96,6 @@ def _score_chunk(
     return log_probs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
 
-def packed_attention(  # noqa: PLR0913 - transformers' interface
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    packed_segments: list[Segment],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a packed micro-batch, registered with transformers.
-
-    Args:
-        query: [1, heads, K, head size]; key and value may have fewer heads.
-        packed_segments: what each token may attend to.
-
-    Returns:
-        [1, K, heads, head size] and None.
-
-    Raises:
-        ValueError: the model asks for attention that is not plain causal (soft cap, dropout, or a sliding
-            window shorter than a row).
-    """
-    if softcap is not None or dropout:
-        raise ValueError("models with attention soft-capping or dropout are not supported by the packed forward")
-    longest = max(s.end - s.start + sum(b - a for a, b in s.ancestors) for s in packed_segments)
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(
-            f"a row has {longest} tokens, more than the model's sliding attention window of {sliding_window}; "
-            "lower data.max_prompt_length + data.max_response_length"
-        )
-    if query.device.type == "cuda" and find_spec("flash_attn"):
-        return _flash_attention(query, key, value, packed_segments, scaling), None
-    outputs = []
-    for s in packed_segments:
-        ranges = (*s.ancestors, (s.start, s.end))
-        k, v = (torch.cat([x[:, :, a:b] for a, b in ranges], dim=2) for x in (key, value))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, s.start : s.end], k, v, attn_mask=s.mask, is_causal=s.mask is None, scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )  # fmt: skip
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    assert all(not s.ancestors for s in segments), "flash-attention needs rows packed without shared prompts"
-    lengths = torch.tensor([s.end - s.start for s in segments], device=query.device)
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # [rows + 1]
-    longest = int(lengths.max())
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [K, heads, head size]
-    out = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True)
-    return out.unsqueeze(0)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-
-
 def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None) -> Any:
     """The model of a folder or hub name in float32, on the CPU, with packed attention.
 
@@ -191,12 +122,12 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
     return lm
 
 
-def build_decoding_model(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """A model of the same shape, with the attention that decoding with a cache needs; its weights are random."""
-    # from_config writes the attention into the config it is given, which must not be the policy's own.
+def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """A model of the same shape for an engine to decode with; its weights are random."""
+    # from_config writes into the config it is given, which must not be the policy's own.
     config = copy.deepcopy(lm.config)
     twin = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
     )
     return twin.to(device)
 

@@ -12,7 +12,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torch.distributed", "ray", "filelock", "fsspec", "datasets"):
+    for name in ("torch.distributed", "ray", "filelock", "fsspec", "datasets", "vllm"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

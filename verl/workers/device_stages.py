@@ -11,7 +11,7 @@ class OutOfDeviceMemory(RuntimeError):
 
 
 class DeviceStages:
-    """Watches one device. On a CPU there is nothing to log, and errors pass through."""
+    """Watches one device. On a CPU there is no free memory to log."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.models.fsdp import full_weights, move_optimizer, shard
-from verl.models.policy import PolicyModel, build_decoding_model, load_causal_lm
+from verl.models.policy import PolicyModel, build_twin, load_causal_lm
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
@@ -213,8 +213,8 @@ class ActorRolloutRefWorker(Worker):
         model, rollout, data = self.config.model, self.config.rollout, self.run_config.data
         stop_ids = stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config)
         if rollout.name == "hf":
-            engine_lm = build_decoding_model(self.lm, self._engine_dtype, self.device, model.trust_remote_code)
-            return HFRollout(engine_lm, stop_ids, self.tokenizer.pad_token_id, rollout.max_num_seqs, rollout.ignore_eos)
+            engine_lm = build_twin(self.lm, self._engine_dtype, self.device, model.trust_remote_code)
+            return HFRollout(engine_lm, stop_ids, rollout.max_num_seqs, rollout.ignore_eos)
         # A group is never larger than the trained rows and two anchors of each sample.
         ranks = rollout.ranks_per_engine
         most_rows = -(-data.train_batch_size * (rollout.n + 2) * ranks // self.world_size)

@@ -1,7 +1,7 @@
 """Giving the rollout engine the policy's weights, and proving that it computes with them.
 
 An engine that runs old or half-loaded weights trains on without an error, so every sync ends with a proof:
-weights are read back from the engine and compared bit by bit, and a few fixed sentences must get the
+weights are read back from the engine and must be equal, and a few fixed sentences must get the
 log-probs that the policy gives them.
 """
 

@@ -1,5 +1,7 @@
 """Engine and trainer give the same token different probabilities: how far apart they are, and when that ends a run."""
 
+import math
+
 from verl.protocol import DataProto, response_mask
 from verl.trainer.ppo.core_algos import truncated_importance_weights
 
@@ -32,17 +34,17 @@ class MismatchGuard:
         Raises:
             StaleEngineError: for two steps in a row it was more than five times the first step's, and above 0.001.
         """
-        if self.first is None:
+        if self.first is None and math.isfinite(probs_diff_mean):
             self.first = probs_diff_mean
-        limit = max(_JUMP * self.first, _FLOOR)
+        limit = max(_JUMP * (self.first or 0.0), _FLOOR)
         self._jumps = self._jumps + 1 if not probs_diff_mean <= limit else 0
         if self._jumps >= _STEPS_IN_A_ROW:
             raise StaleEngineError(
-                f"rollout/probs_diff_mean is {probs_diff_mean:.3g}, in the first step it was {self.first:.3g}: the "
+                f"rollout/probs_diff_mean is {probs_diff_mean:.3g}, in the first step it was {self.first}: the "
                 "rollout engine appears to run old weights. Set actor_rollout_ref.rollout.check_weight_sync=full to "
                 "find the weight, or actor_rollout_ref.rollout.name=hf to go on without the engine."
             )
-        if probs_diff_mean > max(_SUSPICIOUS, self.first):
+        if not probs_diff_mean <= _SUSPICIOUS:
             return (
                 f"warning: rollout/probs_diff_mean is {probs_diff_mean:.3g}; engine and trainer disagree about the "
                 f"probabilities of tokens (healthy: below {_SUSPICIOUS})"
@@ -61,15 +63,14 @@ def mismatch_metrics(trained: DataProto, cap: float | None) -> dict[str, float]:
     engine, trainer = (trained.batch[key][mask] for key in ("rollout_log_probs", "old_log_probs"))
     gap = (engine.exp() - trainer.exp()).abs()
     metrics = {
-        "rollout/probs_diff_mean": float(gap.mean()),
-        "rollout/probs_diff_max": float(gap.max()),
-        "rollout/kl": float((engine - trainer).mean()),
-        "actor/entropy": float(trained.batch["entropy"].mean()),
+        "probs_diff_mean": float(gap.mean()),
+        "probs_diff_max": float(gap.max()),
+        "kl": float((engine - trainer).mean()),
     }
     if cap is None:
         return metrics
     weights = truncated_importance_weights(trainer, engine, cap)
     return metrics | {
-        "rollout/is_weight_mean": float(weights.mean()),
-        "rollout/is_clipped_share": float((weights >= cap).float().mean()),
+        "is_weight_mean": float(weights.mean()),
+        "is_clipped_share": float((weights >= cap).float().mean()),
     }

@@ -94,14 +94,15 @@ class RayPPOTrainer:
         self.display.start()
         self.start()
         for step, prompts in enumerate(self.prompt_batches(), start=self.first_step + 1):
-            watch = Stopwatch()
+            watch, found = Stopwatch(), {}
             with watch.phase("sync"):
-                sync_metrics = self.workers.sync_rollout_weights()
+                found["sync"] = self.workers.sync_rollout_weights()
             rows = self.expand(prompts)
             with watch.phase("gen"):
                 rows = self.generate(rows, step)
             with watch.phase("score"):
                 rows = self.embed_and_score(rows)
+            found["rollout"] = self.compare_engine(rows)
             if self.config.needs_reference:
                 with watch.phase("ref"):
                     rows = self.score_by_reference(rows)
@@ -109,8 +110,8 @@ class RayPPOTrainer:
                 reward = self.reward_manager(rows)
                 batch = self.add_advantages(rows[trained(rows)], reward)
             with watch.phase("update"):
-                actor_metrics = self.update(batch, step)
-            self.finish_step(step, rows, batch, reward, {"actor": actor_metrics, "sync": sync_metrics}, watch)
+                found["actor"] = self.update(batch, step)
+            self.finish_step(step, rows, batch, reward, found, watch)
         self.stop()
 
     def start(self) -> None:
@@ -172,6 +173,13 @@ class RayPPOTrainer:
         columns = self.workers.compute_log_prob(rows, embed=self.reward_manager.needs_embeddings, entropy=True)
         return rows.union(_renamed(columns, "log_probs", "old_log_probs"))
 
+    def compare_engine(self, rows: DataProto) -> dict[str, float]:
+        """How far the engine's probabilities are from the trainer's; too far for too long ends the run."""
+        metrics = mismatch_metrics(rows[trained(rows)], self.config.importance_cap)
+        if warning := self.mismatch_guard.check(metrics["probs_diff_mean"]):
+            self.display.say(warning)
+        return metrics
+
     def score_by_reference(self, rows: DataProto) -> DataProto:
         """Add the reference model's log-probs of the trained rows."""
         scored = self.workers.compute_ref_log_prob(rows[trained(rows)])
@@ -213,7 +221,7 @@ class RayPPOTrainer:
 
     def finish_step(
         self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput,
-        worker_metrics: dict[str, dict[str, float]], watch: Stopwatch,
+        found: dict[str, dict[str, float]], watch: Stopwatch,
     ) -> None:  # fmt: skip
         """Log the step; validate and save when it is time."""
         memory = self.workers.end_step()
@@ -227,8 +235,8 @@ class RayPPOTrainer:
         metrics = {
             **reward_metrics(reward.scores, columns["uid"], reward.metrics),
             "group/duplicate_share": duplicate_share(columns["rationale"], columns["uid"]),
-            **{f"{part}/{name}": value for part, found in worker_metrics.items() for name, value in found.items()},
-            **mismatch_metrics(batch, self.config.importance_cap),
+            **{f"{part}/{name}": value for part, values in found.items() for name, value in values.items()},
+            "actor/entropy": float(batch.batch["entropy"].mean()),
             **length_metrics(rows, rows.meta_info["num_shortened"]),
             **time_metrics(watch.seconds, rows, self.workers.take_bytes_moved()),
             **{f"memory/{name}": value for name, value in memory.items()},
@@ -239,8 +247,6 @@ class RayPPOTrainer:
         self.tracking.log(metrics, step)
         self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
         self.display.step_done(step, metrics)
-        if complaint := self.mismatch_guard.check(metrics["rollout/probs_diff_mean"]):
-            self.display.say(complaint)
 
     def save(self, step: int) -> None:
         """Write a checkpoint under a temporary name, then publish it."""

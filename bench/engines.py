@@ -1,0 +1,144 @@
+"""Rollout engines side by side: python bench/engines.py [--rounds 3] [--json FILE]
+
+Each engine in a process of its own, in turn, on SmolLM2-135M: tokens per second at 36 and 128 rationales of 48 new
+tokens (nine and 32 prompts, four rationales each), seconds of a weight sync and of its proof, and what the torch
+threads that vLLM would leave cost the training phase. Prints medians over the rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+MODEL = str(REPO / "models/SmolLM2-135M-Instruct")
+NEW_TOKENS = 48
+
+
+def measure(name: str) -> dict[str, float]:
+    """Figures of one engine, in this process."""
+    import torch
+    import torch.distributed as dist
+
+    sys.path.insert(0, str(REPO))
+    from verl.config import ActorConfig
+    from verl.embedding.prompts import PromptRenderer, rationale_messages
+    from verl.models.policy import PolicyModel, load_causal_lm
+    from verl.utils.tokenizer import load_tokenizer
+    from verl.workers.actor import Actor
+    from verl.workers.device_stages import DeviceStages
+    from verl.workers.rollout.base import finish
+    from verl.workers.weight_sync import WeightSync
+
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    tokenizer = load_tokenizer(MODEL)
+    lines = (REPO / "examples/sentences.txt").read_text().splitlines()[:32]
+    prompts = [p.ids for p in PromptRenderer(tokenizer).render([rationale_messages(line) for line in lines])]
+    policy = PolicyModel(load_causal_lm(MODEL))
+    actor = Actor(policy, ActorConfig.model_validate({"ppo_max_token_len_per_gpu": 16384}), 1.0, NEW_TOKENS, 10)
+    engine = build_engine(name, policy.lm)
+    figures = {}
+    syncs = {mode: WeightSync(policy, engine, torch.float32, mode, prompts[:3], DeviceStages(policy.device))
+             for mode in ("sample", "full")}  # fmt: skip
+    for mode in ("sample", "sample", "full"):
+        found = syncs[mode].send()
+        woken = syncs[mode].wake_engine()
+        figures["sync s"] = found["weights_s"]
+        figures[f"proof s, {mode}"] = found["proof_s"] + woken["proof_s"]
+        engine.mark_stale() if mode != "full" else None
+    rows = trained_rows(prompts, finish(engine.generate(prompts[:4] * 4, [1.0] * 16, NEW_TOKENS, 0)))
+    threads = torch.get_num_threads()
+    for label, number in ((f"{threads} threads", threads), ("1 thread", 1)):
+        torch.set_num_threads(number)
+        figures[f"update of 16 rows s, {label}"] = seconds(lambda: actor.update(rows, 1))
+        for count in (36, 128) if number == threads else (36,):
+            chosen = [prompts[i // 4] for i in range(count)]
+            spent = seconds(lambda rows=chosen: finish(engine.generate(rows, [1.0] * len(rows), NEW_TOKENS, 1)))
+            figures[f"tokens/s at {count}, {label}"] = count * NEW_TOKENS / spent
+    return figures
+
+
+def build_engine(name: str, lm: Any) -> Any:
+    import torch
+
+    from verl.config import ModelConfig, RolloutConfig
+    from verl.models.policy import build_twin
+    from verl.workers.rollout.choose import load_vllm_adapter
+    from verl.workers.rollout.hf import HFRollout
+
+    cpu = torch.device("cpu")
+    if name == "hf":
+        return HFRollout(build_twin(lm, torch.float32, cpu), [2], 1024, ignore_eos=True)
+    names = [weight for weight, _ in lm.named_parameters()]
+    rollout = RolloutConfig(ignore_eos=True)
+    return load_vllm_adapter().VLLMRollout(ModelConfig(path=MODEL), rollout, cpu, [2], names, 256, 128, 1)
+
+
+def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
+    """Four prompts with four responses each, as the update wants them."""
+    import torch
+
+    from verl.protocol import DataProto
+
+    width = max(map(len, prompts[:4]))
+    padded = [[0] * (width - len(p)) + p for p in prompts[:4] * 4]
+    return DataProto.from_dict(
+        {
+            "prompts": torch.tensor(padded),
+            "prompt_length": torch.tensor([len(p) for p in prompts[:4] * 4]),
+            "text_start": torch.zeros(16, dtype=torch.int64),
+            "responses": torch.tensor([r.ids for r in responses]),
+            "response_length": torch.full((16,), NEW_TOKENS),
+            "advantages": torch.randn(16, 1).expand(16, NEW_TOKENS).clone(),
+            "old_log_probs": torch.tensor([r.log_probs for r in responses]),
+            "mini_batch": torch.zeros(16, dtype=torch.int64),
+        },
+        {"role": ["positive"] * 16},
+    )
+
+
+def seconds(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        print("figures " + json.dumps(measure(args.engine)))
+        return
+    subprocess.run([sys.executable, str(REPO / "scripts/get_demo_model.py")], check=True)
+    engines = ["hf", "vllm"] if find_spec("vllm") else ["hf"]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, **place}
+    found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+    for turn in range(args.rounds):
+        for engine in engines:
+            print(f"round {turn + 1} of {args.rounds}: {engine}", flush=True)
+            command = [sys.executable, __file__, "--engine", engine]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=REPO)
+            line = next(line for line in out.stdout.splitlines() if line.startswith("figures "))
+            found[engine].append(json.loads(line.removeprefix("figures ")))
+    medians = {e: {k: statistics.median(r[k] for r in rounds) for k in rounds[0]} for e, rounds in found.items()}
+    print(f"\n{'median of ' + str(args.rounds):40}" + "".join(f"{engine:>12}" for engine in engines))
+    for key in medians[engines[0]]:
+        print(f"{key:40}" + "".join(f"{medians[engine][key]:12.2f}" for engine in engines))
+    if args.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        args.json.write_text(json.dumps({"machine": machine, "medians": medians, "rounds": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
