@@ -35,7 +35,7 @@ def measure(name: str) -> dict[str, float]:
     from verl.workers.actor import Actor
     from verl.workers.device_stages import DeviceStages
     from verl.workers.rollout.base import finish
-    from verl.workers.weight_sync import WeightSync
+    from verl.workers.weight_sync import CANARY, WeightSync
 
     dist.init_process_group("gloo", rank=0, world_size=1)
     tokenizer = load_tokenizer(MODEL)
@@ -45,19 +45,20 @@ def measure(name: str) -> dict[str, float]:
     actor = Actor(policy, ActorConfig.model_validate({"ppo_max_token_len_per_gpu": 16384}), 1.0, NEW_TOKENS, 10)
     engine = build_engine(name, policy.lm)
     figures = {}
-    syncs = {mode: WeightSync(policy, engine, torch.float32, mode, prompts[:3], DeviceStages(policy.device))
-             for mode in ("sample", "full")}  # fmt: skip
+    canary = [tokenizer(text)["input_ids"] for text in CANARY]
+    # The first sync warms up; the last one stays.
     for mode in ("sample", "sample", "full"):
-        found = syncs[mode].send()
-        woken = syncs[mode].wake_engine()
-        figures["sync s"] = found["weights_s"]
-        figures[f"proof s, {mode}"] = found["proof_s"] + woken["proof_s"]
-        engine.mark_stale() if mode != "full" else None
+        sync = WeightSync(policy, engine, torch.float32, mode, canary, DeviceStages(policy.device))
+        found = sync.send()
+        figures["weight sync s"] = found["weights_s"]
+        figures[f"proof s, {mode}"] = found["proof_s"] + sync.wake_engine()["proof_s"]
     rows = trained_rows(prompts, finish(engine.generate(prompts[:4] * 4, [1.0] * 16, NEW_TOKENS, 0)))
+    actor.update(rows, 1)  # makes the optimizer's state
     threads = torch.get_num_threads()
     for label, number in ((f"{threads} threads", threads), ("1 thread", 1)):
         torch.set_num_threads(number)
-        figures[f"update of 16 rows s, {label}"] = seconds(lambda: actor.update(rows, 1))
+        updates = [seconds(lambda: actor.update(rows, 1)) for _ in range(3)]
+        figures[f"update of 16 rows s, {label}"] = statistics.median(updates)
         for count in (36, 128) if number == threads else (36,):
             chosen = [prompts[i // 4] for i in range(count)]
             spent = seconds(lambda rows=chosen: finish(engine.generate(rows, [1.0] * len(rows), NEW_TOKENS, 1)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 
 from verl.models.attention import ATTENTION
 from verl.models.packing import Row, pack
@@ -51,13 +51,19 @@ def test_bfloat16_on_cuda_is_near_float32():
 
 
 @pytest.mark.parametrize("offload", [True, False])
-def test_a_run_on_a_gpu(tmp_path, tiny_folder, offload):
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_run_on_a_gpu(tmp_path, engine, offload):
     from runs import main_ppo, prepare, read_metrics, recipe, write_triplets
 
+    if engine == "vllm" and find_spec("vllm") is None:
+        pytest.skip("vllm is not installed (pip install -e '.[vllm]')")
+    model = save_tiny(tmp_path / "model", hidden_size=256, llama=True)
     data = prepare("supervised", write_triplets(tmp_path / "raw.jsonl"), tmp_path / "data")
-    overrides = [o for o in recipe(tiny_folder, data, tmp_path / "run") if not o.startswith("trainer.device")]
+    overrides = [o for o in recipe(model, data, tmp_path / "run") if not o.startswith("trainer.device")]
     done = main_ppo(
         *overrides, "trainer.device=cuda", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=2",
+        f"actor_rollout_ref.rollout.name={engine}", "actor_rollout_ref.rollout.check_weight_sync=full",
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.2",
         f"actor_rollout_ref.actor.fsdp_config.param_offload={offload}",
         f"actor_rollout_ref.actor.fsdp_config.optimizer_offload={offload}",
     )  # fmt: skip
@@ -65,3 +71,4 @@ def test_a_run_on_a_gpu(tmp_path, tiny_folder, offload):
     for m in read_metrics(tmp_path / "run"):
         assert m["rollout/probs_diff_mean"] < 0.02
         assert m["memory/gpu_peak_gb"] > 0
+        assert m["memory/free_gb/generating"] > m["memory/free_gb/waking_the_cache"] or engine == "hf"

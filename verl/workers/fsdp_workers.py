@@ -26,14 +26,7 @@ from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import Response, Rollout, finish
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
-from verl.workers.weight_sync import WeightSync
-
-# Sentences whose log-probs engine and policy must agree on after every sync.
-_CANARY = (
-    "The river carries the boat past the old mill and under the bridge.",
-    "A passage about copper: it conducts heat well, so kettles were made of it for centuries.",
-    "1, 2, 3 and 4 are followed by 5; 10, 20 and 30 are followed by 40.",
-)
+from verl.workers.weight_sync import CANARY, WeightSync
 
 
 class ActorRolloutRefWorker(Worker):
@@ -65,7 +58,7 @@ class ActorRolloutRefWorker(Worker):
             self.rollout = self._build_rollout()
         self.weight_sync = WeightSync(
             policy, self.rollout, self._engine_dtype, self.config.rollout.check_weight_sync,
-            [self.tokenizer(text)["input_ids"] for text in _CANARY], self.stages,
+            [self.tokenizer(text)["input_ids"][: self._longest_row - 1] for text in CANARY], self.stages,
         )  # fmt: skip
         self.rollout.sleep()
         self.reference = self._build_reference() if self.run_config.needs_reference else None
@@ -221,10 +214,14 @@ class ActorRolloutRefWorker(Worker):
         return load_vllm_adapter().VLLMRollout(
             model, rollout, self.device, stop_ids,
             weight_names=[name for name, _ in self.lm.named_parameters()],
-            max_model_len=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+            max_model_len=rollout.max_model_len or self._longest_row,
             max_num_seqs=min(rollout.max_num_seqs, most_rows),
             engines_per_node=self.place.workers_per_node // ranks,
         )  # fmt: skip
+
+    @property
+    def _longest_row(self) -> int:
+        return self.run_config.data.max_prompt_length + self.run_config.data.max_response_length
 
     @property
     def _engine_dtype(self) -> torch.dtype:

