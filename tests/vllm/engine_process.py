@@ -15,7 +15,6 @@ from verl.workers.rollout.base import RolloutError, finish
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.weight_sync import WeightSync, WeightSyncError
 
-STOP = [256]
 PROMPTS = [[5, 6, 7, 8], list(range(40, 75)), [9] * 20, list(range(100, 117))]
 CANARY = [list(range(60, 90)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 NEW_TOKENS = 24
@@ -33,11 +32,12 @@ class Engine:
 
     def __init__(self, folder: Path, check: str = "full", **rollout) -> None:
         lm = load_causal_lm(str(folder))
+        stop_ids = [lm.config.eos_token_id]
         self.policy = PolicyModel(lm)
         self.rollout = load_vllm_adapter().VLLMRollout(
             ModelConfig(path=str(folder)),
             RolloutConfig.model_validate({"max_num_batched_tokens": 512, "enable_chunked_prefill": True, **rollout}),
-            torch.device("cpu"), STOP, [name for name, _ in lm.named_parameters()],
+            torch.device("cpu"), stop_ids, [name for name, _ in lm.named_parameters()],
             max_model_len=96, max_num_seqs=16, engines_per_node=1,
         )  # fmt: skip
         shard(self.policy, torch.device("cpu"), FsdpConfig(), offload_policy=False)
@@ -96,12 +96,25 @@ def follow_training(rank: int, world_size: int, port: int, folder: str, out: str
 
 
 def sample(rank: int, world_size: int, port: int, folder: str, out: str) -> None:
-    """Seeds, end tokens, progress, and prompts that the engine refuses."""
+    """Seeds, end tokens, progress, prompts that do not fit, and what settings arrive at vLLM."""
     join(rank, world_size, port)
-    engine = Engine(Path(folder))
+    engine = Engine(
+        Path(folder), max_num_batched_tokens=640, enable_chunked_prefill=False, load_format="auto",
+        engine_kwargs={"vllm": {"block_size": 64}},
+    )  # fmt: skip
+    vllm_config = engine.rollout._llm.llm_engine.vllm_config
     engine.sync()
     group = [PROMPTS[1]] * 6
     results = {
+        "settings": {
+            "max_num_batched_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
+            "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+            "enable_chunked_prefill": vllm_config.scheduler_config.enable_chunked_prefill,
+            "max_model_len": vllm_config.model_config.max_model_len,
+            "enforce_eager": vllm_config.model_config.enforce_eager,
+            "load_format": vllm_config.load_config.load_format,
+            "block_size": vllm_config.cache_config.block_size,
+        },
         "seeds": [[r.ids for r in engine.responses(1.0, group, seed)] for seed in (3, 3, 4)],
         "alone": [r.ids for r in engine.responses(1.0, group[:1], 3)],
         "progress": sum(engine.rollout.generate(PROMPTS, [1.0] * 4, NEW_TOKENS, 0)),
@@ -109,8 +122,6 @@ def sample(rank: int, world_size: int, port: int, folder: str, out: str) -> None
         "too_long": error_of(lambda: engine.responses(prompts=[PROMPTS[0], [5] * 200])),
     }
     results["after_refusal"] = engine.responses()
-    engine.rollout._stop_ids = [results["greedy"][1].ids[9]]
-    results["stopped"] = engine.responses()
     torch.save(results, Path(out) / f"rank_{rank}.pt")
     dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ if find_spec("vllm") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 
-from engine_process import NEW_TOKENS, PROMPTS, STOP, break_syncs, follow_training, sample
+from engine_process import NEW_TOKENS, PROMPTS, break_syncs, follow_training, sample
 from test_two_ranks import free_port
 
 
@@ -30,9 +30,13 @@ def reference(tie: bool, llama: bool, weights: dict[str, torch.Tensor]):
     return lm
 
 
-def greedy(lm, prompt: list[int], stop_ids: list[int] = STOP) -> list[int]:
+def greedy(lm, prompt: list[int], stop_ids: list[int]) -> list[int]:
     out = lm.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=stop_ids, pad_token_id=0
+        torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=stop_ids or None,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 
@@ -51,7 +55,9 @@ def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp
         lm = reference(tie, llama, ranks[0][name]["weights"])
         for rank in ranks:
             snapshot = rank[name]
-            assert [r.ids for r in snapshot["greedy"]] == [greedy(lm, p) for p in PROMPTS], name
+            assert [r.ids for r in snapshot["greedy"]] == [greedy(lm, p, [lm.config.eos_token_id]) for p in PROMPTS], (
+                name
+            )
             for kind, temperature in (("greedy", 1.0), ("sampled", 0.7)):
                 for prompt, response in zip(PROMPTS, snapshot[kind], strict=True):
                     expected = log_probs(lm, prompt, response.ids, temperature)
@@ -68,8 +74,20 @@ def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp
         assert rank["trained"]["sampled"] == ranks[0]["trained"]["sampled"], "ranks of one engine drew differently"
 
 
-def test_sampling_and_end_tokens(tmp_path):
-    (found,) = spawn(sample, 1, save_tiny(tmp_path / "model", hidden_size=128), tmp_path)
+def test_sampling_end_tokens_and_settings(tmp_path):
+    lm = tiny_model(hidden_size=128)
+    free = [greedy(lm, prompt, []) for prompt in PROMPTS]
+    # A token that some row reaches in the middle ends a text, and is the padding too.
+    stop = free[1][9]
+    for config in (lm.config, lm.generation_config):
+        config.eos_token_id = config.pad_token_id = stop
+    lm.save_pretrained(tmp_path / "model")
+    (found,) = spawn(sample, 1, tmp_path / "model", tmp_path)
+    for ids, response in zip(free, found["greedy"], strict=True):
+        end = ids.index(stop) + 1 if stop in ids else None
+        assert response.ids == ids[:end]
+        assert response.truncated == (end is None)
+    assert any(r.truncated for r in found["greedy"]) and not all(r.truncated for r in found["greedy"])
     first, again, other = found["seeds"]
     assert len({tuple(ids) for ids in first}) == 6, "rationales of one prompt must differ"
     assert first == again != other
@@ -77,11 +95,10 @@ def test_sampling_and_end_tokens(tmp_path):
     assert found["progress"] == len(PROMPTS)
     assert "RolloutError: row 1: a prompt of 200 tokens and 24 new ones do not fit" in found["too_long"]
     assert found["after_refusal"] == found["greedy"]
-    stop = found["greedy"][1].ids[9]
-    for free, stopped in zip(found["greedy"], found["stopped"], strict=True):
-        end = free.ids.index(stop) + 1 if stop in free.ids else None
-        assert stopped.ids == free.ids[:end]
-        assert stopped.truncated == (end is None)
+    assert found["settings"] == {
+        "max_num_batched_tokens": 640, "max_num_seqs": 16, "enable_chunked_prefill": False, "max_model_len": 96,
+        "enforce_eager": True, "load_format": "auto", "block_size": 64,
+    }  # fmt: skip
 
 
 def test_a_broken_sync_is_caught_and_nothing_is_generated_after_it(tmp_path):
