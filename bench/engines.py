@@ -1,8 +1,8 @@
 """Rollout engines side by side: python bench/engines.py [--rounds 3] [--json FILE]
 
 Each engine in a process of its own, in turn, on SmolLM2-135M: tokens per second at 36 and 128 rationales of 48 new
-tokens (nine and 32 prompts, four rationales each), seconds of a weight sync and of its proof, and what the torch
-threads that vLLM would leave cost the training phase. Prints medians over the rounds.
+tokens (nine and 32 prompts, four rationales each), seconds of a weight sync and of its proof, memory over 20 syncs,
+and what the torch threads that vLLM would leave cost the training phase. Prints medians over the rounds.
 """
 
 import argparse
@@ -52,6 +52,13 @@ def measure(name: str) -> dict[str, float]:
         found = sync.send()
         figures["weight sync s"] = found["weights_s"]
         figures[f"proof s, {mode}"] = found["proof_s"] + sync.wake_engine()["proof_s"]
+    for turn in range(20):
+        engine.mark_stale()
+        sync.send()
+        sync.wake_engine()
+        finish(engine.generate(prompts[:8], [1.0] * 8, 8, turn))
+        if turn in (0, 19):
+            figures[f"resident GiB after {turn + 1} syncs"] = resident_gib()
     rows = trained_rows(prompts, finish(engine.generate(prompts[:4] * 4, [1.0] * 16, NEW_TOKENS, 0)))
     actor.update(rows, 1)  # makes the optimizer's state
     threads = torch.get_num_threads()
@@ -103,6 +110,11 @@ def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
         },
         {"role": ["positive"] * 16},
     )
+
+
+def resident_gib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def seconds(work: Any) -> float:

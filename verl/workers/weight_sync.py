@@ -31,7 +31,7 @@ CANARY = (
 _SAMPLED_WEIGHTS = 8
 _SAMPLED_COLUMNS = 64
 # Largest difference of a token's log-prob in float32 (CPU), and the mean one in bfloat16 (CUDA), where single tokens
-# lie far apart.
+# lie far apart; as a share of the log-prob where that is beyond -1, since rounding grows with it.
 _CANARY_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
 
 CheckMode = Literal["full", "sample", "off"]
@@ -102,7 +102,7 @@ class WeightSync:
         """Give the engine its cache, and let it score the canary as the policy did in `send`.
 
         Returns:
-            Seconds of the proof, and the difference of the log-probs; nothing where there is nothing to prove.
+            Seconds of the proof, and the relative difference of the log-probs; nothing where there is nothing to prove.
 
         Raises:
             WeightSyncError: the engine's log-probs are not the policy's.
@@ -156,7 +156,7 @@ class WeightSync:
 
     def _compare_log_probs(self, expected: Tensor) -> float:
         engine = torch.tensor([log_prob for scores in self._rollout.score(self._canary) for log_prob in scores])
-        difference = (expected - engine).abs()
+        difference = (expected - engine).abs() / expected.abs().clamp(min=1)
         device = self._policy.device.type
         gap, limit = float(difference.max() if device == "cpu" else difference.mean()), _CANARY_LIMIT[device]
         if gap <= limit:
