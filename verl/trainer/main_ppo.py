@@ -27,6 +27,7 @@ from verl.embedding.prompts import PromptRenderer
 from verl.single_controller.ray_group import RayWorkerGroup, WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, find_resume
 from verl.utils.dataset import PromptDataset
 from verl.utils.logging import quiet_libraries
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except WorkerError as error:
         sys.stderr.write(f"\nmain_ppo: a worker failed.\n{error}\n")
+        return 1
+    except StaleEngineError as error:
+        sys.stderr.write(f"\nmain_ppo: {error}\n")
         return 1
     return 0
 

@@ -132,14 +132,12 @@ class ActorRolloutRefWorker(Worker):
         assert self.reference is not None
         if self.config.ref.fsdp_config.param_offload:
             self.reference.to(self.device)
-        columns = score(
-            self.reference,
-            rows,
-            self._ref_limit(),
-            self.config.rollout.temperature,
-            embed=False,
-            entropy=False,
-        )
+        with self.stages.stage(
+            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
+        ):
+            columns = score(
+                self.reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
+            )
         if self.config.ref.fsdp_config.param_offload:
             self.reference.to("cpu")
         return columns

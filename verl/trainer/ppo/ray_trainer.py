@@ -203,20 +203,20 @@ class RayPPOTrainer:
         advantages = self.estimate_advantage(
             rewards, mask, group, norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
         )
-        if cap := self.config.importance_cap:
-            # Every term of the token loss is proportional to its advantage, so this weighs the loss.
-            old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
-            advantages = advantages * truncated_importance_weights(old, engine, cap)
         return batch.union(DataProto.from_dict({"advantages": advantages}))
 
     def update(self, batch: DataProto, step: int) -> dict[str, float]:
-        """Optimizer steps on mini-batches of whole groups."""
+        """Optimizer steps on mini-batches of whole groups, weighed by what engine and trainer disagree on."""
         actor, data = self.config.actor_rollout_ref.actor, self.config.data
         samples = torch.arange(data.train_batch_size)
         if actor.shuffle:
             samples = torch.randperm(len(samples), generator=torch.Generator().manual_seed(data.seed + step))
         group = group_index(batch.non_tensor_batch["uid"])
         batch = batch.union(DataProto.from_dict({"mini_batch": samples[group] // actor.ppo_mini_batch_size}))
+        if cap := self.config.importance_cap:
+            # Every term of the clipped loss is proportional to its advantage, so this weighs the loss.
+            old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
+            batch.batch["advantages"] = batch.batch["advantages"] * truncated_importance_weights(old, engine, cap)
         return self.workers.update_actor(batch, data.train_batch_size // actor.ppo_mini_batch_size)
 
     def finish_step(

