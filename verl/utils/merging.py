@@ -1,0 +1,413 @@
+"""Full weights from the shards of a checkpoint, in one process and without a process group.
+
+Two layouts are read. Neither lets a file run code: shards hold tensors or are refused.
+
+    .metadata, __R_K.distcp             torch DCP shards of verl.utils.checkpoint, by any number of ranks
+    model_world_size_W_rank_R.pt        the FSDP shards of verl 0.4, one state dict per rank
+"""
+
+import copy
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+
+# This import also tells torch.load that a file may hold DTensors.
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import AutoModelForCausalLM
+
+from verl.utils.checkpoint import STEP_PREFIX, saved_steps, step_folder
+
+DCP_METADATA = ".metadata"
+_DCP_MODEL, _POLICY = "model.", "lm."
+_FSDP_GLOB, _FSDP_NAME = "model_world_size_*_rank_*.pt", re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+
+# What a file that is cut off, damaged or something else makes torch.load and pickle raise.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
+    ImportError, AssertionError,
+)  # fmt: skip
+
+_METADATA_CLASSES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+}  # fmt: skip
+
+
+class MergeError(ValueError):
+    """What was given cannot be merged; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """The state dict that the model of a config has."""
+
+    architecture: str
+    shapes: dict[str, torch.Size]
+    """Of every key but the tied ones."""
+    tied: dict[str, str]
+    """Keys that are another key's tensor, and which."""
+
+
+class Shards(Protocol):
+    """The weights of a checkpoint under their transformers names; nothing is read before it is asked for."""
+
+    folder: Path
+    model_folder: Path
+    """Where the checkpoint keeps its config and tokenizer."""
+    names: frozenset[str]
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """The full tensor of a name, as it was stored.
+
+        Raises:
+            MergeError: the shards cannot be read or do not make one tensor of that shape.
+        """
+        ...
+
+
+def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
+    """The folder with the shards of a run folder, a step, or of that folder itself.
+
+    Returns:
+        The folder, and a line for each step of a run that was passed over.
+
+    Raises:
+        MergeError: there are none.
+    """
+    if _has_shards(local_dir):
+        return local_dir, []
+    if (local_dir / "actor").is_dir():
+        return local_dir / "actor", []
+    unfinished = sorted(local_dir.glob(f".{STEP_PREFIX}*.writing"))
+    skipped = [f"{path.name} is not whole (still being written, or its run ended meanwhile)" for path in unfinished]
+    for step in sorted(saved_steps(local_dir), reverse=True):
+        folder = step_folder(local_dir, step)
+        if _is_complete(folder):
+            return folder / "actor", skipped
+        skipped.append(f"{folder.name} is not whole (no trainer_state.json, nor the FSDP shards of all ranks)")
+    if skipped:
+        raise MergeError(f"--local_dir={local_dir} holds no complete step: {'; '.join(skipped)}; give another folder")
+    raise MergeError(
+        f"--local_dir={local_dir} holds no checkpoint; give a run folder, a global_step_N folder, or a folder with "
+        f"{DCP_METADATA} or model_world_size_W_rank_R.pt files"
+    )
+
+
+def _has_shards(folder: Path) -> bool:
+    return (folder / DCP_METADATA).is_file() or any(folder.glob(_FSDP_GLOB))
+
+
+def _is_complete(step: Path) -> bool:
+    if (step / "trainer_state.json").is_file():
+        return True
+    try:
+        return bool(_fsdp_files(step / "actor"))
+    except MergeError:
+        return False
+
+
+def _fsdp_files(folder: Path) -> list[Path]:
+    """The files of all ranks, in rank order."""
+    found = [match for path in folder.glob(_FSDP_GLOB) if (match := _FSDP_NAME.fullmatch(path.name))]
+    sizes = sorted({int(match[1]) for match in found})
+    if len(sizes) != 1:
+        raise MergeError(
+            f"{folder} holds FSDP shards of world sizes {sizes}; leave those of one, and move the others away"
+        )
+    present = {int(match[2]) for match in found}
+    missing = [rank for rank in range(sizes[0]) if rank not in present]
+    files = [folder / f"model_world_size_{sizes[0]}_rank_{rank}.pt" for rank in range(sizes[0])]
+    if missing:
+        raise MergeError(
+            f"{folder} lacks {_listed([files[rank].name for rank in missing])}; copy the files of all "
+            f"{sizes[0]} ranks there"
+        )
+    return files
+
+
+def open_shards(folder: Path) -> Shards:
+    """The shards of a folder, of whichever layout.
+
+    Raises:
+        MergeError: a file is missing, damaged, or refused because it could run code.
+    """
+    if (folder / DCP_METADATA).is_file():
+        if any(folder.glob(_FSDP_GLOB)):
+            raise MergeError(f"{folder} holds both {DCP_METADATA} and model_world_size_W_rank_R.pt; move one set away")
+        return DcpShards(folder)
+    if any(folder.glob(_FSDP_GLOB)):
+        return FsdpShards(folder)
+    raise MergeError(
+        f"{folder} holds neither {DCP_METADATA} nor model_world_size_W_rank_R.pt; its checkpoint was not written to "
+        "the end: give another step"
+    )
+
+
+class DcpShards:
+    """What `save_training_state` wrote, on any number of ranks. The optimizer is not read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model_folder = folder.absolute().parent / "huggingface"
+        self._metadata = read_dcp_metadata(folder / DCP_METADATA)
+        self._keys = {
+            key.removeprefix(_DCP_MODEL).removeprefix(_POLICY): key
+            for key in self._metadata.state_dict_metadata
+            if key.startswith(_DCP_MODEL)
+        }
+        self.names = frozenset(self._keys)
+        self._check_files()
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def __str__(self) -> str:
+        return f"torch DCP shards ({len(self.names)} tensors)"
+
+    def _check_files(self) -> None:
+        """All files are there, and as long as the metadata says."""
+        ends: dict[str, int] = {}
+        wanted = set(self._keys.values())
+        for index, place in self._metadata.storage_data.items():
+            if index.fqn in wanted:
+                ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            file = self.folder / name
+            if Path(name).name != name:
+                raise MergeError(f"{self.folder / DCP_METADATA} points out of its folder, to {name!r}; it is refused")
+            if not file.is_file():
+                raise MergeError(f"{self.folder} lacks {name}; copy the files of all ranks there")
+            if file.stat().st_size < end:
+                raise MergeError(f"{file} is cut off: {file.stat().st_size} of {end} bytes; copy it again")
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        key = self._keys[name]
+        stored = self._metadata.state_dict_metadata[key]
+        if not isinstance(stored, TensorStorageMetadata):
+            raise MergeError(f"{self.folder}: {name} is not a tensor")
+        _check_shape(self.folder, name, stored.size, shape)
+        if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != stored.size.numel():
+            raise MergeError(f"{self.folder}: the shards hold {name} in part only; give another step")
+        state: dict[str, Any] = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
+        # What torch.distributed.checkpoint.load does around these calls needs, or stands in for, other ranks.
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner(state, self._metadata, is_coordinator=True)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except _UNREADABLE as error:
+            raise MergeError(f"{self.folder}: {name} cannot be read: {_reason(error)}") from error
+        return state[key]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the objects that DCP metadata consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        return super().find_class(module, name)
+
+
+def read_dcp_metadata(file: Path) -> Metadata:
+    """The metadata of DCP shards, which torch itself would unpickle whatever it holds.
+
+    Raises:
+        MergeError: it holds anything but metadata.
+    """
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except _UNREADABLE as error:
+        raise MergeError(f"{file} is refused: {_reason(error)}") from error
+    if not isinstance(metadata, Metadata):
+        raise MergeError(f"{file} is refused: it holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+    return metadata
+
+
+class FsdpShards:
+    """The files of verl 0.4: each rank's part of the state dict."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model_folder = folder / "huggingface"
+        files = _fsdp_files(folder)
+        self._ranks = [_load_tensors(file) for file in files]
+        self.names = frozenset(self._ranks[0])
+        for file, held in zip(files, self._ranks, strict=True):
+            if differing := sorted(self.names ^ held.keys()):
+                raise MergeError(
+                    f"{file} and {files[0].name} hold different keys: {_listed(differing)}; copy the files of one "
+                    "checkpoint there"
+                )
+
+    def __str__(self) -> str:
+        return f"FSDP shards of {len(self._ranks)} ranks ({len(self.names)} tensors)"
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        parts = [held[name] for held in self._ranks]
+        sharded = [part for part in parts if isinstance(part, DTensor)]
+        try:
+            if sharded and len(sharded) != len(parts):
+                raise ValueError("only some ranks say how it is sharded")
+            tensor = join_sharded(sharded) if sharded else join_plain(parts, shape)
+        except ValueError as error:
+            raise MergeError(f"{self.folder}: {name} cannot be put together: {error}") from error
+        _check_shape(self.folder, name, tensor.shape, shape)
+        return tensor
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    """A rank's tensors, mapped from its file and not yet read."""
+    if not zipfile.is_zipfile(file):
+        raise MergeError(f"{file} is cut off, or not a file of torch.save; copy it again")
+    try:
+        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except _UNREADABLE as error:
+        raise MergeError(f"{file} is refused: {_reason(error)}") from error
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise MergeError(f"{file} is refused: it is not a dictionary of tensors")
+    return held
+
+
+@torch.no_grad()
+def join_sharded(parts: Sequence[DTensor]) -> Tensor:
+    """The whole of a tensor from the parts of all ranks, in rank order; parts may differ in size.
+
+    Raises:
+        ValueError: the parts do not belong together, or are sums yet to be made.
+    """
+    mesh, placements = _mesh_ranks(parts[0].device_mesh), parts[0].placements
+    for part in parts:
+        if part.placements != placements or not torch.equal(_mesh_ranks(part.device_mesh), mesh):
+            raise ValueError("the ranks disagree on how it is sharded")
+    if sorted(mesh.flatten().tolist()) != list(range(len(parts))):
+        raise ValueError(f"it is sharded over ranks {mesh.tolist()}, and there are files of {len(parts)}")
+
+    def join(ranks: Tensor, dimension: int) -> Tensor:
+        if ranks.ndim == 0:
+            return parts[int(ranks)].to_local()
+        pieces = [join(inner, dimension + 1) for inner in ranks]
+        placement = placements[dimension]
+        if type(placement) is Shard:
+            return torch.cat(pieces, placement.dim)
+        if type(placement) is not Replicate:
+            raise ValueError(f"its placement {type(placement).__name__} is neither Shard nor Replicate")
+        if not all(same_bits(piece, pieces[0]) for piece in pieces[1:]):
+            raise ValueError("its replicas differ")
+        return pieces[0]
+
+    return join(mesh, 0)
+
+
+def _mesh_ranks(mesh: DeviceMesh) -> Tensor:
+    """[...] the ranks of a mesh. Where torch 2.6 wrote them, newer classes have a property that hides them."""
+    return vars(mesh)["mesh"] if "mesh" in vars(mesh) else mesh.mesh
+
+
+def join_plain(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """The whole of a tensor whose parts tell nothing of their sharding: the expected shape decides.
+
+    Raises:
+        ValueError: the parts are neither copies of it nor, in rank order, pieces of its first dimension.
+    """
+    if all(part.shape == shape for part in parts):
+        if all(same_bits(part, parts[0]) for part in parts[1:]):
+            return parts[0]
+        raise ValueError("the ranks hold different values")
+    if all(part.ndim == len(shape) > 0 and part.shape[1:] == shape[1:] for part in parts):
+        return torch.cat(list(parts))
+    raise ValueError(f"the ranks hold shapes {[list(part.shape) for part in parts]}, the model has {list(shape)}")
+
+
+def model_keys(config: Any) -> ModelKeys:
+    """The keys and shapes of the causal language model of a transformers config.
+
+    Raises:
+        ValueError: the config has no such model.
+    """
+    with torch.device("meta"):
+        # from_config writes into the config it is given.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied[name] = owner
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    return ModelKeys(type(model).__name__, shapes, tied)
+
+
+def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model but the tied ones, one at a time.
+
+    Args:
+        dtype: of the floating-point tensors; None = as they were stored.
+
+    Raises:
+        MergeError: a key is missing, unexpected, of another shape, or not tied although the config says so.
+    """
+    missing = sorted(keys.shapes.keys() - shards.names)
+    unexpected = sorted(shards.names - keys.shapes.keys() - keys.tied.keys())
+    if missing or unexpected:
+        raise MergeError(
+            f"{shards.folder} does not fit the config of a {keys.architecture}: missing {_listed(missing)}, "
+            f"unexpected {_listed(unexpected)}; give the config that the checkpoint was trained with"
+        )
+    for name, owner in keys.tied.items():
+        if name in shards.names:
+            shape = keys.shapes[owner]
+            if not same_bits(shards.read(name, shape), shards.read(owner, shape)):
+                raise MergeError(
+                    f"{shards.folder}: {name} and {owner} differ, and the config ties them; set "
+                    "tie_word_embeddings to false in config.json"
+                )
+    for name, shape in keys.shapes.items():
+        tensor = shards.read(name, shape)
+        yield name, tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, two))
+    return torch.equal(first, second)
+
+
+def _check_shape(folder: Path, name: str, found: torch.Size, expected: torch.Size) -> None:
+    if found != expected:
+        raise MergeError(
+            f"{folder}: {name} has shape {list(found)}, the model of the config {list(expected)}; give the config "
+            "that the checkpoint was trained with"
+        )
+
+
+def _listed(names: Collection[str], limit: int = 8) -> str:
+    """The first of some names in a line."""
+    shown = ", ".join(list(names)[:limit]) or "none"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what went wrong."""
+    if isinstance(error, pickle.UnpicklingError):
+        # torch.load wraps what it found in advice to switch its safety off.
+        error = error.__context__ or error
+    return " ".join(str(error).split()).split(". ")[0].removesuffix(".") or type(error).__name__
