@@ -34,7 +34,7 @@ def measure(name: str) -> dict[str, float]:
     from verl.utils.tokenizer import load_tokenizer
     from verl.workers.actor import Actor
     from verl.workers.device_stages import DeviceStages
-    from verl.workers.rollout.base import finish
+    from verl.workers.rollout.base import finish, row_seeds
     from verl.workers.weight_sync import CANARY, WeightSync
 
     dist.init_process_group("gloo", rank=0, world_size=1)
@@ -56,10 +56,10 @@ def measure(name: str) -> dict[str, float]:
         engine.mark_stale()
         sync.send()
         sync.wake_engine()
-        finish(engine.generate(prompts[:8], [1.0] * 8, 8, turn))
+        finish(engine.generate(prompts[:8], [1.0] * 8, 8, row_seeds(turn, 8)))
         if turn in (0, 19):
             figures[f"resident GiB after {turn + 1} syncs"] = resident_gib()
-    rows = trained_rows(prompts, finish(engine.generate(prompts[:4] * 4, [1.0] * 16, NEW_TOKENS, 0)))
+    rows = trained_rows(prompts, finish(engine.generate(prompts[:4] * 4, [1.0] * 16, NEW_TOKENS, row_seeds(0, 16))))
     actor.update(rows, 1)  # makes the optimizer's state
     threads = torch.get_num_threads()
     for label, number in ((f"{threads} threads", threads), ("1 thread", 1)):
@@ -68,7 +68,11 @@ def measure(name: str) -> dict[str, float]:
         figures[f"update of 16 rows s, {label}"] = statistics.median(updates)
         for count in (36, 128) if number == threads else (36,):
             chosen = [prompts[i // 4] for i in range(count)]
-            spent = seconds(lambda rows=chosen: finish(engine.generate(rows, [1.0] * len(rows), NEW_TOKENS, 1)))
+            spent = seconds(
+                lambda rows=chosen: finish(
+                    engine.generate(rows, [1.0] * len(rows), NEW_TOKENS, row_seeds(1, len(rows)))
+                )
+            )
             figures[f"tokens/s at {count}, {label}"] = count * NEW_TOKENS / spent
     return figures
 

@@ -30,10 +30,9 @@ class RecordingEngine(Rollout):
     def held(self, name, tensor, most_columns):
         return []
 
-    def _generate(self, prompts, temperatures, max_new_tokens, seed):
+    def _generate(self, prompts, temperatures, max_new_tokens, seeds):
         self.calls.append("generate")
-        yield len(prompts)
-        return ANSWER
+        yield dict(enumerate(ANSWER))
 
     def _load(self, weights):
         for name, _ in weights:
@@ -48,7 +47,7 @@ class RecordingEngine(Rollout):
 
 
 def use(engine: RecordingEngine) -> None:
-    assert finish(engine.generate([[1]], [1.0], 4, seed=0)) == ANSWER
+    assert finish(engine.generate([[1]], [1.0], 4, [0])) == ANSWER
     assert engine.score([[1, 2]]) == [[-0.25]]
 
 
@@ -100,7 +99,7 @@ def test_an_engine_that_is_not_awake_refuses_at_once_and_computes_nothing(state)
     engine = RecordingEngine(state)
     refusal = f"engine recording must not generate while it is {state.name}: {state.value}"
     with pytest.raises(RolloutError, match=refusal):
-        engine.generate([[1]], [1.0], 4, seed=0)
+        engine.generate([[1]], [1.0], 4, [0])
     with pytest.raises(RolloutError, match=refusal):
         engine.score([[1, 2]])
     assert engine.calls == [] and engine.state is state

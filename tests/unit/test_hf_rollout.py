@@ -6,7 +6,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.models.attention import ATTENTION
-from verl.workers.rollout.base import EngineState, RolloutError, finish
+from verl.workers.rollout.base import EngineState, RolloutError, finish, row_seeds
 from verl.workers.rollout.hf import HFRollout, _sample
 
 TEXTS = ["short", "a somewhat longer text to embed", "mid size text", "short"]
@@ -34,7 +34,7 @@ def greedy_reference(prompt: list[int], stop_ids: list[int], limit: int) -> list
 
 
 def greedy_ids(rollout: HFRollout) -> list[list[int]]:
-    return [r.ids for r in finish(rollout.generate(prompts(), [0.0] * 4, 8, seed=0))]
+    return [r.ids for r in finish(rollout.generate(prompts(), [0.0] * 4, 8, row_seeds(0, 4)))]
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 100])
@@ -43,21 +43,23 @@ def test_greedy_output_is_that_of_generate_with_rows_that_end_early(max_num_seqs
     # Stop at tokens that occur in the middle of some rows, so that rows leave the batch at different times.
     stop_ids = sorted({free[0][5], free[1][11]})
     expected = [greedy_reference(p, stop_ids, 24) for p in prompts()]
-    responses = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [0.0] * 4, 24, seed=0))
+    responses = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
     assert [r.ids for r in responses] == expected
     assert [r.truncated for r in responses] == [ids[-1] not in stop_ids for ids in expected]
     assert any(r.truncated for r in responses) and not all(r.truncated for r in responses)
 
 
-def test_progress_counts_every_response_once():
+def test_every_response_is_given_once_as_it_ends():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
-    generation = engine(stop_ids).generate(prompts(), [0.0] * 4, 24, seed=0)
-    assert sum(generation) == 4
+    parts = list(engine(stop_ids).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
+    assert sorted(row for part in parts for row in part) == [0, 1, 2, 3]
+    lengths = [len(response.ids) for part in parts for response in part.values()]
+    assert len(parts) > 1 and lengths == sorted(lengths)
 
 
 def test_log_probs_are_those_of_a_forward_at_the_rows_temperature():
     temperatures = [1.0, 0.5, 2.0, 1.0]
-    responses = finish(engine([]).generate(prompts(), temperatures, 16, seed=3))
+    responses = finish(engine([]).generate(prompts(), temperatures, 16, row_seeds(3, 4)))
     lm = tiny_model()
     for prompt, response, temperature in zip(prompts(), responses, temperatures, strict=True):
         logits = lm(torch.tensor([prompt + response.ids])).logits[0, len(prompt) - 1 : -1]
@@ -65,23 +67,36 @@ def test_log_probs_are_those_of_a_forward_at_the_rows_temperature():
         torch.testing.assert_close(torch.tensor(response.log_probs), expected.squeeze(1), atol=1e-4, rtol=1e-4)
 
 
-def test_samples_follow_the_tempered_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+@pytest.mark.parametrize("size", [4, 90])
+def test_samples_follow_the_tempered_distribution(size):
+    """With 90 tokens about a tenth of the mass lies beyond those that are drawn directly."""
+    logits = torch.linspace(2.0, 0.0, size)[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
     generator = torch.Generator().manual_seed(0)
     count = 40_000
-    token, log_prob = _sample(logits.repeat(count, 1), torch.full((count,), 0.5), generator)
-    expected = (logits[0] / 0.5).softmax(-1)
-    observed = torch.bincount(token, minlength=4) / count
+    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+    token, log_prob = _sample(logits.repeat(count, 1), torch.full((count,), 0.8), uniform)
+    expected = (logits / 0.8).softmax(-1)
+    observed = torch.bincount(token, minlength=size) / count
     standard_error = (expected * (1 - expected) / count).sqrt()
     assert ((observed - expected).abs() < 5 * standard_error).all()
     torch.testing.assert_close(log_prob, expected.log()[token], atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_hardly_ever_changes_a_token():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2_000, 20_000, generator=generator)
+    uniform = torch.rand(2_000, dtype=torch.float64, generator=generator)
+    temperature = torch.ones(2_000)
+    rounded = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
+    first, second = (_sample(x, temperature, uniform)[0] for x in (logits, rounded))
+    assert (first != second).sum() <= 2
 
 
 def test_rationales_of_one_prompt_differ_and_a_seed_repeats_them():
     rows = [prompts()[1]] * 4
 
     def run(seed: int) -> list[list[int]]:
-        return [r.ids for r in finish(engine([]).generate(rows, [1.0] * 4, 12, seed))]
+        return [r.ids for r in finish(engine([]).generate(rows, [1.0] * 4, 12, row_seeds(seed, 4)))]
 
     first = run(7)
     assert len({tuple(ids) for ids in first}) == 4
@@ -89,9 +104,22 @@ def test_rationales_of_one_prompt_differ_and_a_seed_repeats_them():
     assert run(8) != first
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 100])
+def test_a_row_draws_the_same_whatever_stands_beside_it(max_num_seqs):
+    stop_ids = list(range(60))
+    seeds = [5, 2**62, 17, 5]
+    together = finish(engine(stop_ids).generate(prompts(), [1.0] * 4, 24, seeds))
+    rows = [2, 0, 3]
+    chosen = [prompts()[i] for i in rows]
+    apart = finish(engine(stop_ids, max_num_seqs).generate(chosen, [1.0] * 3, 24, [seeds[i] for i in rows]))
+    assert [r.ids for r in apart] == [together[i].ids for i in rows]
+    assert together[0].ids == together[3].ids, "one prompt and one seed are one rationale"
+    assert len({len(r.ids) for r in together}) > 1
+
+
 def test_ignore_eos_writes_to_the_limit():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
-    responses = finish(engine(stop_ids, ignore_eos=True).generate(prompts(), [0.0] * 4, 24, seed=0))
+    responses = finish(engine(stop_ids, ignore_eos=True).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
     assert [len(r.ids) for r in responses] == [24] * 4
 
 
@@ -134,7 +162,7 @@ def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
     rollout = engine([])
     rollout.state = state
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
-        rollout.generate(prompts(), [0.0] * 4, 8, seed=0)
+        rollout.generate(prompts(), [0.0] * 4, 8, row_seeds(0, 4))
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
         rollout.score(prompts())
 

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel, build_twin
 from verl.workers.device_stages import DeviceStages
-from verl.workers.rollout.base import EngineState, finish
+from verl.workers.rollout.base import EngineState, finish, row_seeds
 from verl.workers.rollout.hf import HFRollout
 from verl.workers.weight_sync import WeightSync, WeightSyncError
 
@@ -101,7 +101,7 @@ def test_after_a_sync_the_engine_holds_the_policys_weights_and_generates_with_th
     sync.wake_engine()
     for name, weight in plain.named_parameters():
         assert torch.equal(rollout.lm.get_parameter(name), weight), name
-    responses = finish(rollout.generate(CANARY, [0.0] * len(CANARY), 16, seed=0))
+    responses = finish(rollout.generate(CANARY, [0.0] * len(CANARY), 16, row_seeds(0, len(CANARY))))
     for prompt, response in zip(CANARY, responses, strict=True):
         ids = torch.tensor([prompt])
         out = plain.generate(ids, do_sample=False, max_new_tokens=16, eos_token_id=None, pad_token_id=0)

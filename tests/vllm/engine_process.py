@@ -11,7 +11,7 @@ from verl.config import FsdpConfig, ModelConfig, RolloutConfig
 from verl.models.fsdp import full_weights, shard
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.workers.device_stages import DeviceStages
-from verl.workers.rollout.base import RolloutError, finish
+from verl.workers.rollout.base import RolloutError, finish, row_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.weight_sync import WeightSync, WeightSyncError
 
@@ -50,7 +50,8 @@ class Engine:
         return {**found, **self.weight_sync.wake_engine()}
 
     def responses(self, temperature: float = 0.0, prompts=PROMPTS, seed: int = 0):
-        return finish(self.rollout.generate(prompts, [temperature] * len(prompts), NEW_TOKENS, seed))
+        count = len(prompts)
+        return finish(self.rollout.generate(prompts, [temperature] * count, NEW_TOKENS, row_seeds(seed, count)))
 
     def train(self, rows, steps: int) -> None:
         actor = build_actor(self.policy)
@@ -117,7 +118,7 @@ def sample(rank: int, world_size: int, port: int, folder: str, out: str) -> None
         },
         "seeds": [[r.ids for r in engine.responses(1.0, group, seed)] for seed in (3, 3, 4)],
         "alone": [r.ids for r in engine.responses(1.0, group[:1], 3)],
-        "progress": sum(engine.rollout.generate(PROMPTS, [1.0] * 4, NEW_TOKENS, 0)),
+        "given": [row for part in engine.rollout.generate(PROMPTS, [1.0] * 4, NEW_TOKENS, [0] * 4) for row in part],
         "greedy": engine.responses(),
         "too_long": error_of(lambda: engine.responses(prompts=[PROMPTS[0], [5] * 200])),
     }

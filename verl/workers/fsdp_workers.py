@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
+from verl.embedding.settings import EmbedderSettings
 from verl.models.fsdp import full_weights, move_optimizer, shard
 from verl.models.policy import PolicyModel, build_twin, load_causal_lm
 from verl.protocol import DataProto
@@ -23,7 +24,7 @@ from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.actor import Actor, MicroBatchLimit, score
 from verl.workers.device_stages import DeviceStages
-from verl.workers.rollout.base import Response, Rollout, finish
+from verl.workers.rollout.base import Response, Responses, Rollout, row_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
 from verl.workers.weight_sync import CANARY, WeightSync
@@ -107,11 +108,15 @@ class ActorRolloutRefWorker(Worker):
                 [prompt[width - length :].tolist() for prompt, length in zip(prompts, lengths, strict=True)],
                 rows.batch["temperature"].tolist(),
                 max_new_tokens,
-                seed + engine,
+                row_seeds(seed + engine, len(rows)),
             )
-            responses = (yield from generation) if rank_in_engine == 0 else finish(generation)
+            responses: Responses = {}
+            for ended in generation:
+                responses |= ended
+                if rank_in_engine == 0:
+                    yield len(ended)
             self.rollout.sleep()
-        columns = _response_columns(responses, self.tokenizer.pad_token_id)
+        columns = _response_columns([responses[row] for row in range(len(rows))], self.tokenizer.pad_token_id)
         yield columns if rank_in_engine == 0 else columns[:0]
 
     @register(Dispatch.DP_COMPUTE_PROTO)
@@ -169,7 +174,7 @@ class ActorRolloutRefWorker(Worker):
         return memory | self.stages.take_free()
 
     @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
+    def save_checkpoint(self, folder: Path, embedder: EmbedderSettings) -> None:
         """Write `actor/` and `huggingface/` under `folder`."""
         self._load_params()
         actor = self.actor

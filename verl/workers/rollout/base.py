@@ -5,7 +5,7 @@ generated with any but the policy's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +22,10 @@ class Response:
     """Log-prob of each id under the distribution it was sampled from (temperature applied)."""
     truncated: bool
     """Whether it hit the length limit without an end token."""
+
+
+Responses = dict[int, Response]
+"""By the position of their prompts."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,22 @@ class Rollout(ABC):
         self.state = EngineState.AWAKE
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
-    ) -> Generator[int, None, list[Response]]:
-        """Yield the number of responses that have just ended, as they do; return one per prompt, in order.
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[Responses]:
+        """Yield responses as they end, each once.
 
         Args:
             prompts: token ids; equal prompts are computed once.
             temperatures: one per prompt; 0 is greedy.
             max_new_tokens: length limit of a response.
-            seed: equal seeds and prompts give equal responses.
+            seeds: one per prompt, below 2**63. A row draws from its own, so what it gets does not hang on its
+                neighbours.
 
         Raises:
             RolloutError: the engine is not AWAKE, or a request failed.
         """
         self._require_awake()
-        return self._generate(prompts, temperatures, max_new_tokens, seed)
+        return self._generate(prompts, temperatures, max_new_tokens, seeds)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over full tensors under their transformers names; then the engine holds the policy's weights.
@@ -135,8 +140,8 @@ class Rollout(ABC):
 
     @abstractmethod
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
-    ) -> Generator[int, None, list[Response]]: ...
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[Responses]: ...
 
     @abstractmethod
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -165,10 +170,14 @@ class Rollout(ABC):
             yield name, tensor
 
 
-def finish(generation: Generator[int, None, list[Response]]) -> list[Response]:
-    """Run a generation to its end without looking at its progress."""
-    while True:
-        try:
-            next(generation)
-        except StopIteration as end:
-            return end.value
+def row_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each of `count` rows; those of different `seed`s never meet."""
+    return [seed * 2**20 + row for row in range(count)]
+
+
+def finish(generation: Iterator[Responses]) -> list[Response]:
+    """Run a generation to its end; return the responses in the order of their prompts."""
+    ended: Responses = {}
+    for some in generation:
+        ended |= some
+    return [ended[row] for row in range(len(ended))]

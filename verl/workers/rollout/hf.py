@@ -5,7 +5,7 @@ step's logits, it runs equal prompts and the system turn once per row, and it co
 step. Here prompts are prefilled as a packed line, and keys and values stay where they are.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from verl.models.attention import DecodingCache
 from verl.models.packing import Row, pack
 from verl.utils.seqlen_balancing import pack_rows
-from verl.workers.rollout.base import HeldWeight, Response, Rollout
+from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout
 
+# Tokens that a uniform number chooses among directly.
+_HEAD_TOKENS = 64
 # Tokens of one prefill forward.
 _PREFILL_TOKENS = 8192
 
@@ -47,19 +49,16 @@ class HFRollout(Rollout):
 
     @torch.no_grad()
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
-    ) -> Generator[int, None, list[Response]]:
-        generator = torch.Generator(self.lm.device).manual_seed(seed)
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[Responses]:
         # Prompts of similar length side by side need little padding; the sort keeps equal prompts together.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i])))
-        responses: dict[int, Response] = {}
         for start in range(0, len(order), self.max_num_seqs):
             rows = order[start : start + self.max_num_seqs]
-            decoded = yield from self._decode(
-                [prompts[i] for i in rows], [temperatures[i] for i in rows], max_new_tokens, generator
-            )
-            responses.update(zip(rows, decoded, strict=True))
-        return [responses[i] for i in range(len(prompts))]
+            draws = _uniform_draws([seeds[i] for i in rows], max_new_tokens).to(self.lm.device)
+            decoded = self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows], max_new_tokens, draws)
+            for ended in decoded:
+                yield {rows[place]: response for place, response in ended.items()}
 
     def wake_weights(self) -> None:
         """They are always there."""
@@ -91,34 +90,35 @@ class HFRollout(Rollout):
         prompts: list[Sequence[int]],
         temperatures: list[float],
         max_new_tokens: int,
-        generator: torch.Generator,
-    ) -> Generator[int, None, list[Response]]:
-        """Decode one batch [B] to its end."""
+        draws: Tensor,
+    ) -> Iterator[Responses]:
+        """Decode one batch [B] to its end; draws: [B, max_new_tokens], see `_sample`."""
         device = self.lm.device
         ids: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
         rows = torch.arange(len(prompts), device=device)  # rows still being decoded
         temperature = torch.tensor(temperatures, device=device)
         prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
         cache = DecodingCache(prompt_length.tolist(), max_new_tokens, device)
         logits = self._prefill(prompts, cache)
         for step in range(max_new_tokens):
-            token, log_prob = _sample(logits, temperature[rows], generator)
+            token, log_prob = _sample(logits, temperature[rows], draws[rows, step])
             stopped = torch.isin(token, self.stop_ids)
+            at_limit = step == max_new_tokens - 1
+            ended: Responses = {}
             for row, t, lp, s in zip(rows.tolist(), token.tolist(), log_prob.tolist(), stopped.tolist(), strict=True):
                 ids[row].append(t)
                 log_probs[row].append(lp)
-                ended[row] = s
-            if step == max_new_tokens - 1 or stopped.all():
-                yield len(rows)
-                break
-            if stopped.any():
-                yield int(stopped.sum())
+                if s or at_limit:
+                    ended[row] = Response(ids[row], log_probs[row], truncated=not s)
+            if ended:
+                yield ended
+            if len(ended) == len(rows):
+                return
+            if ended:
                 kept = cache.keep(~stopped)
                 rows, token = rows[kept], token[kept]
             logits = self._step(token, prompt_length[rows] + step, cache)
-        return [Response(i, p, truncated=not e) for i, p, e in zip(ids, log_probs, ended, strict=True)]
 
     def _prefill(self, prompts: list[Sequence[int]], cache: DecodingCache) -> Tensor:
         """Run each different prompt once, and their common beginning once; return every row's logits [B,V]."""
@@ -150,23 +150,45 @@ class HFRollout(Rollout):
         return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state
 
 
-def _sample(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _uniform_draws(seeds: Sequence[int], count: int) -> Tensor:
+    """[B, count] float64 in [0,1): `count` numbers from each seed, the same on every device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator) for generator in generators])
+
+
+def _sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
+
+    The likeliest tokens are found in their sorted sums; a number beyond those is decided among all others by a race.
+    So a token changes under rounding, which other rows in the batch cause, only where probabilities are all but equal.
+    Sums over the whole vocabulary would have tens of thousands of borders to slip over.
 
     Args:
         logits: [B,V].
         temperature: [B]; 0 takes the likeliest token.
+        uniform: [B] float64 in [0,1); decides the token.
 
     Returns:
         Tokens [B] int64 and their log-probs [B] float32 under the tempered distribution.
     """
     greedy = temperature == 0
-    divisor = torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(1)
-    log_probs = (logits.float() / divisor).log_softmax(-1)
-    # One uniform number per row, looked up in the distribution's sums; torch.multinomial draws one per token of the
-    # vocabulary, a fifth of a decoding step on a CPU.
-    sums = log_probs.exp().cumsum(-1, dtype=torch.float64)
-    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * sums[:, -1:]
-    token = torch.searchsorted(sums, drawn, right=True).squeeze(1)
+    scaled = logits.float() / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(1)
+    log_z = scaled.logsumexp(-1, keepdim=True)
+    size = min(_HEAD_TOKENS, scaled.shape[1])
+    head, ids = scaled.topk(size)
+    sums = (head - log_z).double().exp().cumsum(-1)
+    place = torch.searchsorted(sums, uniform.unsqueeze(1), right=True)
+    token = ids.gather(1, place.clamp(max=size - 1)).squeeze(1)
+    if size < scaled.shape[1]:
+        for row in (place.squeeze(1) == size).nonzero().flatten().tolist():
+            token[row] = _race(scaled[row], ids[row], float(uniform[row]))
     token = torch.where(greedy, logits.argmax(-1), token)
-    return token, log_probs.gather(1, token.unsqueeze(1)).squeeze(1)
+    return token, (scaled.gather(1, token.unsqueeze(1)) - log_z).squeeze(1)
+
+
+def _race(scaled: Tensor, excluded: Tensor, uniform: float) -> Tensor:
+    """Draw from softmax(scaled [V]) without `excluded`: the largest of log-weights plus Gumbel noise."""
+    generator = torch.Generator().manual_seed(int(uniform * 2**53))
+    noise = torch.rand(len(scaled), dtype=torch.float64, generator=generator).to(scaled.device)
+    weights = scaled.double().index_fill(0, excluded, -torch.inf)
+    return (weights - (-noise.log()).log()).argmax()

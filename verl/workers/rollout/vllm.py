@@ -5,7 +5,7 @@ neighbouring ranks. It is built with random weights; the policy's arrive through
 """
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.base import EngineState, HeldWeight, Response, Rollout, RolloutError
+from verl.workers.rollout.base import EngineState, HeldWeight, Response, Responses, Rollout, RolloutError
 
 TESTED_VERSION = "0.32.0"
 VERSION: str = vllm.__version__
@@ -123,26 +123,23 @@ class VLLMRollout(Rollout):
         return [self._through_product(path, module, sent, slice(start, start + size), most_columns)]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seed: int
-    ) -> Generator[int, None, list[Response]]:
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[Responses]:
         engine = self._llm.llm_engine
-        requests = [str(row) for row in range(len(prompts))]
-        responses: dict[str, Response] = {}
+        open_rows = set(range(len(prompts)))
         try:
             for row, prompt in enumerate(prompts):
                 self._check_length(row, prompt, max_new_tokens)
-                # Every row draws from a seed of its own, so that what it gets does not hang on its neighbours.
-                sampling = self._sampling(temperatures[row], max_new_tokens, seed * 2**20 + row)
-                engine.add_request(requests[row], {"prompt_token_ids": list(prompt)}, sampling)
+                sampling = self._sampling(temperatures[row], max_new_tokens, seeds[row])
+                engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, sampling)
             while engine.has_unfinished_requests():
-                ended = [_response(output) for output in engine.step() if output.finished]
-                responses.update(ended)
+                ended = dict(_response(output) for output in engine.step() if output.finished)
+                open_rows -= ended.keys()
                 if ended:
-                    yield len(ended)
+                    yield ended
         finally:
-            if unfinished := [request for request in requests if request not in responses]:
-                engine.abort_request(unfinished)
-        return [responses[request] for request in requests]
+            if open_rows:
+                engine.abort_request([str(row) for row in open_rows])
 
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -263,13 +260,13 @@ def _unlink_shared_memory() -> None:
         ring.is_creator = False
 
 
-def _response(output: vllm.RequestOutput) -> tuple[str, Response]:
+def _response(output: vllm.RequestOutput) -> tuple[int, Response]:
     (completion,) = output.outputs
     if completion.finish_reason not in ("stop", "length"):
         raise RolloutError(f"vllm ended row {output.request_id} with {completion.finish_reason!r}")
     ids = list(completion.token_ids)
     log_probs = [at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True)]
-    return output.request_id, Response(ids, log_probs, truncated=completion.finish_reason == "length")
+    return int(output.request_id), Response(ids, log_probs, truncated=completion.finish_reason == "length")
 
 
 def _engine_settings(
