@@ -158,8 +158,7 @@ def slow_pool(hidden: Vectors, spans: list[list[int]]) -> Vectors:
     pooled = []
     for span in spans:
         mean = [math.fsum(hidden[t][k] for t in span) / len(span) for k in range(len(hidden[0]))]
-        norm = math.sqrt(dot(mean, mean))
-        pooled.append([value / norm for value in mean])
+        pooled.append(mean)
     return pooled
 
 

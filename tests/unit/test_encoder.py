@@ -1,19 +1,25 @@
-"""The encoder's vectors are those that training rewards, however texts are batched."""
+"""The encoder's vectors are those that training rewards, however texts are batched, stored or asked for."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sentence_transformers.util import quantize_embeddings
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from verl.config import DataConfig
 from verl.embedding.encoder import GraceEncoder
+from verl.embedding.settings import EmbedderSettings
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
 from verl.utils.dataset import collate
 from verl.workers.actor import MicroBatchLimit, score
+from verl.workers.rollout.base import RolloutError, finish
 
 TEXTS = [
     "a card",
@@ -23,21 +29,36 @@ TEXTS = [
     "naïve café",
 ]
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_folder):
-    return GraceEncoder(str(tiny_folder), device="cpu")
+    return GraceEncoder(tiny_folder, device="cpu")
+
+
+def chat(encoder, text):
+    return [{"role": "system", "content": encoder.settings.system_prompt}, {"role": "user", "content": text}]
+
+
+def greedy_responses(encoder, texts):
+    prompts = encoder.renderer.render([chat(encoder, text) for text in texts])
+    responses = finish(encoder.model.think([p.ids for p in prompts], 0.0, 12, [0] * len(texts), 64))
+    return prompts, [response.ids for response in responses]
+
+
+def hidden_states(folder, ids):
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    return plain(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].detach()
 
 
 def test_vectors_equal_those_of_the_training_pass(encoder, tiny_folder, tmp_path):
     vectors = encoder.encode(TEXTS, **GREEDY)
-    prompts = encoder.renderer.render([[*_chat(encoder, text)] for text in TEXTS])
-    responses = encoder._think(prompts, 12, 0.0, seed=0)
+    _, responses = greedy_responses(encoder, TEXTS)
     samples = [
         {
             "uid": i,
-            "chats": {"positive": _chat(encoder, t)},
+            "chats": {"positive": chat(encoder, t)},
             "data_source": "",
             "reward_model": {},
             "extra_info": {},
@@ -57,50 +78,238 @@ def test_vectors_equal_those_of_the_training_pass(encoder, tiny_folder, tmp_path
 
 
 def test_vectors_are_the_mean_of_hidden_states_over_text_and_rationale(encoder, tiny_folder):
-    (text, vector), rationale_ids = (TEXTS[1], encoder.encode([TEXTS[1]], **GREEDY)[0]), None
-    (prompt,) = encoder.renderer.render([_chat(encoder, text)])
-    (rationale_ids,) = encoder._think([prompt], 12, 0.0, seed=0)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    hidden = plain(torch.tensor([prompt.ids + rationale_ids]), output_hidden_states=True).hidden_states[-1].detach()
-    mean = hidden[0, prompt.text_start :].mean(0)
+    (prompt,), (rationale,) = greedy_responses(encoder, TEXTS[1:2])
+    mean = hidden_states(tiny_folder, prompt.ids + rationale)[prompt.text_start :].mean(0)
+    vector = encoder.encode(TEXTS[1], **GREEDY)
     np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+    raw = encoder.encode(TEXTS[1], normalize_embeddings=False, **GREEDY)
+    np.testing.assert_allclose(raw, mean.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("pooling", ["last", "eos"])
 @pytest.mark.parametrize("think", [True, False])
-def test_batch_size_and_order_do_not_change_a_vector(encoder, think):
-    expected = encoder.encode(TEXTS, think=think, **GREEDY)
-    one_by_one = encoder.encode(TEXTS, batch_size=1, think=think, **GREEDY)
-    backwards = encoder.encode(TEXTS[::-1], batch_size=2, think=think, **GREEDY)[::-1]
-    np.testing.assert_allclose(one_by_one, expected, atol=1e-5)
-    np.testing.assert_allclose(backwards, expected, atol=1e-5)
+def test_last_pooling_takes_the_last_token_of_the_row(tiny_folder, encoder, pooling, think):
+    (prompt,), (rationale,) = greedy_responses(encoder, TEXTS[1:2])
+    last = hidden_states(tiny_folder, prompt.ids + (rationale if think else []))[-1]
+    vectors = GraceEncoder(tiny_folder, device="cpu", pooling=pooling).encode(TEXTS, think=think, **GREEDY)
+    np.testing.assert_allclose(vectors[1], (last / last.norm()).numpy(), atol=1e-5)
+
+
+def test_the_span_of_the_rationale_leaves_the_text_out(tiny_folder, encoder):
+    (prompt,), (rationale,) = greedy_responses(encoder, TEXTS[1:2])
+    mean = hidden_states(tiny_folder, prompt.ids + rationale)[len(prompt.ids) :].mean(0)
+    other = GraceEncoder(tiny_folder, device="cpu", span="rationale")
+    np.testing.assert_allclose(other.encode(TEXTS[1], **GREEDY), (mean / mean.norm()).numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="span=rationale pools rationales; it needs think=True"):
+        other.encode(TEXTS, think=False)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, {"think": False}])
+def test_batch_size_order_padding_side_and_company_do_not_change_a_vector(encoder, options):
+    texts = [*TEXTS, *(f"text number {n} of several" for n in range(20))]
+    expected, rationales = encoder.encode(texts, return_rationales=True, **options)
+    for changed in (
+        encoder.encode(texts, batch_size=1, **options),
+        encoder.encode(texts, batch_size=16, **options),
+        encoder.encode(texts[::-1], batch_size=3, **options)[::-1],
+        np.stack([encoder.encode(text, **options) for text in texts]),
+    ):
+        np.testing.assert_allclose(changed, expected, atol=1e-5)
+    side = encoder.tokenizer.padding_side
+    encoder.tokenizer.padding_side = "left" if side == "right" else "right"
+    np.testing.assert_allclose(encoder.encode(texts, **options), expected, atol=1e-5)
+    encoder.tokenizer.padding_side = side
     np.testing.assert_array_equal(expected[0], expected[3])
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-5)
+    assert encoder.encode(texts, return_rationales=True, batch_size=7, **options)[1] == rationales
+
+
+def test_a_text_that_comes_twice_is_embedded_once(encoder):
+    before = encoder.usage.vectors_made
+    encoder.encode(["twice", "once", "twice"], **GREEDY)
+    assert encoder.usage.vectors_made - before == 2
+
+
+def test_seeds_and_temperatures_give_other_rationales(encoder):
+    def rationales(**options):
+        return encoder.encode(TEXTS, return_rationales=True, **SAMPLED | options)[1]
+
+    assert rationales() == rationales(seed=0) != rationales(seed=1)
+    assert rationales(temperature=0.5) != rationales()
 
 
 def test_thinking_changes_the_vector_and_not_thinking_writes_nothing(encoder):
-    thought, rationales = encoder.encode_with_rationales(TEXTS, **GREEDY)
-    plain, nothing = encoder.encode_with_rationales(TEXTS, think=False)
+    thought, rationales = encoder.encode(TEXTS, return_rationales=True, **GREEDY)
+    plain, nothing = encoder.encode(TEXTS, return_rationales=True, think=False)
     assert all(rationales) and not any(nothing)
     assert np.abs(thought - plain).max() > 0.01
 
 
+def test_a_single_text_gives_a_single_vector(encoder):
+    vector, rationale = encoder.encode("a card", return_rationales=True, **GREEDY)
+    batch, rationales = encoder.encode(["a card"], return_rationales=True, **GREEDY)
+    np.testing.assert_array_equal(vector, batch[0])
+    assert rationale == rationales[0]
+
+
+def test_queries_and_documents_are_embedded_like_any_text(encoder):
+    expected = encoder.encode(TEXTS, **GREEDY)
+    np.testing.assert_array_equal(encoder.encode_query(TEXTS, **GREEDY), expected)
+    np.testing.assert_array_equal(encoder.encode_document(TEXTS, **GREEDY), expected)
+    cosine = encoder.similarity(expected, torch.from_numpy(3 * expected[:2]))
+    np.testing.assert_allclose(cosine.numpy(), expected @ expected[:2].T, atol=1e-6)
+
+
+def test_a_cut_vector_has_unit_length_again(encoder):
+    whole = encoder.encode(TEXTS, normalize_embeddings=False, **GREEDY)
+    cut = encoder.encode(TEXTS, truncate_dim=10, **GREEDY)
+    np.testing.assert_allclose(cut, whole[:, :10] / np.linalg.norm(whole[:, :10], axis=1, keepdims=True), atol=1e-6)
+
+
+def test_precision_and_container(encoder):
+    vectors = encoder.encode(TEXTS, **GREEDY)
+    np.testing.assert_array_equal(
+        encoder.encode(TEXTS, precision="int8", **GREEDY), quantize_embeddings(vectors, "int8")
+    )
+    tensor = encoder.encode(TEXTS, convert_to_tensor=True, **GREEDY)
+    assert torch.equal(tensor, torch.from_numpy(vectors))
+
+
 def test_no_texts_give_no_vectors(encoder):
-    assert encoder.encode([]).shape == (0, encoder.policy.lm.config.hidden_size)
+    assert encoder.encode([]).shape == (0, encoder.embedding_dim)
+
+
+def test_an_over_long_text_is_cut_before_it_is_templated_and_counted(tiny_folder):
+    encoder = GraceEncoder(tiny_folder, device="cpu", max_prompt_length=230)
+    long = "word " * 200
+    vectors = encoder.encode([long, "short"], think=False)
+    assert encoder.usage.shortened == 1
+    (prompt,) = encoder.renderer.render([chat(encoder, long)])
+    assert len(prompt.ids) <= 230 and prompt.text and long.startswith(prompt.text)
+    rendered = encoder.tokenizer.decode(prompt.ids)
+    assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    np.testing.assert_allclose(vectors[0], encoder.encode(prompt.text, think=False), atol=1e-6)
+
+
+def test_an_empty_text_is_embedded_as_an_empty_turn_and_counted(encoder, tiny_folder):
+    before = encoder.usage.empty_texts
+    vector = encoder.encode(["a card", "  "], think=False)[1]
+    assert encoder.usage.empty_texts - before == 1
+    (prompt,) = encoder.renderer.render([chat(encoder, "")])
+    assert encoder.tokenizer.decode(prompt.ids[prompt.text_start :]) == "<|im_end|>\n<|im_start|>assistant\n"
+    mean = hidden_states(tiny_folder, prompt.ids)[prompt.text_start :].mean(0)
+    np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
 def test_settings_of_a_trained_folder_are_used(tiny_folder, tmp_path, encoder):
-    folder = tmp_path / "trained"
-    folder.mkdir()
-    for file in tiny_folder.iterdir():
-        (folder / file.name).symlink_to(file)
+    folder = shutil.copytree(tiny_folder, tmp_path / "trained")
     (folder / "embedder_config.json").write_text(json.dumps({"system_prompt": "Other words.", "max_new_tokens": 3}))
-    trained = GraceEncoder(str(folder), device="cpu")
-    assert trained.settings["max_new_tokens"] == 3
+    trained = GraceEncoder.from_pretrained(folder, device="cpu")
+    assert trained.settings.max_new_tokens == 3
     assert not np.allclose(trained.encode(["a card"], think=False), encoder.encode(["a card"], think=False))
+    (folder / "embedder_config.json").write_text(json.dumps({"poling": "mean"}))
+    with pytest.raises(ValueError, match=r"embedder_config\.json: .*\n*poling"):
+        GraceEncoder(folder, device="cpu")
 
 
-def _chat(encoder, text):
-    return [
-        {"role": "system", "content": encoder.settings["system_prompt"]},
-        {"role": "user", "content": text},
-    ]
+def test_what_is_written_is_what_is_read(tmp_path):
+    settings = EmbedderSettings(system_prompt="naïve", pooling="last", temperature=0.3)
+    settings.write(tmp_path)
+    assert EmbedderSettings.read(tmp_path) == settings
+
+
+class TestStore:
+    """With a store nothing is made twice, and nothing of other weights or settings is taken over."""
+
+    def encode(self, folder, store, expect=None, constructor=(), **options):
+        with GraceEncoder(folder, device="cpu", store=store, **dict(constructor)) as encoder:
+            result = encoder.encode(TEXTS, return_rationales=True, **{**SAMPLED, **options})
+            usage = encoder.usage
+        if expect is not None:
+            assert (usage.rationales_made, usage.vectors_made) == expect
+        return result
+
+    def test_a_second_run_makes_nothing(self, tiny_folder, tmp_path):
+        vectors, rationales = self.encode(tiny_folder, tmp_path, (4, 4))
+        again, same = self.encode(tiny_folder, tmp_path, (0, 0))
+        np.testing.assert_array_equal(again, vectors)
+        assert same == rationales
+        without = GraceEncoder(tiny_folder, device="cpu").encode(TEXTS, **SAMPLED)
+        np.testing.assert_allclose(vectors, without, atol=1e-6)
+
+    def test_another_pooling_uses_the_rationales_again(self, tiny_folder, tmp_path):
+        self.encode(tiny_folder, tmp_path, (4, 4))
+        for change in ({"pooling": "last"}, {"span": "rationale"}):
+            stored, _ = self.encode(tiny_folder, tmp_path, (0, 4), constructor=change)
+            fresh = GraceEncoder(tiny_folder, device="cpu", **change).encode(TEXTS, **SAMPLED)
+            np.testing.assert_allclose(stored, fresh, atol=1e-6)
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"temperature": 0.5}, {"max_new_tokens": 11}])
+    def test_other_sampling_makes_other_rationales(self, tiny_folder, tmp_path, change):
+        self.encode(tiny_folder, tmp_path, (4, 4))
+        self.encode(tiny_folder, tmp_path, (4, 4), **change)
+
+    def test_not_thinking_shares_nothing_with_thinking(self, tiny_folder, tmp_path):
+        self.encode(tiny_folder, tmp_path, (4, 4))
+        self.encode(tiny_folder, tmp_path, (0, 4), think=False)
+        self.encode(tiny_folder, tmp_path, (0, 0), think=False)
+
+    def test_other_weights_in_the_same_folder_share_nothing(self, tmp_path):
+        folder = save_tiny(tmp_path / "model", seed=0)
+        first, _ = self.encode(folder, tmp_path / "store", (4, 4))
+        save_tiny(folder, seed=1)
+        second, _ = self.encode(folder, tmp_path / "store", (4, 4))
+        assert np.abs(first - second).max() > 0.01
+
+    def test_another_system_prompt_shares_nothing(self, tmp_path):
+        folder = save_tiny(tmp_path / "model")
+        self.encode(folder, tmp_path / "store", (4, 4))
+        EmbedderSettings(system_prompt="Other words.").write(folder)
+        self.encode(folder, tmp_path / "store", (4, 4))
+
+
+class TestFailure:
+    """An engine that fails ends the call with its cause; no vector is made up."""
+
+    @pytest.fixture
+    def broken(self, tiny_folder, tmp_path, monkeypatch):
+        encoder = GraceEncoder(tiny_folder, device="cpu", store=tmp_path)
+        think = encoder.model.think
+
+        def fail_after_two(*args):
+            parts = think(*args)
+            yield next(parts)
+            yield next(parts)
+            raise RolloutError("the engine ran out of cache blocks")
+
+        monkeypatch.setattr(encoder.model, "think", fail_after_two)
+        return encoder
+
+    def test_the_cause_is_raised_and_what_was_made_is_kept(self, broken, tiny_folder, tmp_path):
+        with pytest.raises(RolloutError, match="ran out of cache blocks"):
+            broken.encode(TEXTS, batch_size=1, **SAMPLED)
+        broken.close()
+        assert broken.store.file.stat().st_size
+        with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as healthy:
+            vectors = healthy.encode(TEXTS, **SAMPLED)
+            assert healthy.usage.rationales_stored == 2 and healthy.usage.rationales_made == 2
+        expected = GraceEncoder(tiny_folder, device="cpu").encode(TEXTS, **SAMPLED)
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+
+    def test_a_text_without_a_rationale_is_an_error(self, encoder, monkeypatch):
+        think = encoder.model.think
+        monkeypatch.setattr(encoder.model, "think", lambda *args: iter([next(think(*args))]))
+        with pytest.raises(RolloutError, match="the engine gave no rationale for 3 of 4 texts"):
+            encoder.encode(TEXTS, batch_size=1, **SAMPLED)
+
+
+def test_revisions_follow_the_weights(tmp_path):
+    revisions = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = save_tiny(tmp_path / name, seed=seed)
+        revisions.append(GraceEncoder(folder, device="cpu").revision)
+    first, same, other = revisions
+    assert first == same != other
+    files = (tmp_path / "a" / "config.json", tmp_path / "a" / "model.safetensors")
+    digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    assert first == hashlib.sha256(digests).hexdigest()

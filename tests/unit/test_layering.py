@@ -12,11 +12,13 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A module may import modules of lower layers and of its own; longest prefix wins.
 LAYERS: list[list[str]] = [
     ["verl", "verl.config", "verl.config_checks", "verl.protocol", "verl.utils.seqlen_balancing", "verl.utils.logging"],
-    ["verl.utils", "verl.data", "verl.embedding.prompts", "verl.embedding.pooling", "verl.embedding.metrics",
+    ["verl.utils", "verl.data", "verl.embedding.prompts", "verl.embedding.settings", "verl.embedding.pooling",
+     "verl.embedding.metrics", "verl.embedding.store", "verl.embedding.usage",
      "verl.trainer.ppo.core_algos", "verl.single_controller.dispatch", "verl.single_controller.worker"],
     ["verl.models"],
     ["verl.workers.actor", "verl.workers.rollout", "verl.workers.reward_manager"],
-    ["verl.embedding.encoder", "verl.workers.device_stages", "verl.workers.weight_sync"],
+    ["verl.embedding.model", "verl.embedding.encoding", "verl.embedding.encoder", "verl.workers.device_stages",
+     "verl.workers.weight_sync"],
     ["verl.workers.fsdp_workers", "verl.single_controller.ray_group"],
     ["verl.workers.group"],
     ["verl.trainer.ppo"],

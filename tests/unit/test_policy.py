@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from verl.embedding.pooling import unit
 from verl.models.attention import ATTENTION
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
@@ -53,7 +54,7 @@ def padded_reference(lm, rows: list[Row]):
         target = torch.tensor(row.response, dtype=torch.int64).unsqueeze(-1)
         log_probs.append(distribution.gather(-1, target).squeeze(-1))
         entropies.append(-(distribution.exp() * distribution).sum(-1))
-        mean = out.hidden_states[-1][i, row.text_start : end].mean(0)
+        mean = out.hidden_states[-1][i, row.pool_start : end].mean(0)
         vectors.append(mean / mean.norm())
     return log_probs, entropies, torch.stack(vectors)
 
@@ -78,7 +79,7 @@ def test_packed_equals_padded_with_gradients(share, checkpointing, tie):
 
     torch.testing.assert_close(out.log_probs, torch.cat([log_probs[i] for i in scored]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(out.entropy, torch.cat([entropies[i] for i in scored]), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(out.embeddings, vectors, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(unit(out.embeddings), vectors, atol=1e-6, rtol=1e-5)
     expected = dict(reference.named_parameters())
     for name, parameter in policy.lm.named_parameters():
         torch.testing.assert_close(

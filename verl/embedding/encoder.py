@@ -1,145 +1,271 @@
 """GraceEncoder: a model folder that turns texts into vectors, through rationales or without.
 
-It renders, generates, packs and pools with the functions training uses, so that its vectors are those
-that were rewarded. Argument names follow sentence-transformers.
+It renders, generates, packs and pools with the functions training uses, so that its vectors are those that were
+rewarded. Argument names follow sentence-transformers.
 """
 
-import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
-from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, PromptRenderer, rationale_messages
-from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
-from verl.utils.seqlen_balancing import pack_rows
-from verl.utils.tokenizer import load_tokenizer, stop_token_ids
-from verl.workers.rollout.base import finish
-from verl.workers.rollout.hf import HFRollout
+from verl.embedding.encoding import Encoding, Shelf, Thinking, Tools, open_shelf
+from verl.embedding.model import EmbeddingModel, ModelSpec
+from verl.embedding.pooling import unit
+from verl.embedding.prompts import Prompt, PromptRenderer, rationale_messages
+from verl.embedding.settings import EmbedderSettings, Pooling, Span
+from verl.embedding.store import EmbeddingStore
+from verl.embedding.usage import Usage
+from verl.utils.model_files import model_folder, weights_revision
+from verl.utils.tokenizer import load_tokenizer
+from verl.workers.rollout.choose import choose_engine
 
-# Tokens of one packed forward: large enough to keep two CPU cores busy, small enough for their caches.
-_FORWARD_TOKENS = 2048
-_DEFAULTS = {"system_prompt": SYSTEM_PROMPT, "pool_system_prompt": False, "max_prompt_length": 1024,
-             "max_new_tokens": 2048, "truncation": "right", "temperature": 1.0}  # fmt: skip
+Precision = Literal["float32", "int8"]
 
 
 class GraceEncoder:
     """Embeds texts with a causal language model.
 
     Args:
-        path: a model folder; settings come from its embedder_config.json where there is one.
+        path: a model folder or hub name; settings come from its embedder_config.json where there is one.
+        engine: writes the rationales: hf, vllm, or auto: vllm with CUDA where it imports, else hf.
         device: auto, cuda or cpu.
+        settings: instead of the folder's own.
+        pooling, span: instead of the settings'.
+        max_prompt_length: most tokens of a prompt, instead of the settings'.
+        max_new_tokens: most tokens of a rationale, instead of the settings'; vllm is started for it.
+        store: folder of rationales and vectors to re-use and to add to.
+        gpu_memory_utilization: vllm: share of GPU memory; the model that embeds needs room beside it. On a CPU, of the
+            free host memory for the KV cache.
         ignore_eos: write every rationale to its full length (a control for measurements).
+
+    Raises:
+        ValueError: the folder or its settings cannot be used.
+        ConfigError: vllm is asked for and does not import.
     """
 
-    def __init__(
-        self, path: str, device: str = "auto", trust_remote_code: bool = False, ignore_eos: bool = False
+    def __init__(  # noqa: PLR0913 - a user's options, all by name
+        self,
+        path: str | Path,
+        *,
+        engine: Literal["auto", "hf", "vllm"] = "auto",
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        settings: EmbedderSettings | None = None,
+        pooling: Pooling | None = None,
+        span: Span | None = None,
+        max_prompt_length: int | None = None,
+        max_new_tokens: int | None = None,
+        store: Path | str | None = None,
+        gpu_memory_utilization: float = 0.8,
+        trust_remote_code: bool = False,
+        ignore_eos: bool = False,
     ) -> None:
+        self.folder = model_folder(str(path))
+        changes = {"pooling": pooling, "span": span, "max_prompt_length": max_prompt_length,
+                   "max_new_tokens": max_new_tokens}  # fmt: skip
+        base = settings or EmbedderSettings.read(self.folder)
+        self.settings = EmbedderSettings.model_validate(
+            {**base.model_dump(), **{name: value for name, value in changes.items() if value is not None}}
+        )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.settings = {**_DEFAULTS, **_read_settings(Path(path))}
-        self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.renderer = PromptRenderer(self.tokenizer, self.settings["max_prompt_length"], self.settings["truncation"])
-        lm = load_causal_lm(path, trust_remote_code)
-        if device == "cuda":
-            lm = lm.to(device, torch.bfloat16)
-        self.policy = PolicyModel(lm.eval().requires_grad_(False))
-        self.rollout = HFRollout(
-            lm,
-            stop_token_ids(self.tokenizer, lm.config, lm.generation_config),
-            max_num_seqs=10**9,
+        if (engine, device) == ("auto", "cpu"):
+            engine_name, self.engine_reason = "hf", "on a CPU vllm takes longer to start than most calls last"
+        else:
+            engine_name, self.engine_reason = choose_engine(engine, "engine")
+        spec = ModelSpec(
+            folder=str(self.folder),
+            engine=engine_name,
+            device=device,
+            max_model_len=self.settings.max_prompt_length + self.settings.max_new_tokens,
+            trust_remote_code=trust_remote_code,
+            gpu_memory_utilization=gpu_memory_utilization,
             ignore_eos=ignore_eos,
         )
+        self.tokenizer = load_tokenizer(spec.folder, trust_remote_code)
+        self.renderer = PromptRenderer(
+            self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True
+        )
+        self.model = EmbeddingModel(spec)
+        self.usage = Usage()
+        self.store = None if store is None else EmbeddingStore(Path(store))
+        self._tools = Tools(self.model, self.settings, self._decode, self.usage)
 
-    def encode(self, sentences: Sequence[str], **options: Any) -> np.ndarray:
-        """[N,H] float32 unit vectors; options are those of `encode_with_rationales`."""
-        return self.encode_with_rationales(sentences, **options)[0]
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
+        """The same as the constructor, under transformers' name."""
+        return cls(path, **options)
 
-    def encode_with_rationales(
+    @property
+    def embedding_dim(self) -> int:
+        return self.model.size.hidden
+
+    @cached_property
+    def revision(self) -> str:
+        """Hash of the weights."""
+        return weights_revision(self.folder)
+
+    def encode(  # noqa: PLR0913 - sentence-transformers' arguments
         self,
-        sentences: Sequence[str],
+        inputs: str | Sequence[str],
         *,
         batch_size: int = 64,
-        show_progress_bar: bool = False,
+        show_progress_bar: bool | None = None,
+        precision: Precision = "float32",
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
         think: bool = True,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         seed: int = 0,
-    ) -> tuple[np.ndarray, list[str]]:
-        """Embed texts, and return the rationales that their vectors were pooled over.
+        return_rationales: bool = False,
+    ) -> Any:
+        """Embed texts.
+
+        A text's rationale is drawn from a seed of its own, made of `seed` and the text: batch size, order and the
+        other texts do not change its vector beyond rounding.
 
         Args:
-            sentences: N texts; a text that occurs twice is embedded once.
-            batch_size: texts generated at once.
-            think: False embeds the prompt alone; the rationales are then empty.
-            max_new_tokens, temperature: of the rationales; None = as in training.
-            seed: of the sampling. A rationale depends on its batch too, so equal calls give equal vectors.
+            inputs: N texts, or one; a text that occurs twice is embedded once.
+            batch_size: texts that the hf engine decodes at once, and most rows of one forward.
+            show_progress_bar: None = on a terminal.
+            precision: int8 = quantised by sentence-transformers, with the ranges of this call's vectors.
+            convert_to_tensor: a torch tensor on the CPU instead of a numpy array.
+            normalize_embeddings: unit vectors, which are what training rewards; False = the means as they are.
+            truncate_dim: keep the first dimensions only.
+            think: False embeds the prompt alone.
+            max_new_tokens, temperature: of the rationales; None = the settings'.
+            seed: of the sampling.
+            return_rationales: also return what the vectors were pooled over.
 
         Returns:
-            [N,H] float32 unit vectors and N rationales.
+            [N,H] float32 (or int8), [H] for one text; with return_rationales a pair of that and of N strings, or one.
 
         Raises:
-            ValueError: an empty text.
+            ValueError: an argument that does not fit the settings.
+            RolloutError: the engine could not write a rationale; no vector is returned.
+            StoreError: the store cannot be read or written.
         """
-        texts = list(dict.fromkeys(sentences))
-        prompts = self.renderer.render([rationale_messages(t, self.settings["system_prompt"]) for t in texts])
-        order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
-        vectors: dict[str, np.ndarray] = {}
-        rationales: dict[str, str] = {}
-        with Progress(disable=not show_progress_bar) as progress:
-            task = progress.add_task("encoding", total=len(texts))
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                chosen = [prompts[i] for i in rows]
-                responses = (
-                    self._think(chosen, max_new_tokens, temperature, seed + start) if think else [[] for _ in rows]
-                )
-                for i, response, vector in zip(rows, responses, self._embed(chosen, responses), strict=True):
-                    vectors[texts[i]] = vector
-                    rationales[texts[i]] = self.tokenizer.decode(response, skip_special_tokens=True)
-                progress.advance(task, len(rows))
-        if not sentences:
-            return np.zeros((0, self.policy.lm.config.get_text_config().hidden_size), np.float32), []
-        return np.stack([vectors[s] for s in sentences]), [rationales[s] for s in sentences]
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        thinking = self._thinking(max_new_tokens, temperature, seed) if think else None
+        unique = list(dict.fromkeys(texts))
+        self.usage.texts += len(texts)
+        self.usage.unique_texts += len(unique)
+        show = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
+        with _progress(len(unique), "thinking" if think else "embedding", show) as advance:
+            encoding = Encoding(self._render(unique), thinking, self._tools, self._shelf(thinking))
+            means, rationales = encoding.run(batch_size, return_rationales, advance)
+        place = {text: row for row, text in enumerate(unique)}
+        rows = [place[text] for text in texts]
+        vectors = _finish_vectors(means[rows], normalize_embeddings, truncate_dim, precision, convert_to_tensor)
+        chosen = [rationales[row] for row in rows] if return_rationales else []
+        if isinstance(inputs, str):
+            return (vectors[0], chosen[0]) if return_rationales else vectors[0]
+        return (vectors, chosen) if return_rationales else vectors
 
-    def _think(
-        self, prompts: list[Prompt], max_new_tokens: int | None, temperature: float | None, seed: int
-    ) -> list[list[int]]:
-        """Rationale ids of each prompt."""
-        temperature = self.settings["temperature"] if temperature is None else temperature
-        limit = self.settings["max_new_tokens"] if max_new_tokens is None else max_new_tokens
-        generation = self.rollout.generate([p.ids for p in prompts], [temperature] * len(prompts), limit, seed)
-        return [response.ids for response in finish(generation)]
+    def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """Embed queries; the model is asked the same of a query as of any text. Options are those of `encode`."""
+        return self.encode(inputs, **options)
 
-    @torch.no_grad()
-    def _embed(self, prompts: list[Prompt], responses: list[list[int]]) -> np.ndarray:
-        """[N,H] vectors of prompts with their rationales, by the packed forward of training."""
-        whole = self.settings["pool_system_prompt"]
-        rows = [
-            Row(tuple(p.ids), tuple(response), 0 if whole else p.text_start, scored=False)
-            for p, response in zip(prompts, responses, strict=True)
-        ]
-        parts = pack_rows(
-            [row.prompt for row in rows],
-            [len(row.prompt) for row in rows],
-            [len(row.response) for row in rows],
-            _FORWARD_TOKENS,
+    def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """Embed documents; see `encode_query`."""
+        return self.encode(inputs, **options)
+
+    def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
+        """[N,M] cosines of [N,H] and [M,H]."""
+        first, second = (
+            torch.nn.functional.normalize(torch.as_tensor(e).float(), dim=-1) for e in (embeddings1, embeddings2)
         )
-        vectors = np.zeros((len(rows), self.policy.lm.config.get_text_config().hidden_size), np.float32)
-        for part in parts:
-            packed = pack([rows[i] for i in part], self.policy.shares_prompts).to(self.policy.device)
-            out = self.policy(packed, log_probs=False, embeddings=True)
-            vectors[part] = out.embeddings.cpu().numpy()
-        return vectors
+        return first @ second.T
+
+    def describe(self, **options: Any) -> dict[str, Any]:
+        """Everything that decides a vector besides text and weights, as `encode` with these options would have it."""
+        thinking = None
+        if options.get("think", True):
+            thinking = self._thinking(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
+        prompt = self.settings.model_dump(include={"system_prompt", "max_prompt_length", "truncation"})
+        return {**prompt, **self._sampling(thinking), **self._pooling()}
+
+    def close(self) -> None:
+        """Flush and close the store, and end the engine."""
+        if self.store:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _thinking(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Thinking:
+        settings = self.settings
+        limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if limit > settings.max_new_tokens and self.model.spec.engine == "vllm":
+            raise ValueError(
+                f"max_new_tokens={limit} is more than the {settings.max_new_tokens} that vllm is started for; give "
+                f"GraceEncoder(..., max_new_tokens={limit})"
+            )
+        return Thinking(limit, settings.temperature if temperature is None else temperature, seed)
+
+    def _shelf(self, thinking: Thinking | None) -> Shelf | None:
+        if not self.store:
+            return None
+        return open_shelf(self.store, {"weights": self.revision, **self._sampling(thinking)}, self._pooling())
+
+    def _render(self, texts: Sequence[str]) -> list[Prompt]:
+        prompts = self.renderer.render([rationale_messages(text, self.settings.system_prompt) for text in texts])
+        self.usage.shortened += sum(prompt.shortened for prompt in prompts)
+        self.usage.empty_texts += sum(not prompt.text for prompt in prompts)
+        return prompts
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _sampling(self, thinking: Thinking | None) -> dict[str, Any]:
+        """What decides a rationale besides weights and prompt."""
+        if thinking is None:
+            return {"think": False}
+        spec = self.model.spec
+        engine = {"engine": spec.engine, "dtype": spec.dtype_name, **({"ignore_eos": True} if spec.ignore_eos else {})}
+        return {"think": True, **engine, **asdict(thinking)}
+
+    def _pooling(self) -> dict[str, Any]:
+        """What decides a vector besides the rationale."""
+        settings = self.settings
+        return {"pooling": settings.pooling, "span": settings.span, "pool_system_prompt": settings.pool_system_prompt,
+                "forward_dtype": self.model.spec.dtype_name}  # fmt: skip
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a trained folder; a plain model has none and gets the defaults."""
-    file = folder / "embedder_config.json"
-    if not file.is_file():
-        return {}
-    return {name: value for name, value in json.loads(file.read_text()).items() if name in _DEFAULTS}
+def _finish_vectors(
+    means: np.ndarray, normalize: bool, truncate_dim: int | None, precision: Precision, convert_to_tensor: bool
+) -> Any:
+    """Cut, scale and convert [N,H] float32 means; what is cut has unit length after the cut."""
+    vectors = torch.from_numpy(means[:, :truncate_dim])
+    vectors = unit(vectors) if normalize else vectors
+    if precision == "float32":
+        return vectors if convert_to_tensor else vectors.numpy()
+    # Here, because the import takes seconds and few need it.
+    from sentence_transformers.util import quantize_embeddings
+
+    quantized = quantize_embeddings(vectors.numpy(), precision)
+    return torch.from_numpy(quantized) if convert_to_tensor else quantized
+
+
+@contextmanager
+def _progress(total: int, title: str, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over texts on stderr; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -25,9 +25,15 @@ Truncation = Literal["left", "right", "middle", "error"]
 _PROBES = ("QZXprobeoneXZQ", "JVWprobesecondWVJ")
 
 
-def rationale_messages(text: str, system_prompt: str = SYSTEM_PROMPT) -> list[Message]:
-    """The chat that asks for a rationale of `text`."""
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": text.strip()}]
+def rationale_messages(text: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
+    """The chat that asks for a rationale of `text`; without a system turn when its prompt is None."""
+    user = {"role": "user", "content": text.strip()}
+    return [user] if system_prompt is None else [{"role": "system", "content": system_prompt}, user]
+
+
+def system_prompt_of(messages: Sequence[Message]) -> str | None:
+    """The text of a chat's system turn, or None."""
+    return next((turn["content"] for turn in messages if turn["role"] == "system"), None)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,15 @@ class PromptRenderer:
         max_length: most tokens a prompt may have; None for no limit.
         truncation: which part of an over-long user text goes: `right` keeps its beginning, `left` its
             end, `middle` both ends; `error` raises.
+        allow_empty: render a user turn without text; its pooling starts at the token after the turn's header.
 
     Raises:
         ValueError: the tokenizer has no chat template, or cannot report character offsets.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right") -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right", allow_empty: bool = False
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model "
@@ -71,6 +80,7 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
+        self.allow_empty = allow_empty
         self._frames: dict[str, tuple[str, str]] = {}
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
@@ -82,7 +92,7 @@ class PromptRenderer:
         """
         if not conversations:
             return []
-        framed = [(self._frame(c), _user_text(c)) for c in conversations]
+        framed = [(self._frame(c), self._user_text(c)) for c in conversations]
         encoded = self._tokenize([prefix + text + suffix for (prefix, suffix), text in framed])
         return [
             self._finish(frame, text, ids, offsets)
@@ -93,7 +103,7 @@ class PromptRenderer:
         """Number of token ids of each rendered prompt, before any shortening."""
         if not conversations:
             return []
-        framed = [(self._frame(c), _user_text(c)) for c in conversations]
+        framed = [(self._frame(c), self._user_text(c)) for c in conversations]
         texts = [prefix + text + suffix for (prefix, suffix), text in framed]
         # The backend's own call: no lists of ids and masks are built only to be counted.
         return [len(e) for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -115,6 +125,12 @@ class PromptRenderer:
                 raise ValueError("the chat template changes with the user's text; the text's place cannot be found")
             self._frames[key] = first
         return self._frames[key]
+
+    def _user_text(self, messages: Sequence[Message]) -> str:
+        text = messages[_last_user_turn(messages)]["content"].strip()
+        if not text and not self.allow_empty:
+            raise ValueError("a prompt has an empty user text; nothing can be embedded")
+        return text
 
     def _split_at_probe(self, messages: Sequence[Message], turn: int, probe: str) -> tuple[str, str]:
         probed = [{**m, "content": probe} if i == turn else dict(m) for i, m in enumerate(messages)]
@@ -182,10 +198,3 @@ def _last_user_turn(messages: Sequence[Message]) -> int:
         if messages[i]["role"] == "user":
             return i
     raise ValueError(f"a prompt needs a user turn; got the roles {[m['role'] for m in messages]}")
-
-
-def _user_text(messages: Sequence[Message]) -> str:
-    text = messages[_last_user_turn(messages)]["content"].strip()
-    if not text:
-        raise ValueError("a prompt has an empty user text; nothing can be embedded")
-    return text

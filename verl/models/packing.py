@@ -24,8 +24,8 @@ class Row:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    text_start: int
-    """First pooled position, in the prompt."""
+    pool_start: int
+    """First pooled position of the row; from there on everything is pooled."""
     scored: bool
     """Whether log-probs of the response are wanted."""
 
@@ -124,8 +124,8 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     score: list[tuple[int, int, int, int]] = []
     for i, (row, leaf) in enumerate(zip(rows, leaves, strict=True)):
         positions = leaf.packed_positions(0)
-        pool_token += positions[row.text_start :]
-        pool_row += [i] * (len(positions) - row.text_start)
+        pool_token += positions[row.pool_start :]
+        pool_row += [i] * (len(positions) - row.pool_start)
         if row.scored:
             predicting = positions[len(row.prompt) - 1 : -1] if row.response else []
             score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, row.response, strict=True))]

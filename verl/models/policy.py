@@ -28,7 +28,7 @@ class PolicyOutput:
     entropy: Tensor | None
     """[S] float32, entropy of the distribution each scored token was drawn from."""
     embeddings: Tensor | None
-    """[N,H] float32 unit vectors."""
+    """[N,H] float32, means over the pooled positions."""
 
 
 class PolicyModel(nn.Module):

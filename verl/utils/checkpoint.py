@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from verl.embedding.settings import EmbedderSettings
+
 LATEST = "latest_checkpointed_iteration.txt"
 STEP_PREFIX = "global_step_"
 
@@ -75,7 +77,7 @@ def save_transformers_folder(
     weights: Iterable[tuple[str, Tensor]],
     lm: Any,
     tokenizer: Any,
-    embedder: dict[str, Any],
+    embedder: EmbedderSettings,
     rank: int,
 ) -> None:
     """Write a folder that transformers loads, in the dtype of the model that training started from.
@@ -94,7 +96,7 @@ def save_transformers_folder(
     lm.config.save_pretrained(folder)
     lm.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "embedder_config.json").write_text(json.dumps(embedder, indent=1, ensure_ascii=False) + "\n")
+    embedder.write(folder)
 
 
 def publish(run_dir: Path, step: int, trainer_state: dict[str, Any], keep: int | None) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import ConfigError, DataConfig
-from verl.embedding.prompts import Message, PromptRenderer, rationale_messages
+from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
 from verl.protocol import DataProto
 
 Sample = dict[str, Any]
@@ -75,9 +75,9 @@ class PromptDataset(Dataset):
             return {"positive": prompt}
         if not self.supervised:
             return {role: prompt for role in self.roles}
-        system = next((turn["content"] for turn in prompt if turn["role"] == "system"), None)
+        system = system_prompt_of(prompt)
         texts = {"query": row["multi_input"]["query"], "negative": row["multi_input"]["negative_document"]}
-        anchors = {role: _chat_like(prompt, system, texts[role]) for role in self.roles if role in texts}
+        anchors = {role: rationale_messages(texts[role], system) for role in self.roles if role in texts}
         return {"positive": prompt, **anchors}
 
     def _drop_overlong(self, renderer: PromptRenderer) -> None:
@@ -89,12 +89,6 @@ class PromptDataset(Dataset):
             keep += [max([next(lengths) for _ in s["chats"]]) <= self.config.max_prompt_length for s in samples]
         self.num_dropped = keep.count(False)
         self.table = self.table.filter(pa.array(keep))
-
-
-def _chat_like(prompt: list[Message], system: str | None, text: str) -> list[Message]:
-    if system is None:
-        return [{"role": "user", "content": text}]
-    return rationale_messages(text, system)
 
 
 class StepBatches:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.config import ActorConfig
+from verl.embedding.pooling import unit
 from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.policy import PolicyModel
@@ -47,7 +48,7 @@ def token_rows(rows: DataProto) -> list[Row]:
         Row(
             prompt=tuple(prompt[width - length :].tolist()),
             response=tuple(response[:size].tolist()),
-            text_start=start,
+            pool_start=start,
             scored=role == "positive",
         )
         for prompt, length, response, size, start, role in zip(
@@ -78,7 +79,7 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
     )
     count = torch.tensor(len(parts), device=_collective_device())
     dist.all_reduce(count, dist.ReduceOp.MAX)
-    company = Row(prompt=(0,), response=(), text_start=0, scored=True)
+    company = Row(prompt=(0,), response=(), pool_start=0, scored=True)
     for i in range(int(count)):
         part = parts[i] if i < len(parts) else []
         packed = pack([tokens[row] for row in part] or [company], policy.shares_prompts)
@@ -115,7 +116,7 @@ def score(
         if entropy:
             entropies[where] = out.entropy.cpu()
         if embeddings is not None:
-            embeddings[position] = out.embeddings.cpu()
+            embeddings[position] = unit(out.embeddings).cpu()
     tensors = {"log_probs": log_probs}
     if entropy:
         tensors["entropy"] = entropies.sum(1) / rows.batch["response_length"].clamp(min=1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto
 from verl.single_controller.ray_group import RayWorkerGroup, restore_order
 from verl.utils.seqlen_balancing import partition_rows
@@ -78,7 +79,7 @@ class ActorRolloutRefGroup:
     def sync_rollout_weights(self) -> dict[str, float]:
         return self._group.call(ActorRolloutRefWorker.sync_rollout_weights)
 
-    def save_checkpoint(self, folder: Path, embedder: dict[str, Any]) -> None:
+    def save_checkpoint(self, folder: Path, embedder: EmbedderSettings) -> None:
         self._group.call(ActorRolloutRefWorker.save_checkpoint, folder, embedder)
 
     def load_checkpoint(self, folder: Path) -> None:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from verl.config import ConfigError, RunConfig
 from verl.embedding.metrics import spread_report, triplet_report
-from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer
+from verl.embedding.prompts import PromptRenderer, system_prompt_of
+from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, object_array, response_mask
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.core_algos import (
@@ -251,7 +252,7 @@ class RayPPOTrainer:
     def save(self, step: int) -> None:
         """Write a checkpoint under a temporary name, then publish it."""
         run_dir = self.config.run_dir.absolute()
-        self.workers.save_checkpoint(empty_temporary_folder(run_dir, step), self._embedder_config())
+        self.workers.save_checkpoint(empty_temporary_folder(run_dir, step), self._embedder_settings())
         state = {
             "step": step,
             "samples_seen": step * self.config.data.train_batch_size,
@@ -298,20 +299,19 @@ class RayPPOTrainer:
         last = and_last and frequency != 0 and step == self.plan.total_steps
         return last or (frequency > 0 and step % frequency == 0)
 
-    def _embedder_config(self) -> dict[str, Any]:
+    def _embedder_settings(self) -> EmbedderSettings:
         """What an encoder needs to embed as training did."""
         data, rollout = self.config.data, self.config.actor_rollout_ref.rollout
-        return {
-            "system_prompt": SYSTEM_PROMPT,
-            "pooling": "mean",
-            "pool_system_prompt": not self.reward_manager.exclude_system_prompt,
-            "normalize": True,
-            "max_prompt_length": data.max_prompt_length,
-            "max_new_tokens": data.max_response_length,
-            "truncation": data.truncation,
-            "temperature": rollout.temperature,
-            "base_model": self.config.actor_rollout_ref.model.path,
-        }
+        return EmbedderSettings(
+            system_prompt=system_prompt_of(self.dataset[0]["chats"]["positive"]),
+            pool_system_prompt=not self.reward_manager.exclude_system_prompt,
+            max_prompt_length=data.max_prompt_length,
+            max_new_tokens=data.max_response_length,
+            # An encoder that stops at a long text is of no use.
+            truncation="right" if data.truncation == "error" else data.truncation,
+            temperature=rollout.temperature,
+            base_model=self.config.actor_rollout_ref.model.path,
+        )
 
 
 def find_resume(config: RunConfig) -> Path | None:
