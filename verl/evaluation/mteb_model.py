@@ -1,0 +1,61 @@
+"""GraceEncoder behind mteb's EncoderProtocol, with a ModelMeta that tells results of different vectors apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import BatchedInput, PromptType
+from torch.utils.data import DataLoader
+
+from verl.embedding.encoder import GraceEncoder
+
+
+class GraceMTEB(AbsEncoder):
+    """What `mteb.evaluate` calls.
+
+    Args:
+        name: of the model in result folders; the owner `GRACE/` is put before it.
+        options: of `GraceEncoder.encode`, the same for every task.
+    """
+
+    def __init__(self, encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> None:
+        self.encoder = encoder
+        self.options = dict(options)
+        self.mteb_model_meta = model_meta(encoder, name, options)
+
+    def encode(
+        self, inputs: DataLoader[BatchedInput], *, task_metadata: Any, hf_split: str, hf_subset: str,
+        prompt_type: PromptType | None = None, **kwargs: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """[N,H] float32 unit vectors; a failure of the engine is the task's failure."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.encoder.encode(texts, batch_size=kwargs.get("batch_size", 64), **self.options)
+
+
+def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
+    """mteb keeps results by name, revision and experiment: here those are the weights' hash and every setting."""
+    size = encoder.model.size
+    return ModelMeta(
+        loader=None,
+        name=f"GRACE/{name}",
+        revision=encoder.revision[:16],
+        release_date=None,
+        languages=["eng-Latn"],
+        n_parameters=size.parameters,
+        n_embedding_parameters=size.embedding_parameters,
+        memory_usage_mb=size.bytes / 2**20,
+        max_tokens=encoder.settings.max_prompt_length,
+        embed_dim=size.hidden,
+        license=None,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch"],
+        similarity_fn_name="cosine",
+        use_instructions=True,
+        training_datasets=None,
+        adapted_from=encoder.settings.base_model,
+        experiment_kwargs=encoder.describe(**options),
+    )

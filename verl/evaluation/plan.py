@@ -1,0 +1,145 @@
+"""What an evaluation will cost, before it is run: texts from the tasks' statistics, seconds from a measured sample."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from verl.embedding.encoder import GraceEncoder
+from verl.evaluation.local_tasks import LocalTask
+
+ASK_ABOVE_HOURS = 6.0
+# Texts of the sample. They are kept in the store, so the sample is work done ahead.
+_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class TextCount:
+    """How much text a task has, over its own splits and English subsets."""
+
+    texts: int
+    unique: int
+    chars: int
+
+    def __add__(self, other: "TextCount") -> "TextCount":
+        return TextCount(self.texts + other.texts, self.unique + other.unique, self.chars + other.chars)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one text of the sample took."""
+
+    rationale_tokens: float
+    seconds: float
+    """Thinking and embedding."""
+    chars: float
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    name: str
+    count: TextCount | None
+    """None where the task's size is not known before it is loaded."""
+    rationale_tokens: float
+    hours: float
+
+
+def count_texts(task: Any) -> TextCount | None:
+    """Texts of a task: counted in local ones, from mteb's published statistics in others (an upper bound where a task
+    samples from its data)."""
+    if isinstance(task, LocalTask):
+        return TextCount(len(task.texts), len(set(task.texts)), sum(len(text) for text in task.texts))
+    subtasks = getattr(task.metadata, "tasks", None)
+    if subtasks:
+        counts = [count_texts(subtask) for subtask in subtasks]
+        return sum((c for c in counts if c), TextCount(0, 0, 0)) if all(counts) else None
+    statistics = task.metadata.descriptive_stats
+    if not statistics or any(split not in statistics for split in task.eval_splits):
+        return None
+    total = TextCount(0, 0, 0)
+    for split in task.eval_splits:
+        subsets = statistics[split].get("hf_subset_descriptive_stats") or {}
+        chosen = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics[split]]
+        for statistic in chosen:
+            total = sum(_text_columns(statistic), total)
+    return total
+
+
+def _text_columns(statistics: Mapping[str, Any]) -> Iterator[TextCount]:
+    """The columns of text somewhere in a split's statistics."""
+    for name, value in statistics.items():
+        if not isinstance(value, Mapping) or name == "hf_subset_descriptive_stats":
+            continue
+        if value.get("average_text_length"):
+            chars = value["total_text_length"]
+            yield TextCount(round(chars / value["average_text_length"]), value["unique_texts"], chars)
+        else:
+            yield from _text_columns(value)
+
+
+def sample_texts(tasks: Sequence[Any], stand_ins: Path) -> list[str]:
+    """Texts to measure with: of the local tasks, else lines of `stand_ins`, as nothing else is loaded yet."""
+    local = {text for task in tasks if isinstance(task, LocalTask) for text in task.texts}
+    pool = sorted(local) if local else stand_ins.read_text().splitlines()
+    return random.Random(0).sample(pool, min(_SAMPLE, len(pool)))
+
+
+def measure_rate(
+    encoder: GraceEncoder, texts: Sequence[str], options: Mapping[str, Any], batch_size: int
+) -> Rate | None:
+    """Embed `texts`; two others before them warm the engine up. None when all were in the store."""
+    encoder.encode([f"{text} " * 2 for text in texts[:2]], batch_size=batch_size, show_progress_bar=False, **options)
+    before = replace(encoder.usage)
+    encoder.encode(texts, batch_size=batch_size, **options)
+    spent = encoder.usage - before
+    thinks = options.get("think", True)
+    if spent.vectors_made == 0 or (thinks and spent.rationales_made == 0):
+        return None
+    thinking = spent.thinking_s / spent.rationales_made if thinks else 0.0
+    return Rate(
+        rationale_tokens=spent.generated_tokens / spent.rationales_made if thinks else 0.0,
+        seconds=thinking + spent.embedding_s / spent.vectors_made,
+        chars=sum(map(len, texts)) / len(texts),
+    )
+
+
+def plan_costs(tasks: Sequence[Any], rate: Rate, thinks: bool) -> list[TaskCost]:
+    """The cost of each task at the sample's rate."""
+    costs = []
+    for task in tasks:
+        count = count_texts(task)
+        if count is None:
+            costs.append(TaskCost(task.metadata.name, None, 0.0, 0.0))
+            continue
+        # A rationale costs the same for long and short texts; without one, the cost is that of the text.
+        size = 1.0 if thinks else (count.chars / max(count.texts, 1)) / max(rate.chars, 1.0)
+        costs.append(
+            TaskCost(task.metadata.name, count, count.unique * rate.rationale_tokens,
+                     count.unique * rate.seconds * size / 3600)
+        )  # fmt: skip
+    return costs
+
+
+def plan_table(costs: Sequence[TaskCost], rate: Rate) -> Table:
+    title = f"plan, at {rate.seconds:.3g} s and {rate.rationale_tokens:.0f} rationale tokens a text (measured)"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "texts", "unique", "rationale tokens", "hours"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for cost in costs:
+        if cost.count is None:
+            table.add_row(cost.name, "?", "?", "?", "?")
+        else:
+            table.add_row(
+                cost.name, f"{cost.count.texts:,}", f"{cost.count.unique:,}", f"{cost.rationale_tokens:,.0f}",
+                f"{cost.hours:.2f}",
+            )  # fmt: skip
+    known = [cost.count for cost in costs if cost.count]
+    table.add_section()
+    table.add_row(
+        "all", f"{sum(c.texts for c in known):,}", f"{sum(c.unique for c in known):,}",
+        f"{sum(c.rationale_tokens for c in costs):,.0f}", f"{sum(c.hours for c in costs):.2f}",
+    )  # fmt: skip
+    return table

@@ -1,0 +1,94 @@
+"""Which tasks an evaluation runs: benchmarks and suites by name, single tasks, local files."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.abstasks import AbsTask
+
+from verl.evaluation.errors import EvaluationError
+from verl.evaluation.local_tasks import find_local_tasks
+
+ENGLISH_V1 = "MTEB(eng, v1)"
+ENGLISH_V2 = "MTEB(eng, v2)"
+NANO = "NanoBEIR"
+# One or two tasks of each type, from those of ENGLISH_V1: the paper's subset for ablations.
+QUICK = (
+    "Banking77Classification", "EmotionClassification", "MedrxivClusteringS2S", "TwitterSemEval2015",
+    "AskUbuntuDupQuestions", "BIOSSES", "STS17", "STSBenchmark", "SummEval",
+)  # fmt: skip
+SUITES = {
+    "quick": "9 of the tasks of MTEB(eng, v1), of every type but retrieval",
+    "nano": "NanoBEIR: 13 small retrieval tasks",
+    "eng-v1": "MTEB(eng, v1): the 56 tasks of the paper",
+    "eng-v2": "MTEB(eng, v2): 41 tasks",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tasks of one evaluation; their mean is shown when all of them are finished."""
+
+    title: str
+    tasks: list[Any]
+    comparable: bool
+    """Whether the mean is that of a published benchmark."""
+
+
+def select_tasks(benchmark: str | None, suite: str | None, names: Sequence[str], task_dir: Path | None) -> Selection:
+    """The tasks asked for in one of four ways; names pick from the local tasks first.
+
+    Tasks of mteb have their English subsets and their own evaluation splits.
+
+    Raises:
+        EvaluationError: an unknown name, with the nearest ones; several ways at once; or none.
+    """
+    if sum([benchmark is not None, suite is not None, bool(names) or task_dir is not None]) > 1:
+        raise EvaluationError("give one of --benchmark, --suite, and --tasks or --task_dir")
+    if benchmark is not None:
+        return Selection(benchmark, _benchmark_tasks(benchmark), comparable=True)
+    if suite is not None:
+        return _suite(suite)
+    local = find_local_tasks(task_dir) if task_dir else []
+    if not names:
+        return Selection(f"the tasks of {task_dir}", list(local), comparable=False)
+    own = {task.metadata.name: task for task in local}
+    tasks = [own.get(name) or _english_task(name, own) for name in dict.fromkeys(names)]
+    return Selection(f"{len(tasks)} chosen tasks", tasks, comparable=False)
+
+
+def _suite(name: str) -> Selection:
+    if name == "quick":
+        return Selection("suite quick", [_english_task(task, ()) for task in QUICK], comparable=False)
+    if name == "nano":
+        return Selection("suite nano (NanoBEIR)", _benchmark_tasks(NANO), comparable=False)
+    if name == "eng-v1":
+        return Selection(ENGLISH_V1, _benchmark_tasks(ENGLISH_V1), comparable=True)
+    if name == "eng-v2":
+        return Selection(ENGLISH_V2, _benchmark_tasks(ENGLISH_V2), comparable=True)
+    raise EvaluationError(f"--suite {name} is not one of {', '.join(SUITES)}")
+
+
+def _benchmark_tasks(name: str) -> list[Any]:
+    try:
+        return list(mteb.get_benchmark(name).tasks)
+    except KeyError as error:
+        raise EvaluationError(f"--benchmark {name}: {error.args[0]}") from None
+
+
+def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
+    """A task of mteb, as an English benchmark has it if one does."""
+    for benchmark in (ENGLISH_V1, ENGLISH_V2, NANO):
+        for task in mteb.get_benchmark(benchmark).tasks:
+            if task.metadata.name == name:
+                return task
+    every = {task.metadata.name for task in mteb.get_tasks()}
+    if name not in every:
+        lower = {known.lower(): known for known in [*local, *every]}
+        near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3)]
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise EvaluationError(f"--tasks: there is no task {name!r}{hint}")
+    return mteb.get_task(name, languages=["eng"])
