@@ -147,8 +147,10 @@ class Evaluation:
             markup=False,
         )
         kept = self.folder / "rate.json"
+        before = replace(encoder.usage)
         texts = sample_texts(self.selection.tasks, STAND_INS)
         rate = measure_rate(encoder, texts, self.options, args.batch_size)
+        self.summary.sample_usage = asdict(encoder.usage - before)
         if rate:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(asdict(rate)) + "\n")

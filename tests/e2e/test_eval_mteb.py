@@ -1,0 +1,213 @@
+"""eval_mteb.py as its users run it, on local tasks of every type with the tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from eval_files import write_jsonl, write_tasks
+from tiny import save_tiny
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import eval_mteb
+from verl.embedding.model import EmbeddingModel
+from verl.evaluation.local_tasks import find_local_tasks
+from verl.evaluation.suites import QUICK, select_tasks
+from verl.workers.rollout.base import RolloutError
+
+NAMES = ["Classes", "Clusters", "Pairs", "Ranks", "Search", "Sts", "Summaries", "Triples"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def arguments(model: Path, tasks: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model_path", str(model), "--task_dir", str(tasks), "--output_dir", str(out), "--thinking_max_length", "6",
+        "--input_max_length", "400", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def summary(out: Path, name: str) -> dict:
+    return json.loads((out / name / "summary.json").read_text())
+
+
+def results(out: Path) -> dict[Path, float]:
+    """mteb's own files: their main scores."""
+    found = {}
+    for file in (out / "results").rglob("*.json"):
+        if file.stem in NAMES:
+            found[file] = json.loads(file.read_text())["scores"]["test"][0]["main_score"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_folder, tasks):
+    out = tmp_path_factory.mktemp("out")
+    log = out / "timing.txt"
+    assert eval_mteb.main(arguments(tiny_folder, tasks, out, "--timing_log", str(log))) == 0
+    return out
+
+
+def test_the_summary_holds_every_task_type_and_mean(whole_run, tasks):
+    record = summary(whole_run, "tiny")
+    scores = {task["name"]: task["score"] for task in record["tasks"]}
+    assert list(scores) == NAMES
+    own = {file.stem: 100 * score for file, score in results(whole_run).items()}
+    assert scores == pytest.approx(own, abs=1e-3)
+    assert record["means"]["Mean(Task)"] == pytest.approx(mean(own.values()), abs=1e-3)
+    types = {task["name"]: task["type"] for task in record["tasks"]}
+    by_type = [mean(s for n, s in own.items() if types[n] == kind) for kind in set(types.values())]
+    assert len(by_type) == 7
+    assert record["means"]["Mean(TaskType)"] == pytest.approx(mean(by_type), abs=1e-3)
+    assert record["settings"]["max_new_tokens"] == 6 and record["settings"]["engine"] == "hf"
+    assert len(record["model"]["revision"]) == 64 and record["versions"]["mteb"]
+    spent = [record["sample_usage"], *(task["usage"] for task in record["tasks"])]
+    texts = {text for task in find_local_tasks(tasks) for text in task.texts}
+    # Each text once, and two that warm the engine up.
+    assert sum(usage["rationales_made"] for usage in spent) == len(texts) + 2
+    assert sum(usage["generated_tokens"] for usage in spent) > 5 * len(texts)
+    assert all(task["seconds"] > 0 for task in record["tasks"])
+    markdown = (whole_run / "tiny" / "summary.md").read_text()
+    assert all(f"| {name} |" in markdown for name in [*NAMES, "Mean(Task)", "Retrieval"])
+    timing = (whole_run / "timing.txt").read_text().splitlines()
+    assert sorted(line.split()[0] for line in timing) == NAMES
+
+
+def test_a_second_run_repeats_nothing_and_reports_the_same(whole_run, tiny_folder, tasks, monkeypatch):
+    before = summary(whole_run, "tiny")
+    monkeypatch.setattr(EmbeddingModel, "think", lambda *_: pytest.fail("thought again"))
+    monkeypatch.setattr(EmbeddingModel, "embed", lambda *_: pytest.fail("embedded again"))
+    assert eval_mteb.main(arguments(tiny_folder, tasks, whole_run)) == 0
+    again = summary(whole_run, "tiny")
+    assert again["tasks"] == before["tasks"] and again["means"] == before["means"]
+
+
+def test_other_settings_do_not_share_results(whole_run, tiny_folder, tasks):
+    before = set(results(whole_run))
+    for change in (["--seed", "1"], ["--pooling_method", "eos"], ["--no_thinking"]):
+        assert eval_mteb.main(arguments(tiny_folder, tasks, whole_run, "--tasks", "Sts", *change)) == 0
+    new = set(results(whole_run)) - before
+    assert len(new) == 3 and {file.stem for file in new} == {"Sts"}
+    assert summary(whole_run, "tiny_no_thinking")["tasks"][0]["usage"]["generated_tokens"] == 0
+
+
+def test_new_weights_under_the_same_name_get_fresh_scores(tmp_path, tasks):
+    scores = []
+    for seed in (0, 1):
+        model = save_tiny(tmp_path / "model", seed=seed)
+        assert eval_mteb.main(arguments(model, tasks, tmp_path / "out", "--tasks", "Sts", "Search")) == 0
+        record = summary(tmp_path / "out", "model")
+        scores.append([task["score"] for task in record["tasks"]])
+        assert all(task["usage"]["rationales_made"] for task in record["tasks"])
+    assert scores[0] != scores[1]
+
+
+def test_other_data_under_the_same_name_is_scored_anew(tmp_path, tiny_folder):
+    rows = [{"sentence1": f"text {i}", "sentence2": f"word {i * i}", "score": i} for i in range(6)]
+    scores = []
+    for grades in (rows, [{**row, "score": -row["score"]} for row in rows]):
+        write_jsonl(tmp_path / "tasks" / "Sts.sts.jsonl", grades)
+        assert eval_mteb.main(arguments(tiny_folder, tmp_path / "tasks", tmp_path / "out")) == 0
+        scores.append(summary(tmp_path / "out", "tiny")["tasks"][0]["score"])
+    assert scores[0] == pytest.approx(-scores[1]) and scores[0] != 0
+
+
+def test_a_failing_task_stops_neither_the_others_nor_hides(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+    think = EmbeddingModel.think
+
+    def fail_on_today(self, prompts, *rest):
+        if any("today" in self_decode(ids) for ids in prompts):
+            raise RolloutError("the engine lost its worker")
+        return think(self, prompts, *rest)
+
+    from tiny import tiny_tokenizer
+
+    self_decode = tiny_tokenizer().decode
+    monkeypatch.setattr(EmbeddingModel, "think", fail_on_today)
+    monkeypatch.setattr(eval_mteb, "sample_texts", lambda *_: ["a sample", "of texts"])
+    code = eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--tasks", "Classes", "Sts", "BIOSSES"))
+    assert code == 1
+    record = summary(tmp_path, "tiny")
+    classes, sts, biosses = record["tasks"]
+    assert classes["score"] is None and classes["error"] == "the engine lost its worker"
+    assert sts["score"] is not None and sts["error"] is None
+    assert biosses["score"] is None and biosses["error"]
+    assert record["means"] == {} and record["missing"] == ["Classes", "BIOSSES"]
+    assert record["type_means"].keys() == set() or "STS" not in record["type_means"]
+    printed = capsys.readouterr().out
+    assert "No mean: 1 of 3 tasks are finished (missing: Classes, BIOSSES)." in printed
+    assert "Classes failed: the engine lost its worker" in printed
+
+
+def test_a_base_model_is_scored_with_the_same_settings_and_compared(tmp_path, tasks):
+    trained, base = save_tiny(tmp_path / "trained", seed=1), save_tiny(tmp_path / "base", seed=0)
+    (trained / "embedder_config.json").write_text(json.dumps({"system_prompt": "Other words."}))
+    options = arguments(trained, tasks, tmp_path / "out", "--tasks", "Sts", "Ranks", "--base_model", str(base))
+    command = [sys.executable, str(Path(eval_mteb.__file__)), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    own, other = summary(tmp_path / "out", "trained"), summary(tmp_path / "out", "base")
+    assert own["settings"] == other["settings"] and own["settings"]["system_prompt"] == "Other words."
+    assert own["base"]["scores"] == {task["name"]: task["score"] for task in other["tasks"]}
+    markdown = (tmp_path / "out" / "trained" / "summary.md").read_text()
+    for task, base_task in zip(own["tasks"], other["tasks"], strict=True):
+        assert f"| {base_task['score']:.2f} | {task['score'] - base_task['score']:+.2f} |" in markdown
+
+
+def test_many_hours_need_a_yes(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+    monkeypatch.setattr(eval_mteb, "ASK_ABOVE_HOURS", 0.0)
+    assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 2
+    assert "give --yes to run it" in capsys.readouterr().err
+    assert not results(tmp_path)
+    assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--tasks", "Sts", "--yes")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "STS177"], "there is no task 'STS177'; the nearest names are STS17"),
+        (["--tasks", "Bank77"], "Banking77Classification"),
+        (["--suite", "quick"], "give one of --benchmark, --suite, and --tasks or --task_dir"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_told(tmp_path, tiny_folder, tasks, capsys, more, message):
+    assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_benchmark_or_model_is_told(tmp_path, tiny_folder, tasks, capsys):
+    wrong = ["--model_path", str(tiny_folder), "--benchmark", "MTEB(engg, v1)", "--output_dir", str(tmp_path)]
+    assert eval_mteb.main(wrong) == 2
+    assert "Did you mean: MTEB(eng, v1)?" in capsys.readouterr().err
+    assert eval_mteb.main(arguments(tmp_path / "nothing", tasks, tmp_path)) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_suites_are_the_benchmarks_tasks_in_english():
+    def subsets(selection):
+        return {task.metadata.name: task.hf_subsets for task in selection.tasks}
+
+    whole = select_tasks(None, "eng-v1", [], None)
+    assert len(whole.tasks) == 56 and whole.comparable
+    names = subsets(whole)
+    assert {"StackExchangeClusteringP2P", "TweetSentimentExtractionClassification", "MSMARCO"} <= names.keys()
+    assert names["STS17"] == ["en-en"] and names["AmazonCounterfactualClassification"] == ["en"]
+    (msmarco,) = (task for task in whole.tasks if task.metadata.name == "MSMARCO")
+    assert list(msmarco.eval_splits) == ["dev"]
+    quick = select_tasks(None, "quick", [], None)
+    assert tuple(subsets(quick)) == QUICK and not quick.comparable and subsets(quick)["STS17"] == ["en-en"]
+    assert len(select_tasks(None, "nano", [], None).tasks) == 13
+    assert len(select_tasks(None, "eng-v2", [], None).tasks) == 41
