@@ -36,6 +36,7 @@ from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs
 from verl.evaluation.report import VERSIONS, Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
 from verl.utils.logging import quiet_libraries
+from verl.utils.model_card import put_scores
 
 EXIT_TASK_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -253,6 +254,9 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
         f"{usage.generated_tokens:,} rationale tokens; {usage.hit_rate:.0%} of the vectors came from the store or over "
         f"a stored rationale; {usage.shortened:,} texts were cut to fit, {usage.empty_texts:,} were empty"
     )
+    title = f"{summary.title}{'' if evaluation.options['think'] else ', without rationales'}"
+    if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
+        console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
     console.print(f"summary: {evaluation.folder}/summary.md   results: {evaluation.args.output_dir}/results")
     if evaluation.args.timing_log:
         evaluation.args.timing_log.write_text("\n".join([*timing_lines(summary), ""]))

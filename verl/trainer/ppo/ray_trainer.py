@@ -20,6 +20,7 @@ from verl.embedding.prompts import PromptRenderer, system_prompt_of
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, object_array, response_mask
 from verl.trainer.ppo.batch_plan import BatchPlan
+from verl.trainer.ppo.card import write_checkpoint_card
 from verl.trainer.ppo.core_algos import (
     KlController,
     get_adv_estimator_fn,
@@ -252,14 +253,17 @@ class RayPPOTrainer:
     def save(self, step: int) -> None:
         """Write a checkpoint under a temporary name, then publish it."""
         run_dir = self.config.run_dir.absolute()
-        self.workers.save_checkpoint(empty_temporary_folder(run_dir, step), self._embedder_settings())
+        settings, folder = self._embedder_settings(), empty_temporary_folder(run_dir, step)
+        self.workers.save_checkpoint(folder, settings)
+        versions = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
+        write_checkpoint_card(folder / "huggingface", self.config, settings, len(self.dataset), step, versions)
         state = {
             "step": step,
             "samples_seen": step * self.config.data.train_batch_size,
             "kl_coef": self.kl_controller.coef,
             "first_probs_diff": self.mismatch_guard.first,
             "run_ids": self.tracking.run_ids,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+            "versions": versions,
             "config": self.config.model_dump(mode="json"),
         }
         folder = publish(run_dir, step, state, self.config.trainer.max_actor_ckpt_to_keep)

@@ -1,0 +1,74 @@
+"""The model card, README.md of a model folder: how it was made, how to use it, and scores as they come in."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "README.md"
+_SCORES = "## Scores"
+_NO_SCORES = "Not evaluated yet (`bash eval.sh`)."
+_BAR = "&#124;"
+_END = "<!-- end of scores -->"
+
+
+def write_card(
+    folder: Path, name: str, settings: Mapping[str, Any], training: Mapping[str, Any], command: str,
+    versions: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write the card of a checkpoint.
+
+    Args:
+        settings: how it embeds.
+        training: what it was trained on and for, by name.
+        command: that trained it.
+    """
+    base = settings.get("base_model")
+    front = ["---", "library_name: transformers", "pipeline_tag: sentence-similarity"]
+    # A hub takes hub names alone here.
+    front += [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
+    front += ["tags: [text-embedding, rationales, grpo]", "---"]
+    text = [
+        *front, "", f"# {name}", "",
+        f"{base or 'A language model'}, trained by reinforcement learning to embed text through the rationales it "
+        "writes (GRACE, arXiv 2510.04506). It still generates text like any causal language model.", "",
+        "```python", "from verl.embedding.encoder import GraceEncoder", "",
+        'encoder = GraceEncoder.from_pretrained("this folder")',
+        'vectors, rationales = encoder.encode(["a text"], return_rationales=True)', "```", "",
+        _SCORES, "", _NO_SCORES, "", _END, "",
+        "## How it embeds", "", *_table(settings), "",
+        "## How it was trained", "", *_table(training), "",
+        "```bash", command, "```", "",
+        "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", "",
+    ]  # fmt: skip
+    (folder / FILE_NAME).write_text("\n".join(text))
+
+
+def put_scores(folder: Path, title: str, lines: Sequence[str]) -> bool:
+    """Put a table of scores under `title` into a card, in place of an earlier one of that title.
+
+    Returns:
+        False where there is no card of this project.
+    """
+    file = folder / FILE_NAME
+    text = file.read_text() if file.is_file() else ""
+    if _SCORES not in text or _END not in text:
+        return False
+    head, _, rest = text.partition(f"{_SCORES}\n")
+    scores, _, tail = rest.partition(_END)
+    sections = {part.partition("\n")[0]: part for part in scores.split("### ")[1:]}
+    sections[title] = "\n".join([title, "", *lines, ""])
+    kept = "".join(f"### {section.rstrip()}\n\n" for section in sections.values())
+    written = file.with_name(f".{FILE_NAME}.writing")
+    written.write_text(f"{head}{_SCORES}\n\n{kept}{_END}{tail}")
+    written.replace(file)
+    return True
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    rows = ["| | |", "|---|---|"]
+    for name, value in values.items():
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        rows.append(f"| {name} | {shown.replace('|', _BAR)} |")
+    return rows
