@@ -24,6 +24,7 @@ from typing import Any
 
 import datasets
 import mteb
+import torch
 from rich.console import Console
 
 from verl.config import ConfigError
@@ -70,6 +71,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="writes the rationales")
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     how.add_argument(
+        "--num_processes", type=int, default=max(1, torch.cuda.device_count()),
+        help="processes that share the work; default: one for each visible GPU",
+    )  # fmt: skip
+    how.add_argument(
+        "--vllm_tensor_parallel_size", type=int, default=int(os.environ.get("VLLM_TENSOR_PARALLEL_SIZE", "1")),
+        help="processes that share one engine of vllm",
+    )  # fmt: skip
+    how.add_argument(
         "--vllm_gpu_memory_utilization", type=float,
         default=float(os.environ.get("VLLM_GPU_MEMORY_UTILIZATION", "0.8")), help="share of a GPU for vllm",
     )  # fmt: skip
@@ -100,6 +109,7 @@ class Evaluation:
             settings=EmbedderSettings.read(args.embedder_config) if args.embedder_config else None,
             pooling=args.pooling_method, span=args.span, max_prompt_length=args.input_max_length,
             max_new_tokens=args.thinking_max_length, store=args.store or args.output_dir / "store",
+            num_processes=args.num_processes, tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization, trust_remote_code=args.trust_remote_code,
             ignore_eos=args.ignore_eos,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from verl.embedding.encoding import Encoding, Shelf, Thinking, Tools, open_shelf
 from verl.embedding.model import EmbeddingModel, ModelSpec
+from verl.embedding.pool import ModelPool
 from verl.embedding.pooling import unit
 from verl.embedding.prompts import Prompt, PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings, Pooling, Span
@@ -44,6 +45,9 @@ class GraceEncoder:
         max_prompt_length: most tokens of a prompt, instead of the settings'.
         max_new_tokens: most tokens of a rationale, instead of the settings'; vllm is started for it.
         store: folder of rationales and vectors to re-use and to add to.
+        num_processes: processes that share the work, one for each GPU; on a CPU they share its cores. A program that
+            asks for more than one keeps its own work under `if __name__ == "__main__":`.
+        tensor_parallel_size: vllm: neighbouring processes that share one engine.
         gpu_memory_utilization: vllm: share of GPU memory; the model that embeds needs room beside it. On a CPU, of the
             free host memory for the KV cache.
         ignore_eos: write every rationale to its full length (a control for measurements).
@@ -65,6 +69,8 @@ class GraceEncoder:
         max_prompt_length: int | None = None,
         max_new_tokens: int | None = None,
         store: Path | str | None = None,
+        num_processes: int = 1,
+        tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.8,
         trust_remote_code: bool = False,
         ignore_eos: bool = False,
@@ -88,6 +94,7 @@ class GraceEncoder:
             device=device,
             max_model_len=self.settings.max_prompt_length + self.settings.max_new_tokens,
             trust_remote_code=trust_remote_code,
+            tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             ignore_eos=ignore_eos,
         )
@@ -95,7 +102,8 @@ class GraceEncoder:
         self.renderer = PromptRenderer(
             self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True
         )
-        self.model = EmbeddingModel(spec)
+        alone = num_processes == tensor_parallel_size == 1
+        self.model = EmbeddingModel(spec) if alone else ModelPool(spec, num_processes)
         self.usage = Usage()
         self.store = None if store is None else EmbeddingStore(Path(store))
         self._tools = Tools(self.model, self.settings, self._decode, self.usage)
@@ -200,6 +208,7 @@ class GraceEncoder:
         """Flush and close the store, and end the engine."""
         if self.store:
             self.store.close()
+        self.model.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,23 +1,20 @@
-"""The way of one call's texts to their vectors: stored, or thought about and embedded; kept as they are made."""
+"""The way of one call's texts to their vectors: stored ones are taken over, others are made and stored."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from verl.embedding.model import EmbeddingModel
+from verl.embedding.model import Embedded, EmbeddingModel, Item, Thought, Work
+from verl.embedding.pool import ModelPool
 from verl.embedding.prompts import Prompt
 from verl.embedding.settings import EmbedderSettings
 from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale, row_key
 from verl.embedding.usage import Usage
-from verl.models.packing import Row
 from verl.workers.rollout.base import RolloutError
 
-# Rationales that are waited for before a forward embeds them.
-_EMBED_ROWS = 256
 _NOTHING = Rationale((), False)
 
 
@@ -43,7 +40,7 @@ class Shelf:
 class Tools:
     """What every call of an encoder works with."""
 
-    model: EmbeddingModel
+    model: EmbeddingModel | ModelPool
     settings: EmbedderSettings
     decode: Callable[[Sequence[int]], str]
     usage: Usage
@@ -63,7 +60,7 @@ class Encoding:
         self.thinking = thinking
         self.tools = tools
         self.shelf = shelf
-        self.rationales: dict[int, Rationale] = {}
+        self.rationales: dict[int, Rationale] = {} if thinking else dict.fromkeys(range(len(prompts)), _NOTHING)
         self.open = set(range(len(prompts)))
         """Rows without a vector."""
         self.means = np.zeros((len(prompts), tools.model.size.hidden), np.float32)
@@ -80,7 +77,7 @@ class Encoding:
         """Return [N,H] float32 means and, where wanted, N decoded rationales.
 
         Args:
-            advance: told the number of texts that have come as far as their rationale.
+            advance: told the number of texts that have got their rationale, or without thinking their vector.
 
         Raises:
             RolloutError: a text got no rationale.
@@ -88,14 +85,13 @@ class Encoding:
         """
         if self.shelf:
             self._take_stored(self.shelf.store, want_rationales)
-        waiting: list[int] = []
-        for rows in self._thought(batch_size, want_rationales):
-            advance(len(rows))
-            waiting += [row for row in rows if row in self.open]
-            while len(waiting) >= _EMBED_ROWS:
-                self._embed(waiting[:_EMBED_ROWS], batch_size)
-                waiting = waiting[_EMBED_ROWS:]
-        self._embed(waiting, batch_size)
+        rows = [
+            row for row in range(len(self.prompts))
+            if row in self.open or (want_rationales and row not in self.rationales)
+        ]  # fmt: skip
+        advance(len(self.prompts) - len(rows))
+        if rows:
+            self._make(rows, batch_size, advance)
         if self.open:
             raise RolloutError(f"the engine gave no rationale for {len(self.open)} of {len(self.prompts)} texts")
         if self.shelf:
@@ -123,37 +119,33 @@ class Encoding:
                 self.rationales[row] = found[self.rationale_keys[row]]
                 usage.rationales_stored += row in self.open
 
-    def _thought(self, batch_size: int, want_rationales: bool) -> Iterator[list[int]]:
-        """Rows in the order in which their rationales come; first those that have or need none."""
-        every = range(len(self.prompts))
-        if not self.thinking:
-            self.rationales = dict.fromkeys(every, _NOTHING)
-        missing = [row for row in every if row not in self.rationales and (want_rationales or row in self.open)]
-        yield sorted(set(every) - set(missing))
-        if not missing:
-            return
-        assert self.thinking
-        parts = self.tools.model.think(
-            [self.prompts[row].ids for row in missing],
-            self.thinking.temperature,
-            self.thinking.max_new_tokens,
-            [_row_seed(self.thinking.seed, self.prompts[row].ids) for row in missing],
-            batch_size,
-        )
-        start = time.perf_counter()
-        for ended in parts:
-            self.tools.usage.thinking_s += time.perf_counter() - start
-            made = {missing[place]: Rationale(tuple(r.ids), r.truncated) for place, r in ended.items()}
-            self._keep(made)
-            yield list(made)
-            start = time.perf_counter()
+    def _make(self, rows: Sequence[int], batch_size: int, advance: Callable[[int], None]) -> None:
+        """Let the model do `rows`, and keep what it makes."""
+        thinking = self.thinking or Thinking(0, 0.0, 0)
+        items = [
+            Item(
+                self.prompts[row], _row_seed(thinking.seed, self.prompts[row].ids),
+                self.rationales[row].ids if row in self.rationales else None, row in self.open,
+            )
+            for row in rows
+        ]  # fmt: skip
+        work = Work(items, self.tools.settings, thinking.max_new_tokens, thinking.temperature, batch_size)
+        advance(sum(item.rationale is not None for item in items) if self.thinking else 0)
+        for made in self.tools.model.run(work):
+            if isinstance(made, Thought):
+                self._keep_rationales({rows[place]: response for place, response in made.responses.items()}, made)
+                advance(len(made.responses))
+            else:
+                self._keep_vectors([rows[place] for place in made.places], made)
+                advance(0 if self.thinking else len(made.places))
 
-    def _keep(self, made: Mapping[int, Rationale]) -> None:
-        """Take over new rationales, and store them."""
+    def _keep_rationales(self, responses: Mapping[int, Any], thought: Thought) -> None:
+        made = {row: Rationale(tuple(response.ids), response.truncated) for row, response in responses.items()}
         for row, rationale in made.items():
             if not rationale.ids:
                 raise RolloutError(f"the engine wrote nothing, not even an end token, about {self.prompts[row].text!r}")
         usage = self.tools.usage
+        usage.thinking_s += thought.seconds
         usage.rationales_made += len(made)
         usage.generated_tokens += sum(len(rationale.ids) for rationale in made.values())
         self.rationales |= made
@@ -164,25 +156,16 @@ class Encoding:
             }
             self.shelf.store.add_rationales(self.shelf.rationales, stored)
 
-    def _embed(self, rows: Sequence[int], batch_size: int) -> None:
-        """Fill in the means of rows whose rationales are there, and store them."""
-        if not rows:
-            return
-        start = time.perf_counter()
-        packable = [self._row(self.prompts[row], self.rationales[row].ids) for row in rows]
-        means = self.tools.model.embed(packable, batch_size)
-        self.means[rows] = means
+    def _keep_vectors(self, rows: list[int], embedded: Embedded) -> None:
+        self.means[rows] = embedded.means
         self.open -= set(rows)
         usage = self.tools.usage
-        usage.embedding_s += time.perf_counter() - start
+        usage.embedding_s += embedded.seconds
         usage.vectors_made += len(rows)
-        usage.forward_tokens += sum(len(row.prompt) + len(row.response) for row in packable)
+        usage.forward_tokens += embedded.tokens
         if self.shelf:
-            stored = {self.vector_keys[row]: mean for row, mean in zip(rows, means, strict=True)}
+            stored = {self.vector_keys[row]: mean for row, mean in zip(rows, embedded.means, strict=True)}
             self.shelf.store.add_vectors(self.shelf.vectors, stored)
-
-    def _row(self, prompt: Prompt, rationale: tuple[int, ...]) -> Row:
-        return Row(tuple(prompt.ids), rationale, self.tools.settings.pool_start(prompt, len(rationale)), scored=False)
 
 
 def open_shelf(store: EmbeddingStore, sampling: Mapping[str, Any], pooling: Mapping[str, Any]) -> Shelf:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,21 @@ import numpy as np
 import torch
 
 from verl.config import ModelConfig, RolloutConfig
+from verl.embedding.prompts import Prompt
+from verl.embedding.settings import EmbedderSettings
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Responses, Rollout
-from verl.workers.rollout.choose import choose_engine, load_vllm_adapter
+from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
 
 # Tokens of one packed forward: on a CPU what keeps two cores busy and fits their caches.
 _FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+# Rationales that are waited for before a forward embeds them.
+_EMBED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,6 @@ class ModelSpec:
         return "bfloat16" if self.device == "cuda" else "float32"
 
 
-def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
-    """Resolve `auto` in both.
-
-    Returns:
-        cpu or cuda, hf or vllm, and in words why that engine.
-
-    Raises:
-        ConfigError: vllm is asked for and does not import.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (engine, device) == ("auto", "cpu"):
-        return device, "hf", "on a CPU vllm takes longer to start than most calls last"
-    return device, *choose_engine(engine, "engine")
-
-
 @dataclass(frozen=True)
 class ModelSize:
     hidden: int
@@ -69,6 +58,51 @@ class ModelSize:
     embedding_parameters: int
     """Those of the token embedding."""
     bytes: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One text to be done."""
+
+    prompt: Prompt
+    seed: int
+    rationale: tuple[int, ...] | None
+    """Token ids; None = to be written."""
+    embed: bool
+    """Whether its vector is wanted, or the rationale alone."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Texts to be done in one way."""
+
+    items: Sequence[Item]
+    settings: EmbedderSettings
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    """Texts that the hf engine decodes at once, and most rows of one forward."""
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Rationales that have just been written, by the position of their items."""
+
+    responses: Responses
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors that have just been made."""
+
+    places: list[int]
+    """Positions of the items."""
+    means: np.ndarray
+    """[len(places), H] float32."""
+    tokens: int
+    """Of the rows, prompts and rationales."""
+    seconds: float
 
 
 class EmbeddingModel:
@@ -94,11 +128,32 @@ class EmbeddingModel:
             bytes=sum(weight.numel() * weight.element_size() for weight in weights),
         )
 
+    def run(self, work: Work, rank: int = 0, group: int = 1) -> Iterator[Thought | Embedded]:
+        """Do the work; every item's rationale and vector is given once, as soon as it is there.
+
+        Args:
+            rank, group: this process's place among those that share an engine. All of them take part in writing, the
+                first tells the rationales, and each embeds a share of the items.
+        """
+        rationales = {i: item.rationale for i, item in enumerate(work.items) if item.rationale is not None}
+        mine = {i for i, item in enumerate(work.items) if item.embed and i % group == rank}
+        waiting = [i for i in rationales if i in mine]
+        for thought in self._think_about(work, [i for i in range(len(work.items)) if i not in rationales]):
+            if rank == 0:
+                yield thought
+            rationales |= {i: tuple(response.ids) for i, response in thought.responses.items()}
+            waiting += [i for i in thought.responses if i in mine]
+            if len(waiting) >= _EMBED_ROWS:
+                yield self._embed_items(work, waiting, rationales)
+                waiting = []
+        for start in range(0, len(waiting), _EMBED_ROWS):
+            yield self._embed_items(work, waiting[start : start + _EMBED_ROWS], rationales)
+
     def think(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
         batch_size: int,
     ) -> Iterator[Responses]:  # fmt: skip
-        """Write a rationale for each prompt; see `Rollout.generate`.
+        """Write a response to each prompt; see `Rollout.generate`.
 
         Args:
             batch_size: prompts that the hf engine decodes at once; vllm decides by itself.
@@ -124,6 +179,31 @@ class EmbeddingModel:
             packed = pack([rows[i] for i in part], self.policy.shares_prompts).to(self.policy.device)
             vectors[part] = self.policy(packed, log_probs=False, embeddings=True).embeddings.cpu().numpy()
         return vectors
+
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
+    def _think_about(self, work: Work, places: list[int]) -> Iterator[Thought]:
+        if not places:
+            return
+        parts = self.think(
+            [work.items[i].prompt.ids for i in places], work.temperature, work.max_new_tokens,
+            [work.items[i].seed for i in places], work.batch_size,
+        )  # fmt: skip
+        start = time.perf_counter()
+        for ended in parts:
+            yield Thought({places[row]: response for row, response in ended.items()}, time.perf_counter() - start)
+            start = time.perf_counter()
+
+    def _embed_items(self, work: Work, places: list[int], rationales: dict[int, tuple[int, ...]]) -> Embedded:
+        start = time.perf_counter()
+        rows = []
+        for i in places:
+            prompt, rationale = work.items[i].prompt, rationales[i]
+            rows.append(Row(tuple(prompt.ids), rationale, work.settings.pool_start(prompt, len(rationale)), False))
+        means = self.embed(rows, work.batch_size)
+        tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+        return Embedded(places, means, tokens, time.perf_counter() - start)
 
     def _engine(self, batch_size: int) -> Rollout:
         if self.spec.engine == "hf":
@@ -159,9 +239,13 @@ def _stand_alone() -> None:
     """Make this process a group of one, as the engine expects to be told, unless it is in a group already."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # Else vllm on a CPU would leave one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,6 +1,7 @@
 """What an evaluation will cost, before it is run: texts from the tasks' statistics, seconds from a measured sample."""
 
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ class Rate:
 
     rationale_tokens: float
     seconds: float
-    """Thinking and embedding."""
+    """Of the clock, for thinking and embedding, by all processes together."""
     chars: float
 
 
@@ -94,16 +95,16 @@ def measure_rate(
 ) -> Rate | None:
     """Embed `texts`; two others before them warm the engine up. None when all were in the store."""
     encoder.encode([f"{text} " * 2 for text in texts[:2]], batch_size=batch_size, show_progress_bar=False, **options)
-    before = replace(encoder.usage)
+    before, start = replace(encoder.usage), time.perf_counter()
     encoder.encode(texts, batch_size=batch_size, **options)
-    spent = encoder.usage - before
+    seconds, spent = time.perf_counter() - start, encoder.usage - before
     thinks = options.get("think", True)
-    if spent.vectors_made == 0 or (thinks and spent.rationales_made == 0):
+    made = spent.rationales_made if thinks else spent.vectors_made
+    if made == 0:
         return None
-    thinking = spent.thinking_s / spent.rationales_made if thinks else 0.0
     return Rate(
-        rationale_tokens=spent.generated_tokens / spent.rationales_made if thinks else 0.0,
-        seconds=thinking + spent.embedding_s / spent.vectors_made,
+        rationale_tokens=spent.generated_tokens / made,
+        seconds=seconds / made,
         chars=sum(map(len, texts)) / len(texts),
     )
 

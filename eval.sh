@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Score a trained embedder.
+#
+#   bash eval.sh                                              the last checkpoint of the run that train.sh makes
+#   RUN=checkpoints/GRACE/my_run STEP=100 SUITE=eng-v1 bash eval.sh
+#   RUN=models/some-model TASKS="STS17 BIOSSES" bash eval.sh --no_thinking
+#
+# From the environment:
+#   RUN         run folder, step folder or model (a folder or a hub name)
+#   STEP        a step of the run, or latest
+#   SUITE       quick (9 tasks of the paper's), eng-v1 (the paper's 56), eng-v2, nano
+#   TASKS       names instead of a suite; TASK_DIR: a folder of local tasks
+#   BASE_MODEL  is scored too, and differences are shown
+#   MODEL_NAME, OUTPUT_DIR, BATCH_SIZE, INPUT_MAX_LENGTH, THINKING_MAX_LENGTH, POOLING_METHOD,
+#   VLLM_TENSOR_PARALLEL_SIZE, VLLM_GPU_MEMORY_UTILIZATION, PYTHON
+# Arguments go to eval_mteb.py. Lengths and pooling default to those of training.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+STEP=${STEP:-latest}
+OUTPUT_DIR=${OUTPUT_DIR:-results}
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+
+fail() {
+    echo "eval.sh: $1" >&2
+    exit 2
+}
+
+if (( GPUS > 0 )); then
+    RUN=${RUN:-checkpoints/GRACE/supervised}
+else
+    RUN=${RUN:-checkpoints/GRACE/quickstart}
+    if [[ -z "${SUITE:-}${TASKS:-}${TASK_DIR:-}" ]]; then
+        echo "eval.sh: no GPU is visible; evaluating $RUN on the local tasks of examples/eval"
+        TASK_DIR=examples/eval
+    fi
+fi
+
+# The folder of the model: RUN itself, or the checkpoint in it.
+if [[ -f "$RUN/config.json" || ( ! -e "$RUN" && "$RUN" == */* && "$RUN" != checkpoints/* && "$RUN" != /* && "$RUN" != .* ) ]]; then
+    MODEL=$RUN
+else
+    [[ -d "$RUN" ]] || fail "RUN=$RUN does not exist; train first (bash train.sh, or make quickstart), or give RUN"
+    if [[ -d "$RUN/actor" ]]; then
+        CHECKPOINT=${RUN%/}
+    elif [[ "$STEP" != latest ]]; then
+        CHECKPOINT=${RUN%/}/global_step_$STEP
+        [[ -d "$CHECKPOINT" ]] || fail "STEP=$STEP: there is no $CHECKPOINT; there are: $(cd "$RUN" && echo global_step_*)"
+    else
+        TRACKER=$RUN/latest_checkpointed_iteration.txt
+        [[ -f "$TRACKER" ]] || fail "RUN=$RUN holds no checkpoint ($TRACKER is missing)"
+        CHECKPOINT=${RUN%/}/global_step_$(< "$TRACKER")
+    fi
+    MODEL=$CHECKPOINT/huggingface
+    if ! compgen -G "$MODEL/*.safetensors" > /dev/null; then
+        # Shards alone, as verl 0.4 writes them.
+        MODEL=merge_models/$(basename "$(dirname "$CHECKPOINT")")-$(basename "$CHECKPOINT")
+        if [[ ! "$MODEL/merge_model.json" -nt "$CHECKPOINT/actor" ]]; then
+            "$PYTHON" scripts/merge_model.py merge --backend fsdp --local_dir "$CHECKPOINT" --target_dir "$MODEL"
+        fi
+    fi
+fi
+
+if [[ -z "${TASKS:-}${TASK_DIR:-}" ]]; then
+    WHAT=(--suite "${SUITE:-quick}")
+else
+    # shellcheck disable=SC2206 -- names of tasks are words
+    WHAT=(${TASKS:+--tasks $TASKS} ${TASK_DIR:+--task_dir "$TASK_DIR"})
+fi
+
+mkdir -p "$OUTPUT_DIR"
+TIMING_LOG=$OUTPUT_DIR/timing_results_$(date +%Y%m%d_%H%M%S).txt
+echo "eval.sh: $MODEL, ${WHAT[*]}; seconds by task go to $TIMING_LOG"
+exec "$PYTHON" eval_mteb.py \
+    --model_path "$MODEL" \
+    --output_dir "$OUTPUT_DIR" \
+    --timing_log "$TIMING_LOG" \
+    ${MODEL_NAME:+--model_name "$MODEL_NAME"} \
+    ${BASE_MODEL:+--base_model "$BASE_MODEL"} \
+    ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
+    ${INPUT_MAX_LENGTH:+--input_max_length "$INPUT_MAX_LENGTH"} \
+    ${THINKING_MAX_LENGTH:+--thinking_max_length "$THINKING_MAX_LENGTH"} \
+    ${POOLING_METHOD:+--pooling_method "$POOLING_METHOD"} \
+    "${WHAT[@]}" \
+    "$@"

@@ -1,0 +1,102 @@
+"""python3 -m verl.embedding.encode: a file of texts to a file of vectors, and on again after a kill."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import verl.embedding.encode as program
+from verl.embedding.encoder import GraceEncoder
+from verl.embedding.store import EmbeddingStore
+
+TEXTS = ["a card", "where is my parcel?", "a card", "naïve café", *(f"text number {i}" for i in range(30))]
+OPTIONS = ["--device", "cpu", "--max_new_tokens", "8"]
+
+
+def arguments(folder, source, output, *more):
+    return ["--model", str(folder), "--input", str(source), "--output", str(output), *OPTIONS, *more]
+
+
+def vectors_of(file) -> np.ndarray:
+    return np.stack(pq.read_table(file)["vector"].to_numpy())
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_rows_are_texts_in_order_with_rationale_and_vector(tiny_folder, tmp_path, kind, monkeypatch):
+    source = tmp_path / f"texts.{kind}"
+    if kind == "txt":
+        source.write_text("\n".join([TEXTS[0], "", *TEXTS[1:]]) + "\n")
+    elif kind == "jsonl":
+        pa_rows = [f'{{"text": "{text}", "more": 1}}' for text in TEXTS]
+        source.write_text("\n".join(pa_rows))
+    else:
+        pq.write_table(pa.table({"sentence": TEXTS}), source)
+    monkeypatch.setattr(program, "_CHUNK", 10)
+    assert program.main(arguments(tiny_folder, source, tmp_path / "out.parquet")) == 0
+    table = pq.read_table(tmp_path / "out.parquet")
+    expected, rationales = GraceEncoder(tiny_folder, device="cpu", max_new_tokens=8).encode(
+        TEXTS, return_rationales=True
+    )
+    assert table["text"].to_pylist() == TEXTS and table["rationale"].to_pylist() == rationales
+    np.testing.assert_allclose(vectors_of(tmp_path / "out.parquet"), expected, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", source.name]
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path, capsys):
+    source, output = tmp_path / "texts.txt", tmp_path / "out.parquet"
+    source.write_text("\n".join(TEXTS))
+    # The process kills itself when the third batch of rationales has come.
+    code = (
+        "import os, signal, sys\n"
+        "from verl.embedding.encoding import Encoding\n"
+        "from verl.embedding.encode import main\n"
+        "keep, batches = Encoding._keep_rationales, []\n"
+        "def count(self, *made):\n"
+        "    keep(self, *made)\n"
+        "    self.shelf.store.flush()\n"
+        "    batches.append(made)\n"
+        "    len(batches) == 3 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Encoding._keep_rationales = count\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, *arguments(tiny_folder, source, output, "--batch_size", "4")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert not output.exists()
+    with EmbeddingStore(tmp_path / "out.store") as store:
+        kept = store.count()[0]
+    assert 3 <= kept <= 12
+    assert program.main(arguments(tiny_folder, source, output)) == 0
+    assert pq.read_table(output).num_rows == len(TEXTS)
+    made = (len(set(TEXTS)) - kept) * 8
+    said = capsys.readouterr().out
+    assert int(said.split(" rationale tokens made")[0].split()[-1]) <= made, said
+    assert not (tmp_path / "out.store").exists()
+
+
+def test_a_store_that_was_given_stays(tiny_folder, tmp_path):
+    source, store = tmp_path / "texts.txt", tmp_path / "store"
+    source.write_text("\n".join(TEXTS))
+    run = arguments(tiny_folder, source, tmp_path / "out.parquet", "--store", str(store), "--no_thinking")
+    assert program.main(run) == 0
+    with EmbeddingStore(store) as opened:
+        assert opened.count() == (0, len(set(TEXTS)))
+    assert set(pq.read_table(tmp_path / "out.parquet")["rationale"].to_pylist()) == {""}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"title": "b"}\n', r"line 2: no text (text|sentence)"),
+        ('{"text": "a"}\n{"text": \n', r"line 2: not valid JSON"),
+        ("", "is empty"),
+    ],
+)
+def test_a_line_without_a_text_is_named_and_nothing_is_written(tiny_folder, tmp_path, capsys, content, message):
+    source = tmp_path / "texts.jsonl"
+    source.write_text(content)
+    assert program.main(arguments(tiny_folder, source, tmp_path / "out.parquet")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.parquet").exists()
