@@ -37,6 +37,25 @@ def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") ->
     return "hf", f"{problem}, so {setting}=auto takes transformers"
 
 
+def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
+    """Resolve `auto` in both, for programs that generate and do not train.
+
+    Returns:
+        cpu or cuda, hf or vllm, and in words why that engine.
+
+    Raises:
+        ConfigError: vllm is asked for and cannot be imported.
+    """
+    # Here, because a trainer that chooses an engine by name needs no torch.
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (engine, device) == ("auto", "cpu"):
+        return device, "hf", "on a CPU vllm takes longer to start than most calls last"
+    return device, *choose_engine(engine, "engine")
+
+
 def load_vllm_adapter() -> ModuleType:
     """The module with `VLLMRollout`; importing it imports vllm."""
     return importlib.import_module(_ADAPTER)
