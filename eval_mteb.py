@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from verl.embedding.store import StoreError
 from verl.evaluation.errors import EvaluationError
 from verl.evaluation.mteb_model import GraceMTEB
 from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs, plan_table, sample_texts
+from verl.evaluation.records import installed_versions, name_of
 from verl.evaluation.report import VERSIONS, Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
 from verl.utils.logging import quiet_libraries
@@ -126,7 +126,7 @@ class Evaluation:
             wanted=[task.metadata.name for task in self.selection.tasks],
             model={"name": name, "path": str(args.model_path), "revision": self.encoder.revision},
             settings=self.encoder.describe(**self.options),
-            versions=_versions(),
+            versions=installed_versions(VERSIONS),
             command=shlex.join([Path(sys.executable).name, *sys.argv]),
         )
         earlier = Summary.read(self.folder)
@@ -237,6 +237,10 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     Raises:
         EvaluationError: it did not start; failed tasks only lack their difference.
     """
+    if name_of(args.base_model) == (args.model_name or name_of(args.model_path)):
+        raise EvaluationError(
+            f"--base_model {args.base_model} has the name of --model_path {args.model_path}; give --model_name"
+        )
     drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path", "show"}
     command = [sys.executable, str(Path(__file__)), "--model_path", args.base_model]
     for name, value in vars(args).items():
@@ -283,24 +287,6 @@ def show_rationales(encoder: GraceEncoder, evaluation: Evaluation, count: int) -
 
 def summary_folder(output_dir: Path, name: str, no_thinking: bool) -> Path:
     return output_dir / (f"{name}_no_thinking" if no_thinking else name)
-
-
-def name_of(path: str) -> str:
-    """A model's name from its path; the folder of a checkpoint is called by its run and step."""
-    parts = Path(path).parts
-    if parts[-1] == "huggingface" and len(parts) >= 3:
-        return f"{parts[-3]}-{parts[-2]}"
-    return parts[-1]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _outcome(report: TaskReport) -> str:

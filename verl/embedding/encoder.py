@@ -4,9 +4,7 @@ It renders, generates, packs and pools with the functions training uses, so that
 rewarded. Argument names follow sentence-transformers.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +12,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from verl.embedding.encoding import Encoding, Shelf, Thinking, Tools, open_shelf
@@ -27,8 +23,9 @@ from verl.embedding.settings import EmbedderSettings, Pooling, Span
 from verl.embedding.store import EmbeddingStore
 from verl.embedding.usage import Usage
 from verl.utils.model_files import model_folder, weights_revision
+from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
-from verl.workers.rollout.choose import choose_engine
+from verl.workers.rollout.choose import choose_device_and_engine
 
 Precision = Literal["float32", "int8"]
 
@@ -61,8 +58,8 @@ class GraceEncoder:
         self,
         path: str | Path,
         *,
-        engine: Literal["auto", "hf", "vllm"] = "auto",
-        device: Literal["auto", "cuda", "cpu"] = "auto",
+        engine: str = "auto",
+        device: str = "auto",
         settings: EmbedderSettings | None = None,
         pooling: Pooling | None = None,
         span: Span | None = None,
@@ -82,15 +79,10 @@ class GraceEncoder:
         self.settings = EmbedderSettings.model_validate(
             {**base.model_dump(), **{name: value for name, value in changes.items() if value is not None}}
         )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if (engine, device) == ("auto", "cpu"):
-            engine_name, self.engine_reason = "hf", "on a CPU vllm takes longer to start than most calls last"
-        else:
-            engine_name, self.engine_reason = choose_engine(engine, "engine")
+        device, engine, self.engine_reason = choose_device_and_engine(device, engine)
         spec = ModelSpec(
             folder=str(self.folder),
-            engine=engine_name,
+            engine=engine,
             device=device,
             max_model_len=self.settings.max_prompt_length + self.settings.max_new_tokens,
             trust_remote_code=trust_remote_code,
@@ -169,8 +161,7 @@ class GraceEncoder:
         unique = list(dict.fromkeys(texts))
         self.usage.texts += len(texts)
         self.usage.unique_texts += len(unique)
-        show = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
-        with _progress(len(unique), "thinking" if think else "embedding", show) as advance:
+        with count_bar(len(unique), "thinking" if think else "embedding", show_progress_bar) as advance:
             encoding = Encoding(self._render(unique), thinking, self._tools, self._shelf(thinking))
             means, rationales = encoding.run(batch_size, return_rationales, advance)
         place = {text: row for row, text in enumerate(unique)}
@@ -268,13 +259,3 @@ def _finish_vectors(
 
     quantized = quantize_embeddings(vectors.numpy(), precision)
     return torch.from_numpy(quantized) if convert_to_tensor else quantized
-
-
-@contextmanager
-def _progress(total: int, title: str, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over texts on stderr; yields what advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)

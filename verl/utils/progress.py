@@ -1,7 +1,8 @@
 """What a person sees of a run: a bar for the steps, a bar for the rationales, one line per step."""
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +60,21 @@ class RunDisplay:
         self._progress.update(self._run, completed=step)
         if self.show_steps:
             self.say(step_line(step, self.total_steps, metrics))
+
+
+@contextmanager
+def count_bar(total: int, title: str, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr over `total` things; yields what advances it.
+
+    Args:
+        show: None = on a terminal.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    hidden = not (sys.stderr.isatty() if show is None else show)
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def step_line(step: int, total: int, m: dict[str, float]) -> str:
