@@ -92,7 +92,7 @@ class PromptRenderer:
         """
         if not conversations:
             return []
-        framed = [(self._frame(c), self._user_text(c)) for c in conversations]
+        framed = [(self.frame(c), self._user_text(c)) for c in conversations]
         encoded = self._tokenize([prefix + text + suffix for (prefix, suffix), text in framed])
         return [
             self._finish(frame, text, ids, offsets)
@@ -103,7 +103,7 @@ class PromptRenderer:
         """Number of token ids of each rendered prompt, before any shortening."""
         if not conversations:
             return []
-        framed = [(self._frame(c), self._user_text(c)) for c in conversations]
+        framed = [(self.frame(c), self._user_text(c)) for c in conversations]
         texts = [prefix + text + suffix for (prefix, suffix), text in framed]
         # The backend's own call: no lists of ids and masks are built only to be counted.
         return [len(e) for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -114,7 +114,7 @@ class PromptRenderer:
         digest.update(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _frame(self, messages: Sequence[Message]) -> tuple[str, str]:
+    def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The rendered characters before and after the last user text."""
         turn = _last_user_turn(messages)
         fixed = [(m["role"], None if i == turn else m["content"]) for i, m in enumerate(messages)]
