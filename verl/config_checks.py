@@ -67,7 +67,7 @@ NO_COUNTERPART = {
     "trainer.log_val_generations": "samples/step_N.jsonl is always written",
     "trainer.rollout_data_dir": "samples/step_N.jsonl is always written",
     "trainer.validation_data_dir": "samples/step_N.jsonl is always written",
-    "trainer.val_only": "use scripts/evaluate_local.py on the model folder",
+    "trainer.val_only": "use eval_mteb.py on the model folder",
     "trainer.default_hdfs_dir": "checkpoints go to a mounted path; copy them from there",
     "trainer.del_local_ckpt_after_load": "checkpoints are only removed by max_actor_ckpt_to_keep",
     "trainer.max_critic_ckpt_to_keep": "GRPO has no critic",
