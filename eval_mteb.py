@@ -199,6 +199,8 @@ class Evaluation:
         )  # fmt: skip
         spent = self.encoder.usage - before
         if result.exceptions:
+            # mteb keeps a result without a score of an aggregated task of which a part failed.
+            self.cache.get_task_result_path(name, self.model.mteb_model_meta).unlink(missing_ok=True)
             report.error = result.exceptions[0].exception or "no message"
             return report
         if spent.texts == 0 and name in self.earlier:
@@ -244,7 +246,8 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path", "show"}
     command = [sys.executable, str(Path(__file__)), "--model_path", args.base_model]
     for name, value in vars(args).items():
-        if name in drop or value in (None, False, []):
+        # By identity: a temperature of 0 equals False and is none.
+        if name in drop or value is None or value is False or value == []:
             continue
         values = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
         command += [f"--{name}", *values]

@@ -152,14 +152,23 @@ def test_a_failing_task_stops_neither_the_others_nor_hides(tmp_path, tiny_folder
     assert "Classes failed: the engine lost its worker" in printed
 
 
+def test_an_aggregated_task_whose_parts_failed_is_tried_again(tmp_path, tiny_folder, capsys):
+    options = ["--model_path", str(tiny_folder), "--output_dir", str(tmp_path), "--thinking_max_length", "4", "--yes"]
+    for _ in range(2):
+        assert eval_mteb.main([*options, "--tasks", "CQADupstackRetrieval"]) == 1
+        assert "CQADupstackRetrieval failed: Couldn't reach" in capsys.readouterr().out
+
+
 def test_a_base_model_is_scored_with_the_same_settings_and_compared(tmp_path, tasks):
     trained, base = save_tiny(tmp_path / "trained", seed=1), save_tiny(tmp_path / "base", seed=0)
     (trained / "embedder_config.json").write_text(json.dumps({"system_prompt": "Other words."}))
-    options = arguments(trained, tasks, tmp_path / "out", "--tasks", "Sts", "Ranks", "--base_model", str(base))
+    options = arguments(trained, tasks, tmp_path / "out", "--tasks", "Sts", "Ranks", "--base_model", str(base),
+                        "--temperature", "0")  # fmt: skip
     command = [sys.executable, str(Path(eval_mteb.__file__)), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     own, other = summary(tmp_path / "out", "trained"), summary(tmp_path / "out", "base")
+    assert own["settings"]["temperature"] == 0.0
     assert own["settings"] == other["settings"] and own["settings"]["system_prompt"] == "Other words."
     assert own["base"]["scores"] == {task["name"]: task["score"] for task in other["tasks"]}
     markdown = (tmp_path / "out" / "trained" / "summary.md").read_text()

@@ -191,6 +191,13 @@ def test_an_over_long_text_is_cut_before_it_is_templated_and_counted(tiny_folder
     np.testing.assert_allclose(vectors[0], encoder.encode(prompt.text, think=False), atol=1e-6)
 
 
+def test_rows_beyond_the_models_positions_are_refused(encoder):
+    with pytest.raises(
+        ValueError, match="max_prompt_length=1024 and max_new_tokens=4000 are more than the model's 4096"
+    ):
+        encoder.encode(TEXTS, max_new_tokens=4000)
+
+
 def test_an_empty_text_is_embedded_as_an_empty_turn_and_counted(encoder, tiny_folder):
     before = encoder.usage.empty_texts
     vector = encoder.encode(["a card", "  "], think=False)[1]

@@ -210,6 +210,12 @@ class GraceEncoder:
     def _thinking(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Thinking:
         settings = self.settings
         limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        context = self.model.size.context
+        if context is not None and settings.max_prompt_length + limit > context:
+            raise ValueError(
+                f"max_prompt_length={settings.max_prompt_length} and max_new_tokens={limit} are more than the model's "
+                f"{context} positions, beyond which it writes nonsense; lower one of them"
+            )
         if limit > settings.max_new_tokens and self.model.spec.engine == "vllm":
             raise ValueError(
                 f"max_new_tokens={limit} is more than the {settings.max_new_tokens} that vllm is started for; give "

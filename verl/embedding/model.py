@@ -58,6 +58,8 @@ class ModelSize:
     embedding_parameters: int
     """Those of the token embedding."""
     bytes: int
+    context: int | None
+    """Most positions of a row, where the model's config names them."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,14 @@ class EmbeddingModel:
     @property
     def size(self) -> ModelSize:
         lm: Any = self.policy.lm
+        config = lm.config.get_text_config()
         weights = list(lm.parameters())
         return ModelSize(
-            hidden=lm.config.get_text_config().hidden_size,
+            hidden=config.hidden_size,
             parameters=sum(weight.numel() for weight in weights),
             embedding_parameters=lm.get_input_embeddings().weight.numel(),
             bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+            context=getattr(config, "max_position_embeddings", None),
         )
 
     def run(self, work: Work, rank: int = 0, group: int = 1) -> Iterator[Thought | Embedded]:
@@ -217,7 +221,7 @@ class EmbeddingModel:
         # With the checkpoint's own weights, so it needs no sync.
         rollout = RolloutConfig(
             load_format="auto",
-            dtype="bfloat16",
+            dtype=self.spec.dtype_name,
             ignore_eos=self.spec.ignore_eos,
             tensor_model_parallel_size=self.spec.tensor_parallel_size,
             gpu_memory_utilization=self.spec.gpu_memory_utilization,
