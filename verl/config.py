@@ -203,7 +203,7 @@ class RolloutConfig(_Section):
     enforce_eager: bool = True
     """vllm: no CUDA graphs and no compilation."""
     enable_chunked_prefill: bool = True
-    """vllm: split long prompts over engine steps."""
+    """vllm on CUDA: split long prompts over engine steps."""
     free_cache_engine: bool = True
     """vllm on CUDA: give weights and KV cache back between generations (sleep mode)."""
     load_format: str = "dummy_dtensor"

@@ -18,6 +18,8 @@ from verl.workers.weight_sync import WeightSync, WeightSyncError
 PROMPTS = [[5, 6, 7, 8], list(range(40, 75)), [9] * 20, list(range(100, 117))]
 CANARY = [list(range(60, 90)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 NEW_TOKENS = 24
+# More tokens than one engine step takes.
+CROWD = [[(7 * row + place) % 200 for place in range(60)] for row in range(12)]
 
 
 def join(rank: int, world_size: int, port: int) -> None:
@@ -87,6 +89,7 @@ def follow_training(rank: int, world_size: int, port: int, folder: str, out: str
     torch.set_num_threads(1)
     results["found"] = engine.sync()
     results["first"] = engine.snapshot()
+    results["crowded"] = engine.responses(1.0, CROWD)
     rows = with_log_probs(trained_rows(), engine.policy)
     engine.train(rows, steps=3)
     results["when_stale"] = error_of(engine.responses)

@@ -14,7 +14,7 @@ if find_spec("vllm") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 
-from engine_process import NEW_TOKENS, PROMPTS, break_syncs, follow_training, sample
+from engine_process import CROWD, NEW_TOKENS, PROMPTS, break_syncs, follow_training, sample
 from test_two_ranks import free_port
 
 
@@ -64,6 +64,7 @@ def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp
                     torch.testing.assert_close(torch.tensor(response.log_probs), expected, atol=1e-3, rtol=0)
     assert ranks[0]["first"]["greedy"] != ranks[0]["trained"]["greedy"]
     for rank in ranks:
+        assert len(rank["crowded"]) == len(CROWD) and all(response.ids for response in rank["crowded"])
         assert "RolloutError: the rollout engine vllm must not generate while it is STALE" in rank["before_sync"]
         assert "STALE" in rank["when_stale"]
         assert rank["threads"] == (1, 1) and rank["threads_can_be_set"] == 2

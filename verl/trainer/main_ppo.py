@@ -116,8 +116,9 @@ def run(config: RunConfig) -> None:
             resume_from,
         )
         lines = [*plan.lines(), ("rollout engine", f"{engine}: {why}")]
-        if engine == "vllm" and device == "cpu" and config.actor_rollout_ref.rollout.free_cache_engine:
-            lines.append(("", "vllm cannot sleep on a CPU; free_cache_engine has no effect"))
+        if engine == "vllm" and device == "cpu":
+            lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
+            lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
         trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", lines)
         trainer.fit()
         group.shutdown()

