@@ -243,7 +243,7 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
         raise EvaluationError(
             f"--base_model {args.base_model} has the name of --model_path {args.model_path}; give --model_name"
         )
-    drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path", "show"}
+    drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path"}
     command = [sys.executable, str(Path(__file__)), "--model_path", args.base_model]
     for name, value in vars(args).items():
         # By identity: a temperature of 0 equals False and is none.

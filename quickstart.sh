@@ -22,10 +22,6 @@ TRAIN_FILE=data/quickstart_filtered/train.parquet bash train.sh trainer.default_
     trainer.experiment_name=quickstart trainer.total_training_steps="$STEPS" trainer.resume_mode=disable \
     data.max_response_length=$TOKENS "$@"
 echo "== 4/4 evaluation: the same texts with the untrained and the trained model"
-mkdir -p "$OUT/evaluation/tasks"
-cp -R examples/eval/. "$OUT/evaluation/tasks"
-cp data/quickstart_filtered/test.parquet "$OUT/evaluation/tasks/HeldOut.triplets.parquet"
-RUN="$OUT" STEP="$STEPS" BASE_MODEL="$MODEL" TASK_DIR="$OUT/evaluation/tasks" OUTPUT_DIR="$OUT/evaluation" \
-    bash eval.sh --show 2
+RUN="$OUT" STEP="$STEPS" BASE_MODEL="$MODEL" TASK_DIR=examples/eval OUTPUT_DIR="$OUT/evaluation" bash eval.sh --show 2
 echo "A demo: $STEPS small steps and one seed move these scores within their noise. docs/experiments.md has longer runs."
 echo "The trained model: $OUT/global_step_$STEPS/huggingface   curves: $OUT/metrics.jsonl   rationales: $OUT/samples/"
