@@ -11,15 +11,15 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test unit check config vllm-cpu clean-venv
 
 quickstart: $(READY)
-	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 5 minutes on 2 cores"
+	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 7 minutes on 2 cores"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 test: $(READY)
-	@echo "test: unit, two-process and end-to-end tests; about 5 minutes on 2 cores, 9 with vLLM"
+	@echo "test: unit, two-process and end-to-end tests; about 10 minutes on 2 cores, 17 with vLLM"
 	$(PYTHON) -m pytest
 
 unit: $(READY)
-	@echo "unit: the offline unit tests alone; about 2 minutes"
+	@echo "unit: the offline unit tests alone; about 2.5 minutes"
 	$(PYTHON) -m pytest tests/unit
 
 check: $(READY)
