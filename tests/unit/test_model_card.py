@@ -35,8 +35,11 @@ def test_it_tells_data_reward_settings_versions_and_the_command(card):
         assert part in text, part
 
 
-def test_a_local_base_is_not_given_to_the_hub(tmp_path):
-    write_checkpoint_card(tmp_path, RunConfig(), EmbedderSettings(base_model="models/a/b"), 1, 1, {})
+@pytest.mark.parametrize("base", ["models/a/b", "models/folder"])
+def test_a_local_base_is_not_given_to_the_hub(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "folder").mkdir(parents=True)
+    write_checkpoint_card(tmp_path, RunConfig(), EmbedderSettings(base_model=base), 1, 1, {})
     front = (tmp_path / "README.md").read_text().split("---")[1]
     assert "base_model" not in front
 

@@ -26,8 +26,9 @@ def write_card(
     """
     base = settings.get("base_model")
     front = ["---", "library_name: transformers", "pipeline_tag: sentence-similarity"]
-    # A hub takes hub names alone here.
-    front += [f"base_model: {base}"] if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
+    # A hub takes hub names alone here, and a folder may look like one.
+    is_hub_name = base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    front += [f"base_model: {base}"] if is_hub_name else []
     front += ["tags: [text-embedding, rationales, grpo]", "---"]
     text = [
         *front, "", f"# {name}", "",
