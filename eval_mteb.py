@@ -5,8 +5,8 @@
     python3 eval_mteb.py --model_path MODEL --benchmark "MTEB(eng, v1)" --yes
 
 Rationales and vectors are kept in --store while they are made, so a run that was killed goes on where it was, and
-finished tasks are not repeated for the same weights and settings. Exit code 0: every task finished; 1: a task failed;
-2: something given is wrong.
+finished tasks are not repeated for the same weights and settings. Exit code 0: every task finished; 1: a task or
+the engine failed; 2: something given is wrong.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from verl.evaluation.report import VERSIONS, Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
 from verl.utils.logging import quiet_libraries
 from verl.utils.model_card import put_scores
+from verl.workers.rollout.base import RolloutError
 
 EXIT_TASK_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -226,9 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = evaluation.run(base)
             report(evaluation, base)
             shown = show_rationales(encoder, evaluation, args.show)
-    except (EvaluationError, ConfigError, StoreError, ValueError) as error:
+    except (EvaluationError, ConfigError, StoreError, ValueError, OSError) as error:
         sys.stderr.write(f"eval_mteb: {error}\n")
         return EXIT_USER_ERROR
+    except RolloutError as error:  # outside of a task: in the plan's sample
+        sys.stderr.write(f"eval_mteb: the engine failed before any task was run: {error}\n")
+        return EXIT_TASK_FAILED
     console.print("\n".join(shown), markup=False, end="\n" if shown else "")
     return EXIT_TASK_FAILED if summary.missing else 0
 

@@ -176,6 +176,17 @@ def test_a_base_model_is_scored_with_the_same_settings_and_compared(tmp_path, ta
         assert f"| {base_task['score']:.2f} | {task['score'] - base_task['score']:+.2f} |" in markdown
 
 
+def test_an_engine_that_does_not_start_is_told_before_any_task(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+    def fail(*_):
+        raise RolloutError("vllm cannot run this model here")
+
+    monkeypatch.setattr(EmbeddingModel, "think", fail)
+    assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 1
+    message = "eval_mteb: the engine failed before any task was run: vllm cannot run this model here"
+    assert message in capsys.readouterr().err
+    assert not results(tmp_path)
+
+
 def test_many_hours_need_a_yes(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
     monkeypatch.setattr(eval_mteb, "ASK_ABOVE_HOURS", 0.0)
     assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 2

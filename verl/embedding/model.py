@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ class EmbeddingModel:
         self._stop_ids = stop_token_ids(tokenizer, lm.config, lm.generation_config)
         self._vllm: Rollout | None = None
 
-    @property
+    @cached_property
     def size(self) -> ModelSize:
         lm: Any = self.policy.lm
         config = lm.config.get_text_config()
