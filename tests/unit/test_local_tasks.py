@@ -148,6 +148,7 @@ def test_the_revision_follows_the_content(tmp_path):
         ("A.sts.jsonl", "\n", "A.sts.jsonl is empty"),
         ("A.sts.parquet", "x", "A.sts.parquet is not a readable parquet file"),
         ("A.classification.jsonl", "{}\n", "is a folder A.classification with train.jsonl, test.jsonl"),
+        ("triplets.jsonl", "{}\n", "holds no task; name files NAME.TYPE.jsonl"),
         ("notes.txt", "hello", "holds no task; name files NAME.TYPE.jsonl"),
     ],
 )  # fmt: skip

@@ -126,8 +126,8 @@ def find_local_tasks(folder: Path) -> list[AbsTask]:
 
 def _type_of(path: Path) -> str | None:
     stem = path.name if path.is_dir() else path.stem
-    kind = stem.rpartition(".")[2]
-    return kind if kind in _KINDS and (path.is_dir() or path.suffix in (".jsonl", ".parquet")) else None
+    name, _, kind = stem.rpartition(".")
+    return kind if name and kind in _KINDS and (path.is_dir() or path.suffix in (".jsonl", ".parquet")) else None
 
 
 def _read_task(path: Path) -> AbsTask:

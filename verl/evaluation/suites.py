@@ -85,7 +85,7 @@ def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
         for task in mteb.get_benchmark(benchmark).tasks:
             if task.metadata.name == name:
                 return task
-    every = {task.metadata.name for task in mteb.get_tasks()}
+    every = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     if name not in every:
         near = _nearest(name, [*local, *every])
         raise EvaluationError(f"--tasks: there is no task {name!r}; the nearest names are {', '.join(near)}")
