@@ -170,6 +170,6 @@ def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
 def test_what_is_held_is_the_parameter_itself_beside_what_was_sent():
     rollout, sent = engine([]), torch.arange(64, dtype=torch.float64)
     (weight,) = rollout.held("model.norm.weight", sent, most_columns=1)
-    assert weight.place == "model.norm.weight"
+    assert weight.place == "model.norm"
     assert weight.held is rollout.lm.get_parameter("model.norm.weight")
     assert weight.sent.dtype == weight.held.dtype and weight.sent.tolist() == list(range(64))

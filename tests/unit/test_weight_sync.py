@@ -32,7 +32,7 @@ class WatchedRollout(HFRollout):
     """Records what it is sent, what is read back and how much is scored."""
 
     spoiled: str | None = None
-    """A weight of which one number is off by a rounding after loading."""
+    """A weight of which one number is loaded a rounding off."""
 
     def __init__(self, policy: PolicyModel, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(build_twin(policy.lm, dtype, CPU), [], 100)
@@ -47,14 +47,18 @@ class WatchedRollout(HFRollout):
     def _load(self, weights):
         weights = list(weights)
         self.dtypes |= {tensor.dtype for _, tensor in weights}
-        super()._load(weights)
-        if self.spoiled:
-            numbers = self.lm.get_parameter(self.spoiled).view(-1)
-            numbers[-1] = torch.nextafter(numbers[-1], torch.tensor(math.inf))
+        super()._load([(name, a_rounding_off(tensor) if name == self.spoiled else tensor) for name, tensor in weights])
 
     def _score(self, prompts):
         self.num_scored += len(prompts)
         return super()._score(prompts)
+
+
+def a_rounding_off(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last number changed to the next larger one."""
+    spoiled = tensor.clone()
+    spoiled.view(-1)[-1] = torch.nextafter(spoiled.view(-1)[-1], torch.tensor(math.inf))
+    return spoiled
 
 
 def build(check: str, tie: bool = True, dtype: torch.dtype = torch.float32):
@@ -100,7 +104,8 @@ def test_after_a_sync_the_engine_holds_the_policys_weights_and_generates_with_th
     sync.send()
     sync.wake_engine()
     for name, weight in plain.named_parameters():
-        assert torch.equal(rollout.lm.get_parameter(name), weight), name
+        for part in rollout.held(name, weight, None):
+            assert torch.equal(part.held, weight), part.place
     responses = finish(rollout.generate(CANARY, [0.0] * len(CANARY), 16, row_seeds(0, len(CANARY))))
     for prompt, response in zip(CANARY, responses, strict=True):
         ids = torch.tensor([prompt])
@@ -125,6 +130,16 @@ def test_a_full_check_catches_one_number_that_is_a_rounding_off(spoiled):
     trainer, engine = re.search("trainer ([0-9a-f]{8}), engine ([0-9a-f]{8}),", str(caught.value)).groups()
     assert trainer != engine
     assert rollout.state is EngineState.STALE and sync.is_due()
+
+
+def test_a_packed_head_that_keeps_its_old_weights_beside_a_new_embedding_is_caught():
+    policy, rollout, sync = build("sample", tie=True)
+    sync.send()
+    rollout.lm.lm_head.load = lambda weight: None
+    with torch.no_grad():
+        policy.lm.get_parameter(EMBEDDING).mul_(1.5)
+    with pytest.raises(WeightSyncError, match=f"{re.escape(EMBEDDING)} differs in the engine's lm_head "):
+        sync.send()
 
 
 def test_a_full_check_reads_every_weight_back_whole():

@@ -14,6 +14,7 @@ import torch
 from verl.config import ModelConfig, RolloutConfig
 from verl.embedding.prompts import Prompt
 from verl.embedding.settings import EmbedderSettings
+from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.seqlen_balancing import pack_rows
@@ -115,6 +116,7 @@ class EmbeddingModel:
         self.spec = spec
         lm = load_causal_lm(spec.folder, spec.trust_remote_code)
         lm = lm.to(spec.device, getattr(torch, spec.dtype_name)).eval().requires_grad_(False)
+        pack_linears(lm)
         self.policy = PolicyModel(lm)
         tokenizer = load_tokenizer(spec.folder, spec.trust_remote_code)
         self._stop_ids = stop_token_ids(tokenizer, lm.config, lm.generation_config)

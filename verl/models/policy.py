@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl.embedding.pooling import mean_pool
 from verl.models.attention import ATTENTION
+from verl.models.onednn import pack_linears
 from verl.models.packing import PackedBatch, Row, pack
 
 # Bytes of one chunk of float32 logits; scoring and its backward hold about five tensors of that size.
@@ -129,7 +130,9 @@ def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_c
     twin = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
     )
-    return twin.to(device)
+    twin = twin.to(device).requires_grad_(False)
+    pack_linears(twin)
+    return twin
 
 
 def _probe_rows(vocab_size: int) -> list[tuple[int, ...]]:

@@ -22,6 +22,11 @@ _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
 
 
+# glibc gives every large tensor's pages back when it is freed, and the kernel clears new ones for the next: a fifth of a
+# CPU update. With these a worker keeps its pages; its peak stays what it was.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
 class WorkerError(RuntimeError):
     """A worker failed; the message ends with its own traceback."""
 
@@ -114,6 +119,8 @@ class RayWorkerGroup:
         )
         # Ray sets OMP_NUM_THREADS to the CPUs of the slot, which would leave a CPU worker with one thread.
         environment = {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": str(place.num_threads)}
+        if place.device == "cpu":
+            environment |= _KEEP_FREED_MEMORY
         remote_class = ray.remote(worker_class).options(
             num_cpus=1,
             num_gpus=1 if place.device == "cuda" else 0,

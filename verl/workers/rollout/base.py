@@ -5,10 +5,11 @@ generated with any but the policy's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,35 @@ class HeldWeight:
     """The engine's module that holds it."""
     sent: Tensor
     held: Tensor
+
+
+# One-hot rows of one product when a weight is read back.
+_READ_ROWS = 256
+
+
+@torch.no_grad()
+def held_by_product(
+    place: str, multiply: Callable[[Tensor], Tensor], sent: Tensor, most_columns: int | None,
+    dtype: torch.dtype, device: torch.device,
+) -> HeldWeight:  # fmt: skip
+    """Read a matrix back by computing with it: a one-hot row picks a column exactly, in every dtype.
+
+    Args:
+        place: the engine's module.
+        multiply: the module's product, rows [N, in] to [N, out], without a bias.
+        sent: [out, in], what should be there.
+        most_columns: see `Rollout.held`.
+        dtype, device: of the engine.
+    """
+    width = sent.shape[1]
+    count = width if most_columns is None else min(width, most_columns)
+    columns = torch.linspace(0, width - 1, count).long().to(sent.device)
+    parts = []
+    for some in columns.split(_READ_ROWS):
+        one_hot = torch.zeros(len(some), width, dtype=dtype, device=device)
+        one_hot[torch.arange(len(some), device=device), some.to(device)] = 1
+        parts.append(multiply(one_hot).T)
+    return HeldWeight(place, sent[:, columns].to(dtype), torch.cat(parts, dim=1))
 
 
 class EngineState(Enum):

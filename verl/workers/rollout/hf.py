@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from verl.models.attention import DecodingCache
+from verl.models.onednn import PackedLinear
 from verl.models.packing import Row, pack
 from verl.utils.seqlen_balancing import pack_rows
-from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout
+from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout, held_by_product
 
 # Tokens that a uniform number chooses among directly.
 _HEAD_TOKENS = 64
@@ -27,8 +28,8 @@ class HFRollout(Rollout):
     """Decodes with a transformers causal language model.
 
     Args:
-        lm: the model with `grace_attention`, on its device, in its dtype; its weights change through
-            `update_weights`.
+        lm: the model with `grace_attention`, on its device, in its dtype, its linear layers packed or not; its
+            weights change through `update_weights`.
         stop_ids: token ids that end a response.
         max_num_seqs: most rows decoded at once.
         ignore_eos: go on after an end token.
@@ -41,11 +42,20 @@ class HFRollout(Rollout):
         self.lm = lm.eval().requires_grad_(False)
         self.stop_ids = torch.tensor([] if ignore_eos else list(stop_ids), dtype=torch.int64, device=lm.device)
         self.max_num_seqs = max_num_seqs
+        self._holders = _holders(lm)
 
     def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
-        """The parameter itself, whole."""
-        own = self.lm.get_parameter(name)
-        return [HeldWeight(name, tensor.to(own.dtype), own)]
+        """The parameter itself, whole; of a packed layer what it multiplies by."""
+        parts = []
+        for place, module, leaf in self._holders[name]:
+            own = getattr(module, leaf)
+            if _is_packed(module, leaf):
+                parts.append(
+                    held_by_product(place, module.multiply, tensor, most_columns, own.dtype, self.lm.device)
+                )
+            else:
+                parts.append(HeldWeight(place, tensor.to(own.dtype), own))
+        return parts
 
     @torch.no_grad()
     def _generate(
@@ -81,9 +91,12 @@ class HFRollout(Rollout):
         return scores
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self.lm.named_parameters())
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            for _, module, leaf in self._holders[name]:
+                if _is_packed(module, leaf):
+                    module.load(tensor)
+                else:
+                    getattr(module, leaf).copy_(tensor)
 
     def _decode(
         self,
@@ -148,6 +161,20 @@ class HFRollout(Rollout):
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
         model = self.lm.base_model
         return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state
+
+
+def _holders(lm: nn.Module) -> dict[str, list[tuple[str, Any, str]]]:
+    """For every weight the modules that hold it, with their place and the attribute; a tied weight has two."""
+    names = {id(parameter): name for name, parameter in lm.named_parameters()}
+    found: dict[str, list[tuple[str, Any, str]]] = {name: [] for name in names.values()}
+    for place, module in lm.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            found[names[id(parameter)]].append((place, module, leaf))
+    return found
+
+
+def _is_packed(module: nn.Module, leaf: str) -> bool:
+    return isinstance(module, PackedLinear) and leaf == "weight"
 
 
 def _uniform_draws(seeds: Sequence[int], count: int) -> Tensor:

@@ -26,13 +26,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.base import EngineState, HeldWeight, Response, Responses, Rollout, RolloutError
+from verl.workers.rollout.base import (
+    EngineState,
+    HeldWeight,
+    Response,
+    Responses,
+    Rollout,
+    RolloutError,
+    held_by_product,
+)
 
 TESTED_VERSION = "0.32.0"
 VERSION: str = vllm.__version__
 _name_by_ranks = _CPUSHMDistributed.make_group_name
-# Rows of a one-hot matrix sent through a layer at once, when its weight is read back.
-_READ_ROWS = 256
 
 
 class VLLMRollout(Rollout):
@@ -218,21 +224,15 @@ class VLLMRollout(Rollout):
             found.append(self._through_product("lm_head", head, sent, rows, most_columns))
         return found
 
-    @torch.no_grad()
     def _through_product(
         self, place: str, module: Any, sent: Tensor, rows: slice, most_columns: int | None
     ) -> HeldWeight:
         """Columns of this rank's part `sent` [out,in] of a weight, and the same columns by the layer's product."""
-        width = sent.shape[1]
-        count = width if most_columns is None else min(width, most_columns)
-        columns = torch.linspace(0, width - 1, count).long().to(sent.device)
         dtype = self._llm.llm_engine.model_config.dtype
-        parts = []
-        for some in columns.split(_READ_ROWS):
-            one_hot = torch.zeros(len(some), width, dtype=dtype, device=self._device)
-            one_hot[torch.arange(len(some), device=self._device), some.to(self._device)] = 1
-            parts.append(module.quant_method.apply(module, one_hot)[:, rows].T)
-        return HeldWeight(place, sent[:, columns].to(dtype), torch.cat(parts, dim=1))
+        return held_by_product(
+            place, lambda one_hot: module.quant_method.apply(module, one_hot)[:, rows], sent, most_columns, dtype,
+            self._device,
+        )  # fmt: skip
 
     def _own_part(self, size: int, local: int) -> slice:
         """The slice of a dimension that lies on this rank; ranks that share a key-value head hold the same one."""

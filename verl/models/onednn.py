@@ -1,0 +1,63 @@
+"""Linear layers that multiply by oneDNN with weights laid out for it: no gradient, float32, on a CPU.
+
+torch multiplies float32 matrices on a CPU by MKL, which lays the weight out anew in every call. That is little beside
+a thousand rows, and most of the time of the few dozen rows that are decoded together.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# oneDNN chooses the layout for a number of rows; one for this many is good from one row to thousands.
+_TYPICAL_ROWS = 128
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with a weight that is held in oneDNN's layout alone.
+
+    Args:
+        linear: the layer that it takes the place of.
+        keep_weight: the weight is another module's too (a tied embedding), so it stays as it is beside the packed copy.
+            Otherwise `weight` becomes a parameter without numbers that carries the name and the shape.
+    """
+
+    def __init__(self, linear: nn.Linear, keep_weight: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        shape_alone = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+        self.weight = linear.weight if keep_weight else shape_alone
+        self.bias = linear.bias
+        self.load(linear.weight)
+
+    @torch.no_grad()
+    def load(self, weight: Tensor) -> None:
+        """Take over a weight [out_features, in_features] float32."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """rows [N, in_features] times W^T, without the bias: [N, out_features]."""
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a packed linear layer has no gradient; call it under torch.no_grad()")
+        y = self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def pack_linears(lm: nn.Module) -> None:
+    """Put a `PackedLinear` in the place of every linear layer of a model that will not be trained.
+
+    Does nothing where it would not help: off the CPU, in another dtype than float32, or without oneDNN.
+    """
+    weights = list(lm.parameters())
+    on_cpu_in_float32 = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
+    if not on_cpu_in_float32 or not torch.backends.mkldnn.is_available():
+        return
+    owners: dict[int, int] = {}
+    for module in lm.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for parent in list(lm.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child, keep_weight=owners[id(child.weight)] > 1))
