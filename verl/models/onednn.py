@@ -4,7 +4,11 @@ torch multiplies float32 matrices on a CPU by MKL, which lays the weight out ane
 a thousand rows, and most of the time of the few dozen rows that are decoded together.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # oneDNN chooses the layout for a number of rows; one for this many is good from one row to thousands.
@@ -31,11 +35,11 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def load(self, weight: Tensor) -> None:
         """Take over a weight [out_features, in_features] float32."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+        self._packed = _pack(weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows [N, in_features] times W^T, without the bias: [N, out_features]."""
-        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        return _multiply(rows, self._packed)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -49,9 +53,7 @@ def pack_linears(lm: nn.Module) -> None:
 
     Does nothing where it would not help: off the CPU, in another dtype than float32, or without oneDNN.
     """
-    weights = list(lm.parameters())
-    on_cpu_in_float32 = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
-    if not on_cpu_in_float32 or not torch.backends.mkldnn.is_available():
+    if not all(_helps(weight) for weight in lm.parameters()):
         return
     owners: dict[int, int] = {}
     for module in lm.modules():
@@ -61,3 +63,25 @@ def pack_linears(lm: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child, keep_weight=owners[id(child.weight)] > 1))
+
+
+def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function x [N, in] to x W^T [N, out] of a weight that does not change meanwhile; it has no gradient.
+
+    Packing the weight costs as much as multiplying a few rows, so it pays from some dozen rows on.
+    """
+    if not _helps(weight):
+        return partial(F.linear, weight=weight)
+    return partial(_multiply, packed=_pack(weight))
+
+
+def _helps(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+
+
+def _multiply(rows: Tensor, packed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")

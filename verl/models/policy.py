@@ -1,7 +1,7 @@
 """The model forward: one pass over a packed micro-batch gives log-probs, entropies and embeddings.
 
 Shapes: N rows, K packed tokens, S scored response tokens, H hidden size, V vocabulary. Nothing of
-size [S,V] is kept: the LM head runs on scored positions only, in chunks that backward recomputes.
+size [S,V] is kept (`log_probs`), and the LM head runs on scored positions only.
 """
 
 import copy
@@ -10,16 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl.embedding.pooling import mean_pool
 from verl.models.attention import ATTENTION
+from verl.models.log_probs import token_log_probs
 from verl.models.onednn import pack_linears
 from verl.models.packing import PackedBatch, Row, pack
-
-# Bytes of one chunk of float32 logits; scoring and its backward hold about five tensors of that size.
-_LOGITS_BYTES = 128 * 2**20
 
 
 @dataclass
@@ -71,30 +68,9 @@ class PolicyModel(nn.Module):
         vectors = mean_pool(hidden, packed.pool_token, packed.pool_row, packed.num_rows) if embeddings else None
         if not log_probs:
             return PolicyOutput(None, None, vectors)
-        scored, entropies = self._score(hidden[packed.score_token], packed.score_target, temperature, entropy)
-        return PolicyOutput(scored, entropies, vectors)
-
-    def _score(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropies of `target` [S] from `hidden` [S,H], chunk by chunk."""
         head = self.lm.get_output_embeddings()
-        chunk = max(1, _LOGITS_BYTES // (4 * self.lm.config.get_text_config().vocab_size))
-        parts = [
-            checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), target.split(chunk), strict=True)
-        ]
-        log_probs, entropies = zip(*parts, strict=True)
-        return torch.cat(log_probs), torch.cat(entropies) if entropy else None
-
-
-def _score_chunk(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    logits = head(hidden).float() / temperature  # [chunk,V]
-    log_z = logits.logsumexp(dim=-1)
-    log_probs = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - log_z
-    if not entropy:
-        return log_probs, None
-    return log_probs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+        scored, entropies = token_log_probs(head, hidden[packed.score_token], packed.score_target, temperature, entropy)
+        return PolicyOutput(scored, entropies, vectors)
 
 
 def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None) -> Any:

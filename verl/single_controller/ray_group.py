@@ -22,9 +22,11 @@ _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
 
 
-# glibc gives every large tensor's pages back when it is freed, and the kernel clears new ones for the next: a fifth of a
-# CPU update. With these a worker keeps its pages; its peak stays what it was.
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# glibc gives the pages of a large tensor back when it is freed, and the kernel clears new ones for the next: a fifth of
+# an update on a CPU. With these a worker keeps its pages, in huge ones where the kernel has them.
+_KEEP_FREED_MEMORY = {
+    "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={2**33}:glibc.malloc.trim_threshold={2**33}:glibc.malloc.hugetlb=1"
+}
 
 
 class WorkerError(RuntimeError):

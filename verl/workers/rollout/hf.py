@@ -50,9 +50,7 @@ class HFRollout(Rollout):
         for place, module, leaf in self._holders[name]:
             own = getattr(module, leaf)
             if _is_packed(module, leaf):
-                parts.append(
-                    held_by_product(place, module.multiply, tensor, most_columns, own.dtype, self.lm.device)
-                )
+                parts.append(held_by_product(place, module.multiply, tensor, most_columns, own.dtype, self.lm.device))
             else:
                 parts.append(HeldWeight(place, tensor.to(own.dtype), own))
         return parts

@@ -1,0 +1,55 @@
+"""Chunked log-probs with a backward of their own against autograd in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from verl.models.log_probs import token_log_probs
+
+VOCAB, HIDDEN, TOKENS = 53, 12, 29
+TEMPERATURE = 0.7
+
+
+def reference(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies token by token."""
+    pairs = []
+    for h, t in zip(hidden, target, strict=True):
+        log_p = (head(h) / TEMPERATURE).log_softmax(-1)
+        pairs.append((log_p[t], -(log_p.exp() * log_p).sum()))
+    log_probs, entropies = zip(*pairs, strict=True)
+    return torch.stack(log_probs), torch.stack(entropies)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("rows_per_chunk", [1, 4, 29, 1000])
+def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk):
+    monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * VOCAB * rows_per_chunk})
+    torch.manual_seed(0)
+    exact = nn.Linear(HIDDEN, VOCAB, bias=bias).double()
+    head = nn.Linear(HIDDEN, VOCAB, bias=bias)
+    head.load_state_dict(exact.state_dict())
+    hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    target, weights = torch.randint(0, VOCAB, (TOKENS,)), torch.randn(2, TOKENS)
+
+    log_probs, entropies = token_log_probs(head, hidden, target, TEMPERATURE, entropy)
+    exact_log_probs, exact_entropies = reference(exact, exact_hidden, target)
+    torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=1e-5, rtol=1e-5)
+    loss, exact_loss = (log_probs * weights[0]).sum(), (exact_log_probs * weights[0]).sum()
+    if entropy:
+        torch.testing.assert_close(entropies.double(), exact_entropies, atol=1e-5, rtol=1e-5)
+        loss, exact_loss = loss + (entropies * weights[1]).sum(), exact_loss + (exact_entropies * weights[1]).sum()
+    else:
+        assert entropies is None
+    loss.backward()
+    exact_loss.backward()
+    for ours, theirs in zip((hidden, *head.parameters()), (exact_hidden, *exact.parameters()), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_no_token_has_no_log_prob_and_leaves_no_gradient():
+    head, hidden = nn.Linear(HIDDEN, VOCAB, bias=False), torch.randn(0, HIDDEN, requires_grad=True)
+    log_probs, _ = token_log_probs(head, hidden, torch.empty(0, dtype=torch.int64), 1.0, entropy=False)
+    log_probs.sum().backward()
+    assert log_probs.shape == (0,) and not head.weight.grad.any()

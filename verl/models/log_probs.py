@@ -1,0 +1,92 @@
+"""Log-probs of tokens from hidden states, without keeping logits: forward and backward go chunk by chunk.
+
+Shapes: S tokens, H hidden size, V vocabulary. Of a chunk's logits [chunk,V] one copy is alive at a time, and every pass
+over it is in place: on a CPU a chunk fits the cache, so passes over logits cost little beside the products.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from verl.models.onednn import product
+
+# Bytes of a chunk's float32 logits: on a CPU about half of a last-level cache, on CUDA enough to fill the device.
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+
+
+def token_log_probs(
+    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `target` under softmax(head(hidden) / temperature), differentiable in hidden and the head.
+
+    Args:
+        head: the model's output layer, `weight` [V,H] and `bias` [V] or None.
+        hidden: [S,H].
+        target: [S] int64.
+        entropy: whether the distributions' entropies are wanted too.
+
+    Returns:
+        Log-probs [S] float32, and entropies [S] float32 or None.
+    """
+    log_probs, entropies = _TokenLogProbs.apply(hidden, head.weight, head.bias, target, temperature, entropy)
+    return log_probs, entropies if entropy else None
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """With z = logits / T, p = softmax(z), H the entropy and t the target:
+
+    d log p_t / dz = onehot(t) - p,    dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        multiply = product(weight)
+        log_z, log_probs = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+        entropies = torch.zeros_like(log_probs)
+        for rows in _chunks(hidden, weight):
+            z = _scaled_logits(multiply, hidden[rows], bias, temperature)
+            log_z[rows] = z.logsumexp(-1)
+            log_probs[rows] = z.gather(-1, target[rows].unsqueeze(-1)).squeeze(-1) - log_z[rows]
+            if entropy:
+                entropies[rows] = log_z[rows] - torch.linalg.vecdot((z - log_z[rows].unsqueeze(-1)).exp_(), z)
+        ctx.save_for_backward(hidden, weight, bias, target, log_z, entropies)
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return log_probs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
+        multiply = product(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for rows in _chunks(hidden, weight):
+            log_p = _scaled_logits(multiply, hidden[rows], bias, ctx.temperature).sub_(log_z[rows].unsqueeze(-1))
+            g = grad_log_probs[rows].unsqueeze(-1)
+            if ctx.entropy:
+                factor = -(g + grad_entropies[rows].unsqueeze(-1) * (log_p + entropies[rows].unsqueeze(-1)))
+                grad = log_p.exp_().mul_(factor)
+            else:
+                grad = log_p.exp_().mul_(-g)
+            grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(grad.T, hidden[rows])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def _scaled_logits(multiply: Any, hidden: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[chunk,V] float32."""
+    logits = multiply(hidden) if bias is None else multiply(hidden) + bias
+    return logits.float().div_(temperature)
