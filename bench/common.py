@@ -67,7 +67,7 @@ def prepare_data(folder: Path) -> Path:
 
 
 def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str) -> list[dict]:
-    """Train the demo model on a CPU for `steps` steps and one to warm up; returns the metrics of the `steps`, with `wall_s`.
+    """Train the demo model on a CPU for a step to warm up and `steps` more; the metrics of those, with `wall_s`.
 
     Args:
         shape: triplets per step, rationales per triplet, and new tokens, of which each row gets exactly so many.
@@ -87,5 +87,5 @@ def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, 
     # A step's samples are the last thing it writes, so that the time between two of them is all of a step.
     ends = [(out / f"samples/step_{record['step']}.jsonl").stat().st_mtime for record in metrics]
     return [
-        {**record, "wall_s": end - previous} for record, previous, end in zip(metrics[1:], ends, ends[1:], strict=True)
+        {**record, "wall_s": end - previous} for record, previous, end in zip(metrics[1:], ends[:-1], ends[1:], strict=True)
     ]

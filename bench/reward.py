@@ -1,27 +1,32 @@
 """Reward maths at the paper's sizes, and the bytes a step's rows are: python bench/reward.py [--json FILE]
 
-B = 512 trained rows in 64 groups, H = 1536, with queries and negatives: the whole reward manager call.
+B = 512 trained rows in 64 groups, H = 1536, with queries and negatives. The whole reward manager call beside the same
+rewards row by row, as the original computes them: rows grouped by comparing prompts, and one cosine after the other.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from common import markdown, write_json
+from torch import Tensor
 
 from verl.protocol import DataProto
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 
+GROUPS, ROWS_PER_GROUP, HIDDEN = 64, 8, 1536
+TEMPERATURE = 0.1
 
-def paper_rows(groups: int, n: int, hidden: int) -> DataProto:
+
+def paper_rows() -> DataProto:
     torch.manual_seed(0)
-    roles = (["positive"] * n + ["query", "negative"]) * groups
-    uids = [group for group in range(groups) for _ in range(n + 2)]
-    vectors = torch.nn.functional.normalize(torch.randn(len(roles), hidden), dim=1)
+    roles = (["positive"] * ROWS_PER_GROUP + ["query", "negative"]) * GROUPS
+    uids = [group for group in range(GROUPS) for _ in range(ROWS_PER_GROUP + 2)]
+    vectors = F.normalize(torch.randn(len(roles), HIDDEN), dim=1)
     columns = {
         "role": roles,
         "uid": uids,
@@ -30,39 +35,65 @@ def paper_rows(groups: int, n: int, hidden: int) -> DataProto:
     return DataProto.from_dict({"embeddings": vectors, "truncated": torch.zeros(len(roles), dtype=torch.bool)}, columns)
 
 
-def median_ms(call, repeats: int) -> float:
-    call()
-    seconds = []
+def row_by_row(rows: DataProto) -> Tensor:
+    """The rewards of objective=grace [B], one scalar at a time."""
+    vectors, roles, uids = rows.batch["embeddings"], rows.non_tensor_batch["role"], rows.non_tensor_batch["uid"]
+    trained = [i for i, role in enumerate(roles) if role == "positive"]
+    prompts = [torch.full((1024,), int(uids[i])) for i in trained]
+    members: list[list[int]] = []
+    for place, prompt in enumerate(prompts):
+        group = next((g for g in members if torch.equal(prompts[g[0]], prompt)), None)
+        if group is None:
+            members.append([place])
+        else:
+            group.append(place)
+    m = [vectors[i] for i in trained]
+    anchor = {(uids[i], roles[i]): vectors[i] for i in range(len(roles)) if roles[i] != "positive"}
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(F.cosine_similarity(a, b, dim=0))
+
+    rewards = torch.zeros(len(trained))
+    for g, group in enumerate(members):
+        for i in group:
+            uid = uids[trained[i]]
+            query, negative = anchor[uid, "query"], anchor[uid, "negative"]
+            others = [cosine(m[i], m[j]) for j in group if j != i]
+            nearest = [max(cosine(query, m[k]) for k in other) for h, other in enumerate(members) if h != g]
+            reward = cosine(query, m[i]) - cosine(query, negative)
+            reward += 0.2 * sum(others) / len(others) - 0.2 * sum(nearest) / len(nearest)
+            rewards[i] = reward / TEMPERATURE
+    return rewards
+
+
+def seconds(call: Callable[[], object], repeats: int) -> list[float]:
+    spent = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds)
+        spent.append(time.perf_counter() - start)
+    return spent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = paper_rows(groups=64, n=8, hidden=1536)
-    results = {
-        objective: median_ms(lambda o=objective: HiddenRewardManager(objective=o, temperature=0.1)(rows), args.repeats)
-        for objective in ("grace", "infonce")
-    }
+    rows = paper_rows()
+    managers = {name: HiddenRewardManager(objective=name, temperature=TEMPERATURE) for name in ("grace", "infonce")}
+    torch.testing.assert_close(managers["grace"](rows).scores, row_by_row(rows), atol=1e-4, rtol=1e-4)
+    spent = {name: seconds(lambda manager=manager: manager(rows), args.repeats) for name, manager in managers.items()}
+    spent["row by row"] = seconds(lambda: row_by_row(rows), 3)
+    medians = {name: statistics.median(values) for name, values in spent.items()}
+    table = [[name, f"{1000 * s:.1f}", f"1/{medians['row by row'] / s:.0f}"] for name, s in medians.items()]
+    print(markdown(["rewards of 512 rows, H = 1536", "median ms", "share of row by row"], table))
+    # A product with every query and one with the group's sum: what must be computed, at one multiply-add each.
+    flops = 2 * HIDDEN * GROUPS * ROWS_PER_GROUP * (GROUPS + 2)
     embeddings = rows.batch["embeddings"].numel() * 4
-    print(f"reward of 512 rows, H=1536, median of {args.repeats}, {torch.get_num_threads()} threads:")
-    for objective, ms in results.items():
-        print(f"  {objective:8} {ms:8.2f} ms")
-    print(f"embeddings of the step (640 rows, float32): {embeddings / 2**20:.2f} MiB")
-    if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        record = {"machine": machine, "median_ms": results, "embedding_bytes": embeddings}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nArithmetic of grace: {flops / 1e6:.0f} MFLOP. Embeddings of the step (640 rows, float32): ", end="")
+    print(f"{embeddings / 2**20:.2f} MiB.")
+    write_json(args.json, {"median_s": medians, "table": table, "flops": flops, "embedding_bytes": embeddings})
 
 
 if __name__ == "__main__":

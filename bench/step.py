@@ -1,39 +1,69 @@
-"""Time of a training step by phase: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
+"""A training step by phase, beside what must be computed: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
 
-Trains SmolLM2-135M on the example triplets at 4 triplets x 4 rationales x 48 new tokens (and 8 anchors) and
-prints the median of each phase over the steps after the first. Further key=value go to main_ppo.
+Trains SmolLM2-135M on the example triplets at 4 triplets x 4 rationales x 48 new tokens (and 8 anchors): the median of
+each phase over the steps after the first, and its floor: the arithmetic of its matrix products at the rate that this
+machine reaches in one large product. Further key=value go to main_ppo.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 
-REPO = Path(__file__).parent.parent
-MODEL = "models/SmolLM2-135M-Instruct"
+import numpy as np
+import torch
+from common import MODEL, REPO, markdown, prepare_data, spread, train, write_json
+from transformers import AutoConfig
+
+from verl.config import DataConfig
+from verl.embedding.prompts import PromptRenderer
+from verl.models.packing import Row, pack
+from verl.utils.dataset import PromptDataset
+from verl.utils.tokenizer import load_tokenizer
+
+SHAPE = (4, 4, 48)
 
 
-def run(folder: Path, steps: int, overrides: list[str]) -> list[dict[str, float]]:
-    """Prepare the data and train; return the metrics of the steps after the first."""
-    python, data, out = sys.executable, folder / "data", folder / "run"
-    prepare = ["process_data.py", "--mode", "supervised", "--input_file", "examples/triplets.jsonl"]
-    subprocess.run([python, "scripts/get_demo_model.py"], check=True, cwd=REPO)
-    subprocess.run([python, *prepare, "--local_dir", str(data)], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
-    train = [
-        "data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=4",
-        "data.max_prompt_length=160", "data.max_response_length=48", "actor_rollout_ref.rollout.ignore_eos=True",
-        f"actor_rollout_ref.model.path={MODEL}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        f"data.train_files={data}/train.parquet", f"trainer.default_local_dir={out}", "trainer.save_freq=0",
-        "+reward_model.reward_kwargs.enable_length_penalty=False",
-        f"trainer.total_training_steps={steps + 1}", "trainer.device=cpu",
-    ]  # fmt: skip
-    subprocess.run([python, "-m", "verl.trainer.main_ppo", *train, *overrides], check=True, cwd=REPO)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+def peak_rate() -> float:
+    """Multiply-adds of a large float32 product, in FLOP/s: the best of several, as a floor wants it."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    size, best = 2048, 0.0
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def arithmetic(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float]:
+    """FLOP of each phase's matrix products with shared prompts; attention, below 2 % at these lengths, is left out."""
+    triplets, n, new = shape
+    config = AutoConfig.from_pretrained(REPO / MODEL)
+    hidden, kv = config.hidden_size, config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
+    body, head = 2 * config.num_hidden_layers * layer, 2 * hidden * config.vocab_size  # per token
+    roles = ("positive", "query", "negative")
+    renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
+    samples = PromptDataset([str(train_file)], DataConfig(), roles, renderer)
+    chats = [samples[i]["chats"] for i in range(triplets)]
+    prompts = {role: [tuple(p.ids) for p in renderer.render([chat[role] for chat in chats])] for role in roles}
+
+    def packed_tokens(kinds: tuple[str, ...], response: int) -> int:
+        answer = (0,) * response
+        rows = [Row(p, answer, 0, False) for k in kinds for p in prompts[k] for _ in range(n if k == "positive" else 1)]
+        return pack(rows, share_prompts=True).input_ids.shape[1]
+
+    trained = triplets * n * new
+    generated = triplets * (n + 2) * new
+    return {
+        "gen": packed_tokens(roles, 0) * body + generated * (body + head),
+        "score": packed_tokens(roles, new) * body + trained * head,
+        # Forward and two products backward; the head's logits are computed once more instead of kept.
+        "update": 3 * packed_tokens(("positive",), new) * body + 4 * trained * head,
+    }
 
 
 def main() -> None:
@@ -42,17 +72,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = run(Path(folder), args.steps, args.overrides)
-    names = [n for n in metrics[0] if n.startswith("time/") or n in ("perf/generated_tokens", "perf/ray_mb")]
-    medians = {name: statistics.median(m[name] for m in metrics) for name in names}
-    spread = {name: (min(m[name] for m in metrics), max(m[name] for m in metrics)) for name in names}
-    print(f"\nmedian of {len(metrics)} steps (min to max)")
-    for name, value in medians.items():
-        print(f"  {name:24} {value:10.2f}   ({spread[name][0]:.2f} to {spread[name][1]:.2f})")
-    if args.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        args.json.write_text(json.dumps({"machine": machine, "medians": medians, "steps": metrics}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_file = prepare_data(folder / "data")
+        flop, rate = arithmetic(train_file, SHAPE), peak_rate()
+        metrics = train(train_file, folder / "run", SHAPE, args.steps, *args.overrides)
+    seconds = {key[5:-2]: [m[key] for m in metrics] for key in metrics[0] if key.startswith("time/")}
+    seconds["whole step"] = [m["wall_s"] for m in metrics]
+    flop["whole step"] = sum(flop.values())
+    table = []
+    for phase, values in seconds.items():
+        floor = flop.get(phase, np.nan) / rate
+        gap = statistics.median(values) / floor
+        table.append([phase, spread(values), *(("-", "-") if np.isnan(floor) else (f"{floor:.2f}", f"{gap:.1f} x"))])
+    print(markdown(["phase", "seconds, median (min to max)", "floor, s", "gap"], table))
+    print(f"\nFloor: {flop['whole step'] / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s.", end=" ")
+    print(f"Through Ray: {statistics.median(m['perf/ray_mb'] for m in metrics):.2f} MiB a step.")
+    write_json(args.json, {"seconds": seconds, "flop": flop, "flop_per_s": rate, "table": table})
 
 
 if __name__ == "__main__":

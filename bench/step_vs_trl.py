@@ -1,9 +1,9 @@
 """The whole training step beside TRL's GRPOTrainer: python bench/step_vs_trl.py [--rounds 2] [--steps 3] [--json FILE]
 
-Both train SmolLM2-135M in float32 on the same triplets in the same order, n rationales of exactly so many new tokens for
-each positive and one for each query and negative, with the same reward, optimizer and number of threads, on the CPU.
-They take turns, each in a process of its own; the first step of each turn does not count. The tokens of every step are
-compared. Needs the extra `bench`.
+Both train SmolLM2-135M in float32 on the CPU: the same triplets in the same order, n rationales of exactly so many new
+tokens for each positive and one for each query and negative, the same reward, optimizer and number of threads. They
+take turns, each in a process of its own; the first step of a turn does not count. The tokens of every step are compared.
+Needs the extra `bench`.
 """
 
 import argparse
