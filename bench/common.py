@@ -86,6 +86,5 @@ def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, 
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # A step's samples are the last thing it writes, so that the time between two of them is all of a step.
     ends = [(out / f"samples/step_{record['step']}.jsonl").stat().st_mtime for record in metrics]
-    return [
-        {**record, "wall_s": end - previous} for record, previous, end in zip(metrics[1:], ends[:-1], ends[1:], strict=True)
-    ]
+    spent = zip(metrics[1:], ends[:-1], ends[1:], strict=True)
+    return [{**record, "wall_s": end - previous} for record, previous, end in spent]

@@ -98,7 +98,7 @@ def main() -> None:
             phase("sync", worker.sync_rollout_weights)
             responses = phase("gen", lambda step=step: list(worker.generate(prompts, step, TOKENS))[-1])
             rows = prompts.union(responses)
-            scored = phase("score", lambda rows=rows: worker.compute_log_prob(rows, True, True))
+            scored = phase("score", lambda rows=rows: worker.compute_log_prob(rows, embed=True, for_update=True))
             phase("update", lambda rows=rows, scored=scored: worker.update_actor(trained_rows(rows, scored), 1))
     columns = list(found["update"])
     table = [[name, *(f"{values[column]:.2f}" for column in columns)] for name, values in found.items()]

@@ -1,4 +1,4 @@
-"""A training step by phase, beside what must be computed: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
+"""A training step by phase, beside its floor: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
 
 Trains SmolLM2-135M on the example triplets at 4 triplets x 4 rationales x 48 new tokens (and 8 anchors): the median of
 each phase over the steps after the first, and its floor: the arithmetic of its matrix products at the rate that this

@@ -2,8 +2,8 @@
 
 Both train SmolLM2-135M in float32 on the CPU: the same triplets in the same order, n rationales of exactly so many new
 tokens for each positive and one for each query and negative, the same reward, optimizer and number of threads. They
-take turns, each in a process of its own; the first step of a turn does not count. The tokens of every step are compared.
-Needs the extra `bench`.
+take turns, each in a process of its own; the first step of a turn does not count. The tokens of every step must be the
+same. Needs the extra `bench`.
 """
 
 import argparse

@@ -53,21 +53,23 @@ class _TokenLogProbs(torch.autograd.Function):
             log_probs[rows] = z.gather(-1, target[rows].unsqueeze(-1)).squeeze(-1) - log_z[rows]
             if entropy:
                 entropies[rows] = log_z[rows] - torch.linalg.vecdot((z - log_z[rows].unsqueeze(-1)).exp_(), z)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, log_z, entropies)
-        ctx.temperature, ctx.entropy = temperature, entropy
+        ctx.temperature = temperature
         return log_probs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
+        grad_log_probs = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs
         multiply = product(weight)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for rows in _chunks(hidden, weight):
             log_p = _scaled_logits(multiply, hidden[rows], bias, ctx.temperature).sub_(log_z[rows].unsqueeze(-1))
             g = grad_log_probs[rows].unsqueeze(-1)
-            if ctx.entropy:
+            if grad_entropies is not None:
                 factor = -(g + grad_entropies[rows].unsqueeze(-1) * (log_p + entropies[rows].unsqueeze(-1)))
                 grad = log_p.exp_().mul_(factor)
             else:

@@ -17,12 +17,14 @@ from verl.config import ActorConfig
 from verl.embedding.pooling import unit
 from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient
 from verl.models.packing import PackedBatch, Row, pack
-from verl.models.policy import PolicyModel
+from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import ClipRange, kl_penalty, policy_loss, token_weights
 from verl.utils.seqlen_balancing import pack_rows
 
 MAX_SKIPPED_STEPS = 3
+# What tells one packed line of rows from another.
+_SAME_LINE = ("input_ids", "position_ids", "score_token", "score_target", "score_row")
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,7 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
     whose result counts for nothing.
     """
     tokens = token_rows(rows)
-    parts = pack_rows(
-        [row.prompt for row in tokens],
-        [len(row.prompt) for row in tokens],
-        [len(row.response) for row in tokens],
-        limit.max_tokens,
-        limit.max_rows,
-    )
+    parts = _parts(tokens, limit)
     count = torch.tensor(len(parts), device=_collective_device())
     dist.all_reduce(count, dist.ReduceOp.MAX)
     company = Row(prompt=(0,), response=(), pool_start=0, scored=True)
@@ -84,6 +80,13 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
         part = parts[i] if i < len(parts) else []
         packed = pack([tokens[row] for row in part] or [company], policy.shares_prompts)
         yield MicroBatch(part, packed.to(policy.device))
+
+
+def _parts(rows: list[Row], limit: MicroBatchLimit) -> list[list[int]]:
+    """The rows of each micro-batch."""
+    prompts = [row.prompt for row in rows]
+    responses = [len(row.response) for row in rows]
+    return pack_rows(prompts, [len(prompt) for prompt in prompts], responses, limit.max_tokens, limit.max_rows)
 
 
 @torch.no_grad()
@@ -102,27 +105,44 @@ def score(
         where asked for `embeddings` [N,H] float32 and `entropy` [N] float32 (mean over the response).
     """
     policy.eval()
-    num_rows, width = rows.batch["responses"].shape
-    log_probs = torch.zeros(num_rows, width)
-    entropies = torch.zeros(num_rows, width)
-    embeddings = torch.zeros(num_rows, policy.lm.config.get_text_config().hidden_size) if embed else None
+    columns = _ScoreColumns(rows, policy.lm.config.get_text_config().hidden_size if embed else None, entropy)
     for micro in micro_batches(rows, limit, policy):
-        out = policy(micro.packed, temperature, log_probs=True, entropy=entropy, embeddings=embed)
+        columns.fill(micro, policy(micro.packed, temperature, entropy=entropy, embeddings=embed))
+    return columns.finish()
+
+
+class _ScoreColumns:
+    """The columns that `score` returns, filled micro-batch by micro-batch.
+
+    Args:
+        hidden_size: None = no embeddings.
+    """
+
+    def __init__(self, rows: DataProto, hidden_size: int | None, entropy: bool) -> None:
+        num_rows, width = rows.batch["responses"].shape
+        self._length = rows.batch["response_length"].clamp(min=1)
+        self._log_probs = torch.zeros(num_rows, width)
+        self._entropies = torch.zeros(num_rows, width) if entropy else None
+        self._embeddings = torch.zeros(num_rows, hidden_size) if hidden_size else None
+
+    def fill(self, micro: MicroBatch, out: PolicyOutput) -> None:
         if not micro.rows:
-            continue
+            return
         position = torch.tensor(micro.rows)
         where = (position[micro.packed.score_row.cpu()], micro.packed.score_column.cpu())
-        log_probs[where] = out.log_probs.cpu()
-        if entropy:
-            entropies[where] = out.entropy.cpu()
-        if embeddings is not None:
-            embeddings[position] = unit(out.embeddings).cpu()
-    tensors = {"log_probs": log_probs}
-    if entropy:
-        tensors["entropy"] = entropies.sum(1) / rows.batch["response_length"].clamp(min=1)
-    if embeddings is not None:
-        tensors["embeddings"] = embeddings
-    return DataProto.from_dict(tensors)
+        self._log_probs[where] = out.log_probs.detach().cpu()
+        if self._entropies is not None:
+            self._entropies[where] = out.entropy.detach().cpu()
+        if self._embeddings is not None:
+            self._embeddings[position] = unit(out.embeddings.detach()).cpu()
+
+    def finish(self) -> DataProto:
+        tensors = {"log_probs": self._log_probs}
+        if self._entropies is not None:
+            tensors["entropy"] = self._entropies.sum(1) / self._length
+        if self._embeddings is not None:
+            tensors["embeddings"] = self._embeddings
+        return DataProto.from_dict(tensors)
 
 
 class Actor:
@@ -133,6 +153,7 @@ class Actor:
         temperature: the rollout's, by which log-probs divide the logits.
         max_response_length: for loss_agg_mode=seq-mean-token-sum-norm.
         total_steps: training steps of the run, for the learning-rate schedule.
+        one_update: a training step is one optimizer step.
     """
 
     def __init__(
@@ -142,8 +163,11 @@ class Actor:
         temperature: float,
         max_response_length: int,
         total_steps: int,
+        one_update: bool = False,
     ) -> None:
         self.policy = policy
+        self._one_update = one_update
+        self._ahead: tuple[PackedBatch, PolicyOutput] | None = None
         self.config = config
         self.temperature = temperature
         self.max_response_length = max_response_length
@@ -168,6 +192,43 @@ class Actor:
     @property
     def _has_kl_loss(self) -> bool:
         return self.config.use_kl_loss and self.config.kl_loss_coef != 0
+
+    def score(self, rows: DataProto, limit: MicroBatchLimit, embed: bool) -> DataProto:
+        """As the function `score`, with entropies, on rows that will be trained next.
+
+        Where the update will be one optimizer step on one micro-batch, its forward is this one: nothing changes in
+        between, so the graph of the trained rows is kept for it.
+        """
+        is_trained = rows.non_tensor_batch["role"] == "positive"
+        if not self._will_be_one_forward(rows[is_trained]):
+            return score(self.policy, rows, limit, self.temperature, embed=embed, entropy=True)
+        hidden_size = self.policy.lm.config.get_text_config().hidden_size if embed else None
+        columns = _ScoreColumns(rows, hidden_size, entropy=True)
+        anchors, trained = ([int(i) for i in np.flatnonzero(which)] for which in (~is_trained, is_trained))
+        self.policy.eval()
+        with torch.no_grad():
+            for micro in micro_batches(rows[anchors], limit, self.policy) if anchors else ():
+                out = self.policy(micro.packed, self.temperature, entropy=True, embeddings=embed)
+                columns.fill(MicroBatch([anchors[i] for i in micro.rows], micro.packed), out)
+        self.policy.train()
+        (micro,) = micro_batches(rows[trained], self.limit, self.policy)
+        out = self.policy(micro.packed, self.temperature, entropy=True, embeddings=embed)
+        columns.fill(MicroBatch([trained[i] for i in micro.rows], micro.packed), out)
+        self._ahead = (micro.packed, out)
+        return columns.finish()
+
+    def _will_be_one_forward(self, trained: DataProto) -> bool:
+        """On a CPU with one process alone: on a GPU weights move away in between, and ranks may get other rows."""
+        if not self._one_update or self.policy.device.type != "cpu" or dist.get_world_size() > 1 or not len(trained):
+            return False
+        return len(_parts(token_rows(trained), self.limit)) == 1
+
+    def _forward(self, packed: PackedBatch) -> PolicyOutput:
+        """The policy's forward, or the one that `score` did ahead of it on the same line of tokens."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and all(torch.equal(getattr(ahead[0], name), getattr(packed, name)) for name in _SAME_LINE):
+            return ahead[1]
+        return self.policy(packed, self.temperature, entropy=self.config.entropy_coeff != 0)
 
     def update(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Take ppo_epochs optimizer steps per mini-batch; return metrics averaged over them, equal on all ranks.
@@ -227,7 +288,7 @@ class Actor:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
         config, device = self.config, packed.input_ids.device
-        out = self.policy(packed, self.temperature, entropy=config.entropy_coeff != 0)
+        out = self._forward(packed)
         where = (packed.score_row.cpu(), packed.score_column.cpu())
         if not len(rows):
             return out.log_probs.sum(), {}

@@ -68,6 +68,7 @@ class ActorRolloutRefWorker(Worker):
         self.actor = Actor(
             policy, self.config.actor, self.config.rollout.temperature,
             self.run_config.data.max_response_length, self.total_steps,
+            one_update=self.run_config.data.train_batch_size == self.config.actor.ppo_mini_batch_size,
         )  # fmt: skip
         self._offload_params()
         return {
@@ -120,14 +121,20 @@ class ActorRolloutRefWorker(Worker):
         yield columns if rank_in_engine == 0 else columns[:0]
 
     @register(Dispatch.DP_COMPUTE_PROTO)
-    def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
-        """One forward: `log_probs` of the trained rows, and `embeddings` and `entropy` where asked for."""
+    def compute_log_prob(self, rows: DataProto, embed: bool, for_update: bool) -> DataProto:
+        """One forward: `log_probs` of the trained rows, and `embeddings` where asked for.
+
+        Args:
+            for_update: the rows will be trained next; adds `entropy`.
+        """
         self._load_params()
         with self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."):
-            columns = score(
-                self.actor.policy, rows, self._score_limit(), self.config.rollout.temperature,
-                embed=embed, entropy=entropy,
-            )  # fmt: skip
+            if for_update:
+                columns = self.actor.score(rows, self._score_limit(), embed)
+            else:
+                columns = score(
+                    self.actor.policy, rows, self._score_limit(), self.actor.temperature, embed=embed, entropy=False
+                )
         self._offload_params()
         return columns
 

@@ -55,8 +55,8 @@ class ActorRolloutRefGroup:
         )
         return restore_order(results[::size], parts)
 
-    def compute_log_prob(self, rows: DataProto, embed: bool, entropy: bool) -> DataProto:
-        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, entropy)
+    def compute_log_prob(self, rows: DataProto, embed: bool, for_update: bool) -> DataProto:
+        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, for_update)
 
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         return self._score(ActorRolloutRefWorker.compute_ref_log_prob, rows)

@@ -172,7 +172,7 @@ class RayPPOTrainer:
 
     def embed_and_score(self, rows: DataProto) -> DataProto:
         """Add embeddings of all rows and old log-probs of the trained ones: one forward for both."""
-        columns = self.workers.compute_log_prob(rows, embed=self.reward_manager.needs_embeddings, entropy=True)
+        columns = self.workers.compute_log_prob(rows, embed=self.reward_manager.needs_embeddings, for_update=True)
         return rows.union(_renamed(columns, "log_probs", "old_log_probs"))
 
     def compare_engine(self, rows: DataProto) -> dict[str, float]:
@@ -287,7 +287,7 @@ class RayPPOTrainer:
             temperature = val.temperature if val.do_sample else 0.0
             prompts.batch["temperature"] = torch.full((len(prompts),), temperature)
             rows = self.generate(prompts, step=0)
-            embedded.append(rows.union(self.workers.compute_log_prob(rows, embed=True, entropy=False)))
+            embedded.append(rows.union(self.workers.compute_log_prob(rows, embed=True, for_update=False)))
         if not self.reward_manager.needs_embeddings:
             scores = torch.cat([self.reward_manager(rows).scores for rows in embedded])
             return {"reward": float(scores.mean())}
