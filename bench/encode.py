@@ -8,7 +8,6 @@ each engine in a process of its own. Prints medians over the rounds, and the rat
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from common import markdown, write_json
 
 REPO = Path(__file__).parent.parent
 MODEL = str(REPO / "models/SmolLM2-135M-Instruct")
@@ -109,23 +110,21 @@ def main() -> None:
     plain = in_own_process("plain", args.rounds)
     engines = ["hf", *(["vllm"] if find_spec("vllm") else [])]
     thinking = {engine: in_own_process(engine, args.rounds) for engine in engines}
-    medians = {name: statistics.median(spent) for name, spent in plain.items()}
-    print(f"\n{PLAIN_TEXTS} sentences without rationales, median of {args.rounds}")
-    for name, spent in medians.items():
-        print(f"  {name:40} {spent:8.2f} s  {PLAIN_TEXTS / spent:8.1f} texts/s")
-    ratio = medians["sentence-transformers, same prompts"] / medians["ours, no rationales"]
-    print(f"  ours is {ratio:.2f} times as fast as sentence-transformers on the same prompts")
-    print(f"{THINKING_TEXTS} sentences with rationales of {NEW_TOKENS} tokens, median of {args.rounds}")
+    table = []
+    for who, spent in plain.items():
+        median = statistics.median(spent)
+        table.append([f"{PLAIN_TEXTS} texts", who, f"{median:.1f}", f"{PLAIN_TEXTS / median:.1f}", "-"])
     for engine, figures in thinking.items():
-        spent = statistics.median(figures["seconds"])
-        print(
-            f"  {engine:40} {spent:8.2f} s  {THINKING_TEXTS / spent:8.1f} texts/s  "
-            f"{THINKING_TEXTS * NEW_TOKENS / spent:6.0f} rationale tokens/s, {figures['thinking_share']:.0%} thinking"
-        )
-    if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        record = {"machine": machine, "plain": plain, "thinking": thinking, "ratio": ratio}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        median = statistics.median(figures["seconds"])
+        what = f"{THINKING_TEXTS} texts with rationales of {NEW_TOKENS} tokens"
+        share = f"{figures['thinking_share']:.0%}"
+        table.append([what, engine, f"{median:.1f}", f"{THINKING_TEXTS / median:.1f}", share])
+    print(markdown(["work", "who", "seconds, median", "texts/s", "of it writing"], table))
+    theirs, ours = (
+        statistics.median(plain[name]) for name in ("sentence-transformers, same prompts", "ours, no rationales")
+    )
+    print(f"\nOn the same prompts {theirs / ours:.2f} times as fast as sentence-transformers.")
+    write_json(args.json, {"plain": plain, "thinking": thinking, "ratio": theirs / ours, "table": table})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from verl.data.length_filter import load_renderer
 from verl.data.schema import SCHEMAS, build_rows
-from verl.embedding.prompts import PromptRenderer
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 
 ROOT = Path(__file__).resolve().parents[2]
 CHATML = (
@@ -317,3 +319,19 @@ def test_bad_tokenizers_and_arguments(tmp_path: Path, tokenizer_path: str, capsy
         assert message in one_complaint(capsys)
     assert not list(tmp_path.glob("out/*"))
     assert pq.read_table(path).num_rows == 1
+
+
+def test_a_program_that_hides_torch_measures_the_same_lengths(tokenizer_path):
+    texts = ["short", "a somewhat longer text", "ünïcode 🙂 " * 20]
+    script = (
+        "import json, sys, verl.data.without_torch\n"
+        "from verl.data.length_filter import load_renderer\n"
+        "from verl.embedding.prompts import rationale_messages\n"
+        "chats = [rationale_messages(text) for text in json.loads(sys.argv[2])]\n"
+        "print(json.dumps([sys.modules['torch'] is None, load_renderer(sys.argv[1], False).lengths(chats)]))\n"
+    )
+    command = [sys.executable, "-c", script, tokenizer_path, json.dumps(texts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    hidden, lengths = json.loads(done.stdout)
+    assert hidden and not done.stderr
+    assert lengths == load_renderer(tokenizer_path, False).lengths([rationale_messages(text) for text in texts])

@@ -64,8 +64,10 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
         grad_log_probs = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs
         multiply = product(weight)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
+        if not len(hidden):
+            grad_weight.zero_()
         for rows in _chunks(hidden, weight):
             log_p = _scaled_logits(multiply, hidden[rows], bias, ctx.temperature).sub_(log_z[rows].unsqueeze(-1))
             g = grad_log_probs[rows].unsqueeze(-1)
@@ -77,7 +79,8 @@ class _TokenLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad.T, hidden[rows])
+            # The first chunk fills the gradient, so that it need not be cleared before.
+            torch.addmm(grad_weight, grad.T, hidden[rows], beta=float(rows.start > 0), out=grad_weight)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None, None

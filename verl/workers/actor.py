@@ -130,10 +130,11 @@ class _ScoreColumns:
             return
         position = torch.tensor(micro.rows)
         where = (position[micro.packed.score_row.cpu()], micro.packed.score_column.cpu())
-        self._log_probs[where] = out.log_probs.detach().cpu()
-        if self._entropies is not None:
+        if out.log_probs is not None:
+            self._log_probs[where] = out.log_probs.detach().cpu()
+        if self._entropies is not None and out.entropy is not None:
             self._entropies[where] = out.entropy.detach().cpu()
-        if self._embeddings is not None:
+        if self._embeddings is not None and out.embeddings is not None:
             self._embeddings[position] = unit(out.embeddings.detach()).cpu()
 
     def finish(self) -> DataProto:
@@ -207,8 +208,8 @@ class Actor:
         anchors, trained = ([int(i) for i in np.flatnonzero(which)] for which in (~is_trained, is_trained))
         self.policy.eval()
         with torch.no_grad():
-            for micro in micro_batches(rows[anchors], limit, self.policy) if anchors else ():
-                out = self.policy(micro.packed, self.temperature, entropy=True, embeddings=embed)
+            for micro in micro_batches(rows[anchors], limit, self.policy) if embed and anchors else ():
+                out = self.policy(micro.packed, log_probs=False, embeddings=True)
                 columns.fill(MicroBatch([anchors[i] for i in micro.rows], micro.packed), out)
         self.policy.train()
         (micro,) = micro_batches(rows[trained], self.limit, self.policy)
@@ -289,6 +290,7 @@ class Actor:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
         config, device = self.config, packed.input_ids.device
         out = self._forward(packed)
+        assert out.log_probs is not None
         where = (packed.score_row.cpu(), packed.score_column.cpu())
         if not len(rows):
             return out.log_probs.sum(), {}
@@ -309,6 +311,7 @@ class Actor:
             loss = loss + config.kl_loss_coef * (kl * weights).sum()
             parts["kl_loss"] = (kl.detach() * weights).sum()
         if config.entropy_coeff != 0:
+            assert out.entropy is not None
             loss = loss - config.entropy_coeff * (out.entropy * weights).sum()
             parts["entropy_loss"] = (out.entropy.detach() * weights).sum()
         return loss, parts
