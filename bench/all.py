@@ -34,11 +34,11 @@ def run(name: str) -> str:
 
 def replace(name: str, text: str) -> None:
     document = DOCUMENT.read_text()
-    start, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+    start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
     if start not in document or end not in document:
         raise SystemExit(f"{DOCUMENT} has no place for {name!r}: a line {start.strip()} and a line {end.strip()}")
     before, rest = document.split(start, 1)
-    DOCUMENT.write_text(f"{before}{start}{text}{end}{rest.split(end, 1)[1]}")
+    DOCUMENT.write_text(f"{before}{start}{text}\n{end}{rest.split(end, 1)[1]}")
 
 
 def main() -> None:
