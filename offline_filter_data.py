@@ -35,6 +35,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="offline_filter_data.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # whether torch is loaded depends on one flag, in full, before this runs
     )
     num_cpus = len(os.sched_getaffinity(0))
     add = parser.add_argument

@@ -44,7 +44,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        multiply = product(weight)
+        # A micro-batch of anchors alone scores nothing; packing the weight would be all it does here.
+        multiply = product(weight) if len(hidden) else None
         log_z, log_probs = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
         entropies = torch.zeros_like(log_probs)
         for rows in _chunks(hidden, weight):

@@ -72,7 +72,8 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
     whose result counts for nothing.
     """
     tokens = token_rows(rows)
-    parts = _parts(tokens, limit)
+    prompts, responses = [row.prompt for row in tokens], [len(row.response) for row in tokens]
+    parts = pack_rows(prompts, [len(prompt) for prompt in prompts], responses, limit.max_tokens, limit.max_rows)
     count = torch.tensor(len(parts), device=_collective_device())
     dist.all_reduce(count, dist.ReduceOp.MAX)
     company = Row(prompt=(0,), response=(), pool_start=0, scored=True)
@@ -80,13 +81,6 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
         part = parts[i] if i < len(parts) else []
         packed = pack([tokens[row] for row in part] or [company], policy.shares_prompts)
         yield MicroBatch(part, packed.to(policy.device))
-
-
-def _parts(rows: list[Row], limit: MicroBatchLimit) -> list[list[int]]:
-    """The rows of each micro-batch."""
-    prompts = [row.prompt for row in rows]
-    responses = [len(row.response) for row in rows]
-    return pack_rows(prompts, [len(prompt) for prompt in prompts], responses, limit.max_tokens, limit.max_rows)
 
 
 @torch.no_grad()
@@ -201,28 +195,33 @@ class Actor:
         between, so the graph of the trained rows is kept for it.
         """
         is_trained = rows.non_tensor_batch["role"] == "positive"
-        if not self._will_be_one_forward(rows[is_trained]):
+        anchors, trained = (np.flatnonzero(which).tolist() for which in (~is_trained, is_trained))
+        micro = self._only_forward(rows[trained]) if trained else None
+        if micro is None:
             return score(self.policy, rows, limit, self.temperature, embed=embed, entropy=True)
         hidden_size = self.policy.lm.config.get_text_config().hidden_size if embed else None
         columns = _ScoreColumns(rows, hidden_size, entropy=True)
-        anchors, trained = ([int(i) for i in np.flatnonzero(which)] for which in (~is_trained, is_trained))
         self.policy.eval()
         with torch.no_grad():
-            for micro in micro_batches(rows[anchors], limit, self.policy) if embed and anchors else ():
-                out = self.policy(micro.packed, log_probs=False, embeddings=True)
-                columns.fill(MicroBatch([anchors[i] for i in micro.rows], micro.packed), out)
+            for part in micro_batches(rows[anchors], limit, self.policy) if embed and anchors else ():
+                out = self.policy(part.packed, log_probs=False, embeddings=True)
+                columns.fill(MicroBatch([anchors[i] for i in part.rows], part.packed), out)
         self.policy.train()
-        (micro,) = micro_batches(rows[trained], self.limit, self.policy)
         out = self.policy(micro.packed, self.temperature, entropy=True, embeddings=embed)
         columns.fill(MicroBatch([trained[i] for i in micro.rows], micro.packed), out)
         self._ahead = (micro.packed, out)
         return columns.finish()
 
-    def _will_be_one_forward(self, trained: DataProto) -> bool:
-        """On a CPU with one process alone: on a GPU weights move away in between, and ranks may get other rows."""
-        if not self._one_update or self.policy.device.type != "cpu" or dist.get_world_size() > 1 or not len(trained):
-            return False
-        return len(_parts(token_rows(trained), self.limit)) == 1
+    def _only_forward(self, trained: DataProto) -> MicroBatch | None:
+        """The update's one micro-batch, or None where it has several, or where another forward must be its own.
+
+        That is, anywhere but on a CPU with one process: on a GPU weights move away in between, and ranks may get other
+        rows.
+        """
+        if not self._one_update or self.policy.device.type != "cpu" or dist.get_world_size() > 1:
+            return None
+        micros = list(micro_batches(trained, self.limit, self.policy))
+        return micros[0] if len(micros) == 1 else None
 
     def _forward(self, packed: PackedBatch) -> PolicyOutput:
         """The policy's forward, or the one that `score` did ahead of it on the same line of tokens."""
