@@ -103,7 +103,8 @@ def test_the_config_loads_nothing_heavy():
 def test_no_folder_of_the_tests_passes_for_a_package():
     """tests/ is on the path, so a folder tests/vllm would be found where vllm is looked for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(name for extra in extras for name in extra)]
     packages = {re.match(r"[\w.-]+", name)[0].replace("-", "_") for name in wanted}
     assert {"vllm", "flash_attn"} <= packages
     assert not packages & {folder.name for folder in (ROOT / "tests").iterdir()}
