@@ -35,7 +35,7 @@ class Segment:
     start: int
     end: int
     ancestors: tuple[tuple[int, int], ...]
-    """[start, end) ranges of packed tokens that come before this segment in its rows."""
+    """[start, end) of the segments that come before this one in its rows."""
     mask: torch.Tensor | None
     """[end - start, ancestor tokens + end - start] bool; None when there are no ancestors (plain causal)."""
 

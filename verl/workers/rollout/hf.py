@@ -79,13 +79,14 @@ class HFRollout(Rollout):
 
     @torch.no_grad()
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        packed = pack([Row(tuple(prompt), (), 0, scored=False) for prompt in prompts], share_prompts=False)
+        line = packed.to(self.lm.device)
+        hidden = self._hidden(line.input_ids, line.position_ids, packed_segments=line.segments)
         scores = []
-        for prompt in prompts:
-            ids = torch.tensor(prompt, device=self.lm.device)
-            line = pack([Row(tuple(prompt), (), 0, scored=False)], share_prompts=False).to(self.lm.device)
-            hidden = self._hidden(line.input_ids, line.position_ids, packed_segments=line.segments)
-            log_probs = self.lm.get_output_embeddings()(hidden[0, :-1]).float().log_softmax(-1)
-            scores.append(log_probs.gather(1, ids[1:].unsqueeze(1)).squeeze(1).tolist())
+        for segment in line.segments:
+            targets = line.input_ids[0, segment.start + 1 : segment.end, None]
+            logits = self.lm.get_output_embeddings()(hidden[0, segment.start : segment.end - 1])
+            scores.append(logits.float().log_softmax(-1).gather(1, targets).squeeze(1).tolist())
         return scores
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -207,7 +208,7 @@ def _sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tenso
     if size < scaled.shape[1]:
         for row in (place.squeeze(1) == size).nonzero().flatten().tolist():
             token[row] = _race(scaled[row], ids[row], float(uniform[row]))
-    token = torch.where(greedy, logits.argmax(-1), token)
+    token = torch.where(greedy, ids[:, 0], token)
     return token, (scaled.gather(1, token.unsqueeze(1)) - log_z).squeeze(1)
 
 
