@@ -38,6 +38,8 @@ class DataConfig(_Section):
     """Samples per validation step; null = data.train_batch_size."""
     val_max_samples: int = 200
     """Most held-out samples a validation uses, taken from the front."""
+    val_sts_file: str | None = "examples/eval/ExampleSTS.sts.jsonl"
+    """Scored pairs that a validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none."""
     max_prompt_length: int = 1024
     """Most tokens of a rendered prompt; over-long user text is cut by data.truncation."""
     max_response_length: int = 2048
@@ -323,15 +325,22 @@ class TrainerConfig(_Section):
     save_freq: int = -1
     """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = never."""
     max_actor_ckpt_to_keep: int | None = None
-    """Keep this many newest checkpoints; null = all."""
+    """Keep this many newest checkpoints, and the best one; null = all."""
+    save_best: str | None = None
+    """A metric of the validation, such as val/triplet_accuracy: whenever it is better than ever, that step is
+    saved, named in best_checkpointed_iteration.txt and never removed."""
     test_freq: int = -1
     """Steps between validations; -1 = none."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
-    """auto = go on from the run folder's newest checkpoint if there is one."""
+    """auto = go on from the run folder's newest whole checkpoint if there is one."""
     resume_from_path: str | None = None
     """A global_step_N folder, for resume_mode=resume_path."""
+    resume_force: bool = False
+    """Go on from a checkpoint of another model, other data, batch size or n all the same."""
+    phase_timeout_s: int = 3600
+    """The run ends with the workers' stacks when nothing has come from them for so long; 0 = wait for ever."""
     critic_warmup: int = 0
     """Must be 0: there is no critic."""
     balance_batch: bool = True

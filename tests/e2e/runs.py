@@ -1,5 +1,6 @@
 """Running the programs as a user does, on the tiny model."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -78,3 +79,28 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "samples" / f"step_{step}.jsonl").read_text().splitlines()]
+
+
+# What differs between two runs that do the same.
+MEASURED = ("time/", "perf/", "memory/", "sync/")
+
+
+def start_main_ppo(*overrides: str, **environment: str) -> "subprocess.Popen[str]":
+    """The training program in a process group of its own, not waited for."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")} | environment
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=REPO, start_new_session=True
+    )
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured: the lines that two equal runs have in common."""
+    lines = [{k: v for k, v in m.items() if not k.startswith(MEASURED)} for m in read_metrics(run_dir)]
+    return [line for line in lines if len(line) > 1]
+
+
+def weights_sha256(run_dir: Path, step: int) -> str:
+    """Of the model folder's weights."""
+    file = run_dir / f"global_step_{step}" / "huggingface" / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()

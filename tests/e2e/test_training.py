@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import main_ppo, prepare, read_metrics, read_samples, recipe, write_texts, write_triplets
+from runs import MEASURED, main_ppo, prepare, read_metrics, read_samples, recipe, write_texts, write_triplets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.embedding.encoder import GraceEncoder
@@ -103,10 +103,9 @@ def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, tripl
     assert "3 steps done" in done.stdout
     resumed = {m["step"]: m for m in steps_of(run_dir)}
     assert sorted(resumed) == [4, 5]
-    timing = ("time/", "perf/", "memory/", "sync/")
     for expected in steps_of(whole_run)[3:]:
         for name, value in expected.items():
-            if not name.startswith(timing):
+            if not name.startswith(MEASURED):
                 assert resumed[expected["step"]][name] == value, name
     # What a killed run leaves behind is in nobody's way.
     (run_dir / ".global_step_5.writing" / "huggingface").mkdir(parents=True)

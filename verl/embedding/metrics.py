@@ -3,6 +3,8 @@
 All functions take unit vectors [N,H] and return plain floats.
 """
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -72,3 +74,9 @@ def spread_report(vectors: Tensor) -> dict[str, float]:
         "uniformity": uniformity(vectors),
         "effective_rank": effective_rank(vectors),
     }
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation of two series [N]; equal values share their mean rank."""
+    ranks = [pd.Series(values.double().numpy()).rank().to_numpy() for values in (first, second)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

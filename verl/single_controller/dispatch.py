@@ -1,7 +1,8 @@
 """How the driver's call reaches the workers: the mode is declared beside the worker's method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import wraps
 from typing import Any, TypeVar
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -14,11 +15,24 @@ class Dispatch(Enum):
 
 
 def register(mode: Dispatch) -> Callable[[Method], Method]:
-    """Mark a worker method as callable from the driver."""
+    """Mark a worker method as callable from the driver; the worker's stacks are written when it takes too long."""
 
     def mark(method: Method) -> Method:
-        method.dispatch_mode = mode  # type: ignore[attr-defined]
-        return method
+        @wraps(method)
+        def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.stacks.call():
+                return method(self, *args, **kwargs)
+
+        @wraps(method)
+        def streamed(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            with self.stacks.call():
+                for item in method(self, *args, **kwargs):
+                    self.stacks.still_going()
+                    yield item
+
+        watched: Any = streamed if mode is Dispatch.DP_STREAM_PROTO else whole
+        watched.dispatch_mode = mode
+        return watched
 
     return mark
 

@@ -5,22 +5,32 @@ lie on different nodes; each worker owns one GPU, or one CPU slot.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config import ConfigError
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, dispatch_mode
+from verl.single_controller.host_memory import HostMemory
+from verl.single_controller.stacks import stack_file
 from verl.single_controller.worker import Worker, WorkerPlace
 
 _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
-
+# A worker that fails may do so because another one died; so long it takes until Ray knows.
+_DEATH_NOTICE_S = 5
+# So much later than the workers write their stacks, the driver reads them.
+_STACKS_S = 3
 
 # glibc gives the pages of a large tensor back when it is freed, and the kernel clears new ones for the next: a fifth of
 # an update on a CPU. With these a worker keeps its pages, in huge ones where the kernel has them.
@@ -30,7 +40,7 @@ _KEEP_FREED_MEMORY = {
 
 
 class WorkerError(RuntimeError):
-    """A worker failed; the message ends with its own traceback."""
+    """A worker failed, died or hangs; the message names it, and ends with its own traceback where it has one."""
 
 
 class RayWorkerGroup:
@@ -39,9 +49,12 @@ class RayWorkerGroup:
     Args:
         worker_class: a `Worker`; constructed with its `WorkerPlace` and then `args`.
         device: cuda or cpu.
+        stack_folder: where workers that hang or crash write their stacks, on their machines.
+        phase_timeout_s: longest time without a sign of a worker; 0 = for ever.
 
     Raises:
         ConfigError: the cluster does not have the GPUs or CPUs asked for.
+        WorkerError: a worker did not start.
     """
 
     def __init__(
@@ -51,7 +64,13 @@ class RayWorkerGroup:
         num_nodes: int,
         workers_per_node: int,
         device: str,
+        stack_folder: Path,
+        phase_timeout_s: int,
     ) -> None:
+        self.phase = "start"
+        self._stack_folder, self._timeout_s = stack_folder, phase_timeout_s
+        self._memory, self._last_sign = HostMemory(), time.monotonic()
+        self._whereabouts: list[tuple[str, int]] = []
         self.world_size = num_nodes * workers_per_node
         self.bytes_moved = 0
         self._placement = _reserve(num_nodes, workers_per_node, device)
@@ -60,13 +79,14 @@ class RayWorkerGroup:
             self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, workers_per_node, threads))
             for rank in range(self.world_size)
         ]
-        address, port = _collect([self._workers[0].find_master_address.remote()])[0]
-        _collect([worker.join_process_group.remote(address, port) for worker in self._workers])
+        self._whereabouts = self._results([w.report_in.remote(stack_folder, phase_timeout_s) for w in self._workers])
+        address, port = self._results([self._workers[0].find_master_address.remote()])[0]
+        self._results([worker.join_process_group.remote(address, port) for worker in self._workers])
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
         """Call a registered method with the same arguments on every rank; return rank 0's result."""
         assert dispatch_mode(method) is Dispatch.ONE_TO_ALL, method
-        return _collect([getattr(worker, method.__name__).remote(*args) for worker in self._workers])[0]
+        return self._results([getattr(worker, method.__name__).remote(*args) for worker in self._workers])[0]
 
     def map_rows(self, method: Callable[..., Any], rows: DataProto, parts: list[list[int]], *args: Any) -> list[Any]:
         """Call a registered method with each rank's part of the rows; return the ranks' results.
@@ -79,7 +99,7 @@ class RayWorkerGroup:
             getattr(worker, method.__name__).remote(self._send(rows[part]), *args)
             for worker, part in zip(self._workers, parts, strict=True)
         ]
-        return [self._receive(result) for result in _collect(refs)]
+        return [self._receive(result) for result in self._results(refs)]
 
     def stream_rows(
         self,
@@ -96,23 +116,32 @@ class RayWorkerGroup:
             for worker, part in zip(self._workers, parts, strict=True)
         ]
         results: dict[int, Any] = {}
-        open_streams = dict(enumerate(streams))
+        open_streams = {stream: rank for rank, stream in enumerate(streams)}
+        self._last_sign = time.monotonic()
         while open_streams:
-            ready, _ = ray.wait(list(open_streams.values()), timeout=_POLL_S)
-            for rank in [r for r, stream in open_streams.items() if stream in ready]:
-                item = _next_item(open_streams[rank])
-                if item is None:
-                    del open_streams[rank]
-                elif isinstance(item, int):
-                    on_progress(item)
+            for stream in self._next_signs(open_streams):
+                rank = open_streams[stream]
+                try:
+                    item = ray.get(next(stream))
+                except StopIteration:
+                    del open_streams[stream]
+                except RayError as error:
+                    self._raise_root_cause(rank, error)
                 else:
-                    results[rank] = self._receive(item)
+                    if isinstance(item, int):
+                        on_progress(item)
+                    else:
+                        results[rank] = self._receive(item)
         return [results[rank] for rank in range(self.world_size)]
 
     def shutdown(self) -> None:
         """End the workers and give their slots back."""
         for worker in self._workers:
             ray.kill(worker)
+        # A process that is stopped, or stuck in the kernel, does not listen to Ray.
+        for pid in self._pids_here():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         ray.util.remove_placement_group(self._placement)
 
     def _start(self, worker_class: type[Worker], args: Sequence[Any], place: WorkerPlace) -> Any:
@@ -130,6 +159,106 @@ class RayWorkerGroup:
             runtime_env={"env_vars": environment},
         )
         return remote_class.remote(place, *args)
+
+    def _results(self, references: Sequence[Any]) -> list[Any]:
+        """Wait for the results of ranks 0, 1, ...; raise the cause of the first failure as soon as it happens."""
+        pending = {reference: rank for rank, reference in enumerate(references)}
+        self._last_sign = time.monotonic()
+        while pending:
+            for reference in self._next_signs(pending):
+                rank = pending.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    self._raise_root_cause(rank, error)
+        return ray.get(list(references))
+
+    def _next_signs(self, waiting: dict[Any, int]) -> list[Any]:
+        """Those of the references (and their ranks) that are ready; maybe none yet.
+
+        Raises:
+            WorkerError: nothing has been ready for too long.
+        """
+        ready, _ = ray.wait(list(waiting), timeout=_POLL_S)
+        self._memory.sample(self._pids_here())
+        now = time.monotonic()
+        if ready:
+            self._last_sign = now
+        elif self._timeout_s and now > self._last_sign + self._timeout_s + _STACKS_S:
+            raise WorkerError(self._describe_hang(set(waiting.values())))
+        return ready
+
+    def _raise_root_cause(self, rank: int, error: RayError) -> None:
+        """Raise for what went wrong first: a worker that fails may only have lost another one that died."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        if isinstance(error, RayTaskError) and (dead := self._find_dead()):
+            raise WorkerError(self._describe_death(*dead)) from error
+        if isinstance(error, RayTaskError):
+            # As text: Ray's exception takes on the cause's class, and its own attributes are not always there then.
+            raise WorkerError(f"{self._name(rank)} failed in phase {self.phase}.\n{error}") from error.cause
+        raise WorkerError(self._describe_death(rank, error)) from error
+
+    def _find_dead(self) -> tuple[int, RayError] | None:
+        """A rank whose process is gone, with what Ray knows of it."""
+        pings = {worker.ping.remote(): rank for rank, worker in enumerate(self._workers)}
+        end = time.monotonic() + _DEATH_NOTICE_S
+        while pings and time.monotonic() < end:
+            for answer in ray.wait(list(pings), timeout=_POLL_S)[0]:
+                rank = pings.pop(answer)
+                try:
+                    ray.get(answer)
+                except RayActorError as error:
+                    return rank, error
+        return None
+
+    def _describe_death(self, rank: int, error: RayError) -> str:
+        said = str(error)
+        if "creation task" in said or not self._whereabouts:
+            return f"rank {rank} could not start.\n{said}"
+        host, pid = self._whereabouts[rank]
+        here = host == socket.gethostname()
+        memory = self._memory.describe(pid) if here else f"its memory was not watched, as it ran on {host}"
+        text = f"{self._name(rank)} died in phase {self.phase}; {memory}.\n"
+        file = stack_file(self._stack_folder, rank)
+        if here and "Fatal Python error" in (stacks := file.read_text()):
+            return f"{text}It crashed in native code ({file}):\n{stacks}"
+        more = "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or use a machine with more memory."
+        if isinstance(error, OutOfMemoryError) or "memory monitor" in said or "running low on memory" in said:
+            return f"{text}Ray ended it because the machine ran low on memory. {more}"
+        if here and self._memory.was_out_of_memory():
+            return f"{text}The kernel's out-of-memory killer was at work (oom_kill of the cgroup). {more}"
+        if "node" in said and ("died" in said or "terminated" in said) and not here:
+            return f"{text}Its machine left the cluster: switched off, cut off, or `ray stop`. {said.splitlines()[0]}"
+        return (
+            f"{text}It had no time to say why, as with SIGKILL: from the kernel's out-of-memory killer (see dmesg), "
+            f"`ray stop`, a batch system or a person. If it was memory: {more[0].lower()}{more[1:]}"
+        )
+
+    def _describe_hang(self, waiting: set[int]) -> str:
+        seconds = time.monotonic() - self._last_sign
+        lines = [
+            f"no sign of a worker for {seconds:.0f} s in phase {self.phase} (trainer.phase_timeout_s="
+            f"{self._timeout_s}; raise it if the phase takes so long)."
+        ]
+        for rank, (host, _) in enumerate(self._whereabouts):
+            file = stack_file(self._stack_folder, rank)
+            if rank not in waiting:
+                lines.append(f"{self._name(rank)}: has done its part")
+            elif host != socket.gethostname() and not file.is_file():
+                lines.append(f"{self._name(rank)}: has not; its stacks are there, in {file}")
+            elif stacks := file.read_text().strip():
+                lines.append(f"{self._name(rank)}: has not; it stands here:\n{stacks}")
+            else:
+                lines.append(f"{self._name(rank)}: has not, and wrote no stacks: it is stopped, or its machine is gone")
+        return "\n".join(lines)
+
+    def _name(self, rank: int) -> str:
+        host, pid = self._whereabouts[rank]
+        return f"rank {rank} (pid {pid} on {host})"
+
+    def _pids_here(self) -> Iterable[int]:
+        return [pid for host, pid in self._whereabouts if host == socket.gethostname()]
 
     def _send(self, rows: DataProto) -> DataProto:
         self.bytes_moved += rows.num_bytes()
@@ -173,27 +302,3 @@ def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGro
             "(ray start) and set RAY_ADDRESS."
         ) from None
     return group
-
-
-def _next_item(stream: Any) -> Any:
-    """The next thing a worker yielded, or None at its end."""
-    try:
-        reference = next(stream)
-    except StopIteration:
-        return None
-    return _collect([reference])[0]
-
-
-def _collect(references: list[Any]) -> list[Any]:
-    """Wait for results; raise the first failure as soon as it happens, with the worker's traceback."""
-    pending = list(references)
-    try:
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1)
-            ray.get(done)
-        return ray.get(references)
-    except RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
-            raise error.cause from None
-        # As text: Ray's exception takes on the cause's class, and its own attributes are not always there then.
-        raise WorkerError(str(error)) from error.cause

@@ -3,9 +3,12 @@
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from verl.single_controller.stacks import StackDump
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,17 @@ class Worker:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
+        self.stacks = StackDump()
         # Ray shows each worker its own GPU alone.
         self.device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
+
+    def report_in(self, stack_folder: Path, phase_timeout_s: float) -> tuple[str, int]:
+        """Write stacks to a file in this folder from now on; return the machine's name and the process id."""
+        self.stacks = StackDump(stack_folder, self.rank, phase_timeout_s)
+        return socket.gethostname(), os.getpid()
+
+    def ping(self) -> None:
+        """Return when the calls before are done; fails at once in a process that is gone."""
 
     def find_master_address(self) -> tuple[str, int]:
         """An address of this machine that the others reach, and a free port on it."""

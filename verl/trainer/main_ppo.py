@@ -10,6 +10,7 @@ and the devices started. Exit code 2: something given is wrong, and the message 
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,9 +29,13 @@ from verl.single_controller.ray_group import RayWorkerGroup, WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.mismatch import StaleEngineError
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer, find_resume
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.resume import find_resume
+from verl.trainer.ppo.validation import Validation
 from verl.utils.dataset import PromptDataset
 from verl.utils.logging import quiet_libraries
+from verl.utils.run_folder import CheckpointError, RunFolder
+from verl.utils.signals import Interrupted, StopSignals
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
@@ -54,11 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return EXIT_USER_ERROR
     except WorkerError as error:
-        sys.stderr.write(f"\nmain_ppo: a worker failed.\n{error}\n")
-        return 1
-    except StaleEngineError as error:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return 1
+    except (StaleEngineError, CheckpointError) as error:
+        sys.stderr.write(f"\nmain_ppo: {error}\n")
+        return 1
+    except Interrupted as interrupted:
+        sys.stderr.write(f"\nmain_ppo: ended by {interrupted}\n")
+        return interrupted.exit_code
     return 0
 
 
@@ -89,8 +97,10 @@ def run(config: RunConfig) -> None:
         renderer = build_renderer(config)
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
-        val_files = file_list(config.data.val_files) if config.validates else []
-        val_dataset = PromptDataset(val_files, config.data, roles, renderer) if val_files else None
+        validation = None
+        if config.validates:
+            held_out = PromptDataset(file_list(config.data.val_files), config.data, roles, renderer)
+            validation = Validation(config, held_out, renderer, reward_manager.needs_embeddings)
         # The first sample shows a wrong template or an empty text now rather than after the start of the workers.
         renderer.render(list(dataset[0]["chats"].values()))
     except ConfigError:
@@ -99,31 +109,33 @@ def run(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
     world_size = workers_per_node * config.trainer.nnodes
     plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, world_size)
-    resume_from = find_resume(config)
-    start_ray(config, world_size)
-    try:
-        group = RayWorkerGroup(
-            ActorRolloutRefWorker, (config, plan.total_steps), config.trainer.nnodes, workers_per_node, device
-        )
-        trainer = RayPPOTrainer(
-            config,
-            plan,
-            dataset,
-            val_dataset,
-            renderer,
-            reward_manager,
-            ActorRolloutRefGroup(group, config.actor_rollout_ref.rollout.ranks_per_engine),
-            resume_from,
-        )
-        lines = [*plan.lines(), ("rollout engine", f"{engine}: {why}")]
-        if engine == "vllm" and device == "cpu":
-            lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
-            lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
-        trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", lines)
-        trainer.fit()
-        group.shutdown()
-    finally:
-        ray.shutdown()
+    folder = RunFolder(config.run_dir.absolute())
+    resume = find_resume(config, folder, dataset.sha256)
+    with StopSignals() as signals:
+        start_ray(config, world_size)
+        # Ray exits on SIGTERM with a code of its own.
+        signals.listen()
+        try:
+            group = RayWorkerGroup(
+                ActorRolloutRefWorker, (config, plan.total_steps), config.trainer.nnodes, workers_per_node, device,
+                folder.path / "stacks", config.trainer.phase_timeout_s,
+            )  # fmt: skip
+            workers = ActorRolloutRefGroup(group, config.actor_rollout_ref.rollout.ranks_per_engine)
+            trainer = RayPPOTrainer(
+                config, plan, dataset, validation, renderer, reward_manager, workers, folder, resume, signals
+            )
+            lines = [*plan.lines(), ("rollout engine", f"{engine}: {why}")]
+            if engine == "vllm" and device == "cpu":
+                lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
+                lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
+            trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", lines)
+            try:
+                trainer.fit()
+            finally:
+                group.shutdown()
+        finally:
+            # Ends the cluster if it was started here.
+            ray.shutdown()
 
 
 def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
@@ -212,7 +224,14 @@ def start_ray(config: RunConfig, world_size: int) -> None:
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
     cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+    # What is started here inherits that SIGTERM waits: a batch system sends it to all processes of a job, and the last
+    # step cannot be saved when Ray has ended.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        # On loopback: a cluster of one machine is nobody else's business.
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -4,7 +4,9 @@ Which samples make up a step follows from the seed and the step number alone, so
 loader state to see the same samples, on any number of workers.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +40,8 @@ class PromptDataset(Dataset):
         self.roles = roles
         self.supervised = (config.train_mode or "supervised") == "supervised"
         self.table = pa.concat_tables([self._read(name) for name in files], promote_options="permissive")
+        self.sha256 = _sha256(files)
+        """Hex, of the files' bytes one after the other."""
         self.num_dropped = 0
         if config.filter_overlong_prompts:
             self._drop_overlong(renderer)
@@ -146,6 +150,14 @@ def collate(samples: Sequence[Sample], renderer: PromptRenderer, pad_id: int, co
         "extra_info": [sample["extra_info"] for sample, _ in owners],
     }
     return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+
+
+def _sha256(files: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in files:
+        with Path(name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

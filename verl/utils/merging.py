@@ -8,7 +8,6 @@ Two layouts are read. Neither lets a file run code: shards hold tensors or are r
 
 import copy
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -26,27 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoModelForCausalLM
 
-from verl.utils.checkpoint import STEP_PREFIX, saved_steps, step_folder
+from verl.utils.run_folder import STATE, STEP_PREFIX, saved_steps, step_folder
+from verl.utils.safe_dcp import DCP_METADATA, UNREADABLE, DcpError, read_metadata, unreadable_reason
 
-DCP_METADATA = ".metadata"
 _DCP_MODEL, _POLICY = "model.", "lm."
 _FSDP_GLOB, _FSDP_NAME = "model_world_size_*_rank_*.pt", re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-
-# What a file that is cut off, damaged or something else makes torch.load and pickle raise.
-_UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
-    ImportError, AssertionError,
-)  # fmt: skip
-
-_METADATA_CLASSES = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
 
 
 class MergeError(ValueError):
@@ -96,7 +79,7 @@ def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
         return local_dir / "actor", []
     unfinished = sorted(local_dir.glob(f".{STEP_PREFIX}*.writing"))
     skipped = [f"{path.name} is not whole (still being written, or its run ended meanwhile)" for path in unfinished]
-    for step in sorted(saved_steps(local_dir), reverse=True):
+    for step in reversed(saved_steps(local_dir)):
         folder = step_folder(local_dir, step)
         if _is_complete(folder):
             return folder / "actor", skipped
@@ -114,7 +97,7 @@ def _has_shards(folder: Path) -> bool:
 
 
 def _is_complete(step: Path) -> bool:
-    if (step / "trainer_state.json").is_file():
+    if (step / STATE).is_file():
         return True
     try:
         return bool(_fsdp_files(step / "actor"))
@@ -165,7 +148,10 @@ class DcpShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model_folder = folder.absolute().parent / "huggingface"
-        self._metadata = read_dcp_metadata(folder / DCP_METADATA)
+        try:
+            self._metadata = read_metadata(folder / DCP_METADATA)
+        except DcpError as error:
+            raise MergeError(str(error)) from error
         self._keys = {
             key.removeprefix(_DCP_MODEL).removeprefix(_POLICY): key
             for key in self._metadata.state_dict_metadata
@@ -209,35 +195,9 @@ class DcpShards:
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         try:
             self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except _UNREADABLE as error:
-            raise MergeError(f"{self.folder}: {name} cannot be read: {_reason(error)}") from error
+        except UNREADABLE as error:
+            raise MergeError(f"{self.folder}: {name} cannot be read: {unreadable_reason(error)}") from error
         return state[key]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the objects that DCP metadata consists of, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _METADATA_CLASSES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
-        return super().find_class(module, name)
-
-
-def read_dcp_metadata(file: Path) -> Metadata:
-    """The metadata of DCP shards, which torch itself would unpickle whatever it holds.
-
-    Raises:
-        MergeError: it holds anything but metadata.
-    """
-    try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except _UNREADABLE as error:
-        raise MergeError(f"{file} is refused: {_reason(error)}") from error
-    if not isinstance(metadata, Metadata):
-        raise MergeError(f"{file} is refused: it holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-    return metadata
 
 
 class FsdpShards:
@@ -278,8 +238,8 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         raise MergeError(f"{file} is cut off, or not a file of torch.save; copy it again")
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except _UNREADABLE as error:
-        raise MergeError(f"{file} is refused: {_reason(error)}") from error
+    except UNREADABLE as error:
+        raise MergeError(f"{file} is refused: {unreadable_reason(error)}") from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise MergeError(f"{file} is refused: it is not a dictionary of tensors")
     return held
@@ -403,11 +363,3 @@ def _listed(names: Collection[str], limit: int = 8) -> str:
     """The first of some names in a line."""
     shown = ", ".join(list(names)[:limit]) or "none"
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of what went wrong."""
-    if isinstance(error, pickle.UnpicklingError):
-        # torch.load wraps what it found in advice to switch its safety off.
-        error = error.__context__ or error
-    return " ".join(str(error).split()).split(". ")[0].removesuffix(".") or type(error).__name__

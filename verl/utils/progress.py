@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-_PHASES = ("gen", "score", "ref", "reward", "update", "sync", "save", "val")
+_PHASES = ("gen", "score", "ref", "reward", "update", "sync")
 
 
 class RunDisplay:
@@ -96,13 +96,23 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase.
 
-    def __init__(self) -> None:
+    Args:
+        on_enter: called with the name of a phase before it begins.
+    """
+
+    def __init__(self, on_enter: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self._on_enter = on_enter
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._on_enter(name)
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

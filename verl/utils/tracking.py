@@ -105,8 +105,11 @@ class Tracking:
         """Drop what an abandoned part of the run logged after the checkpoint it is resumed from."""
         file = self.run_dir / "metrics.jsonl"
         if file.is_file():
-            kept = [line for line in file.read_bytes().splitlines() if orjson.loads(line)["step"] <= step]
-            file.write_bytes(b"".join(line + b"\n" for line in kept))
+            # A run that was killed while it wrote may have left half a last line.
+            whole = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            aside = self.run_dir / ".metrics.jsonl.writing"
+            aside.write_bytes(b"".join(line for line in whole if orjson.loads(line)["step"] <= step))
+            aside.replace(file)
 
     def start_over(self) -> None:
         """Set the metrics of an earlier run in the same folder aside, so that every step occurs once."""

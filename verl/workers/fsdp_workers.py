@@ -71,8 +71,11 @@ class ActorRolloutRefWorker(Worker):
             one_update=self.run_config.data.train_batch_size == self.config.actor.ppo_mini_batch_size,
         )  # fmt: skip
         self._offload_params()
+        parameters = sum(p.numel() for p in policy.parameters())
         return {
-            "parameters": sum(p.numel() for p in policy.parameters()),
+            "parameters": parameters,
+            # float32 weights and AdamW's two moments, and the model as it is published.
+            "checkpoint_bytes": parameters * (3 * 4 + (self.lm.config.dtype or torch.float32).itemsize),
             "device": str(self.device),
             "reference": self.reference is not None,
         }

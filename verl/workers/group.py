@@ -29,6 +29,15 @@ class ActorRolloutRefGroup:
     def world_size(self) -> int:
         return self._group.world_size
 
+    @property
+    def phase(self) -> str:
+        """What the run is doing, in messages about workers that fail or hang."""
+        return self._group.phase
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._group.phase = name
+
     def take_bytes_moved(self) -> int:
         """Bytes of rows sent to and from workers since the last call."""
         moved, self._group.bytes_moved = self._group.bytes_moved, 0

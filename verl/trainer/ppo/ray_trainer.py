@@ -4,10 +4,11 @@ Runs in the driver process: it sees batches of rows and calls workers, and never
 Shapes: N rows of a step, B trained rows among them, R response tokens.
 """
 
-import json
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from verl.config import ConfigError, RunConfig
-from verl.embedding.metrics import spread_report, triplet_report
+from verl.embedding.metrics import spread_report
 from verl.embedding.prompts import PromptRenderer, system_prompt_of
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, object_array, response_mask
+from verl.single_controller.ray_group import WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.card import write_checkpoint_card
 from verl.trainer.ppo.core_algos import (
@@ -35,14 +37,19 @@ from verl.trainer.ppo.metrics import (
     time_metrics,
 )
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
+from verl.trainer.ppo.resume import ResumePoint
 from verl.trainer.ppo.samples import step_samples
-from verl.utils.checkpoint import LATEST, empty_temporary_folder, latest_step, publish, step_folder
+from verl.trainer.ppo.validation import Validation, is_better
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.utils.progress import RunDisplay, Stopwatch
+from verl.utils.run_folder import Best, CheckpointError, RunFolder
+from verl.utils.signals import Interrupted, StopSignals
 from verl.utils.tracking import Tracking
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardManager, RewardOutput, trained
 
+# Before these phases the state of the run is still that of the last whole step.
+_LEAVES_NO_TRACE = ("sync", "gen", "score", "val")
 _VERSIONS = ("torch", "transformers", "ray", "verl")
 
 
@@ -52,32 +59,39 @@ class RayPPOTrainer:
     Args:
         plan: sizes of a step, already checked.
         renderer: of the model's tokenizer.
-        val_dataset: held-out samples, when the config validates.
-        resume_from: checkpoint to go on from, or None.
+        validation: when the config validates.
+        run: the run's folder.
+        resume: the checkpoint to go on from, or None.
+        signals: how the run is asked to end.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a run meet here
         self,
         config: RunConfig,
         plan: BatchPlan,
         dataset: PromptDataset,
-        val_dataset: PromptDataset | None,
+        validation: Validation | None,
         renderer: PromptRenderer,
         reward_manager: RewardManager,
         workers: ActorRolloutRefGroup,
-        resume_from: Path | None,
+        run: RunFolder,
+        resume: ResumePoint | None,
+        signals: StopSignals,
     ) -> None:
         self.config = config
         self.plan = plan
         self.dataset = dataset
-        self.val_dataset = val_dataset
+        self.validation = validation
         self.renderer = renderer
         self.tokenizer = renderer.tokenizer
         self.reward_manager = reward_manager
         self.workers = workers
-        self.resume_from = resume_from
-        state: dict[str, Any] = load_trainer_state(resume_from) if resume_from else {"step": 0, "run_ids": {}}
+        self.run = run
+        self.resume = resume
+        self.signals = signals
+        state: dict[str, Any] = resume.state if resume else {"step": 0, "run_ids": {}}
         self.first_step: int = state["step"]
+        self.done_step = self.saved_step = self.first_step
         self.estimate_advantage = get_adv_estimator_fn(config.algorithm.adv_estimator)
         ctrl = config.algorithm.kl_ctrl
         self.kl_controller = KlController(
@@ -93,49 +107,84 @@ class RayPPOTrainer:
 
     def fit(self) -> None:
         """Train from the first step to the last."""
-        self.display.start()
-        self.start()
-        for step, prompts in enumerate(self.prompt_batches(), start=self.first_step + 1):
-            watch, found = Stopwatch(), {}
-            with watch.phase("sync"):
-                found["sync"] = self.workers.sync_rollout_weights()
-            rows = self.expand(prompts)
-            with watch.phase("gen"):
-                rows = self.generate(rows, step)
-            with watch.phase("score"):
-                rows = self.embed_and_score(rows)
-            found["rollout"] = self.compare_engine(rows)
-            if self.config.needs_reference:
-                with watch.phase("ref"):
-                    rows = self.score_by_reference(rows)
-            with watch.phase("reward"):
-                reward = self.reward_manager(rows)
-                batch = self.add_advantages(rows[trained(rows)], reward)
-            with watch.phase("update"):
-                found["actor"] = self.update(batch, step)
-            self.finish_step(step, rows, batch, reward, found, watch)
+        with self.saving_when_interrupted():
+            self.start()
+            for step, prompts in enumerate(self.prompt_batches(), start=self.first_step + 1):
+                watch, found = Stopwatch(self.enter_phase), {}
+                with watch.phase("sync"):
+                    found["sync"] = self.workers.sync_rollout_weights()
+                rows = self.expand(prompts)
+                with watch.phase("gen"):
+                    rows = self.generate(rows, step)
+                with watch.phase("score"):
+                    rows = self.embed_and_score(rows)
+                found["rollout"] = self.compare_engine(rows)
+                if self.config.needs_reference:
+                    with watch.phase("ref"):
+                        rows = self.score_by_reference(rows)
+                with watch.phase("reward"):
+                    reward = self.reward_manager(rows)
+                    batch = self.add_advantages(rows[trained(rows)], reward)
+                with watch.phase("update"):
+                    found["actor"] = self.update(batch, step)
+                self.finish_step(step, rows, batch, reward, found, watch)
         self.stop()
 
     def start(self) -> None:
         """Load the models and what is resumed."""
+        self.display.start()
+        for name in self.run.remove_leftovers():
+            self.display.say(f"removed {name}, which a run was killed over")
         facts = self.workers.init_model()
         self.display.say(
-            f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters per worker, "
+            f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters, "
             f"{facts['device']}, "
             f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
         )
-        if self.resume_from:
-            self.workers.load_checkpoint(self.resume_from)
+        self.check_room(facts["checkpoint_bytes"])
+        if self.resume:
+            self.workers.load_checkpoint(self.resume.folder)
             self.tracking.forget_after(self.first_step)
-            self.display.say(f"resumed from {self.resume_from}: {self.first_step} steps done")
+            self.display.say(f"resumed from {self.resume.folder}: {self.first_step} steps done")
+            for note in self.resume.notes:
+                self.display.say(f"  {note}")
         else:
             self.tracking.start_over()
-        if self.config.trainer.val_before_train and not self.resume_from:
-            self.log_validation(0)
+        if aside := self.run.set_aside_after(self.first_step):
+            self.display.say(f"checkpoints beyond step {self.first_step} were moved to {aside}")
+        if self.config.trainer.val_before_train and not self.resume:
+            self.validate(0)
 
     def stop(self) -> None:
         self.display.stop()
         self.tracking.finish()
+
+    def check_room(self, checkpoint_bytes: int) -> None:
+        """Raise CheckpointError if the disk has no room for one checkpoint: now, and not after hours."""
+        free = shutil.disk_usage(self.run.path).free
+        if self.config.trainer.save_freq != 0 and free < checkpoint_bytes:
+            raise CheckpointError(
+                f"a checkpoint takes about {checkpoint_bytes / 2**30:.1f} GiB and {self.run.path} has "
+                f"{free / 2**30:.1f} GiB left; free some, or set trainer.default_local_dir to a larger disk."
+            )
+
+    def enter_phase(self, name: str) -> None:
+        """Called when a phase begins. A run that was asked to end does so here, while the step has changed nothing."""
+        if name in _LEAVES_NO_TRACE:
+            self.signals.check()
+        self.workers.phase = name
+
+    @contextmanager
+    def saving_when_interrupted(self) -> Iterator[None]:
+        """Save the last whole step when the run is asked to end; what has begun of the next one is dropped."""
+        try:
+            yield
+        except Interrupted:
+            if self.done_step > self.saved_step:
+                self.save(self.done_step)
+            self.display.say(f"ended after step {self.done_step}; the same command goes on from there")
+            self.stop()
+            raise
 
     def prompt_batches(self) -> DataLoader:
         """One batch of prompt rows per remaining step."""
@@ -227,12 +276,6 @@ class RayPPOTrainer:
     ) -> None:  # fmt: skip
         """Log the step; validate and save when it is time."""
         memory = self.workers.end_step()
-        if self._is_due(step, self.config.trainer.save_freq, and_last=True):
-            with watch.phase("save"):
-                self.save(step)
-        if self._is_due(step, self.config.trainer.test_freq, and_last=self.config.trainer.test_freq > 0):
-            with watch.phase("val"):
-                self.log_validation(step)
         columns = batch.non_tensor_batch
         metrics = {
             **reward_metrics(reward.scores, columns["uid"], reward.metrics),
@@ -246,58 +289,110 @@ class RayPPOTrainer:
         }
         if "embeddings" in rows.batch.keys():
             metrics |= {f"embedding/{k}": v for k, v in spread_report(rows.batch["embeddings"]).items()}
+        # Before the checkpoint: a run that is killed in between forgets the line and does the step again.
         self.tracking.log(metrics, step)
         self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
         self.display.step_done(step, metrics)
+        self.done_step = step
+        frequency = self.config.trainer.test_freq
+        if self._is_due(step, frequency, and_last=frequency > 0):
+            self.validate(step, watch.total)
+        if self._is_due(step, self.config.trainer.save_freq, and_last=True) and self.saved_step < step:
+            self.save(step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint under a temporary name, then publish it."""
-        run_dir = self.config.run_dir.absolute()
-        settings, folder = self._embedder_settings(), empty_temporary_folder(run_dir, step)
+        """Write a checkpoint under a temporary name, then publish it.
+
+        Raises:
+            CheckpointError: it could not be written; the run's other checkpoints are as they were.
+        """
+        watch = Stopwatch()
+        self.workers.phase = "save"
+        with watch.phase("save"):
+            try:
+                folder = self.run.publish(step, self._write_checkpoint(step))
+                if keep := self.config.trainer.max_actor_ckpt_to_keep:
+                    self.run.keep_newest(keep)
+            except (OSError, WorkerError) as error:
+                raise self._save_failed(step, error) from error
+        self.saved_step = step
+        self.tracking.log({"time/save_s": watch.total}, step)
+        self.display.say(f"saved {folder} in {watch.total:.1f} s")
+
+    def _write_checkpoint(self, step: int) -> dict[str, Any]:
+        """Write everything under a step's temporary name; return the trainer's own state."""
+        settings, folder = self._embedder_settings(), self.run.begin(step)
         self.workers.save_checkpoint(folder, settings)
         versions = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
         write_checkpoint_card(folder / "huggingface", self.config, settings, len(self.dataset), step, versions)
-        state = {
+        return {
             "step": step,
             "samples_seen": step * self.config.data.train_batch_size,
+            "world_size": self.workers.world_size,
+            "data_sha256": self.dataset.sha256,
             "kl_coef": self.kl_controller.coef,
             "first_probs_diff": self.mismatch_guard.first,
             "run_ids": self.tracking.run_ids,
             "versions": versions,
             "config": self.config.model_dump(mode="json"),
         }
-        folder = publish(run_dir, step, state, self.config.trainer.max_actor_ckpt_to_keep)
-        self.display.say(f"saved {folder}")
 
-    def log_validation(self, step: int) -> None:
-        metrics = {f"val/{name}": value for name, value in self.validate().items()}
-        self.tracking.log(metrics, step)
-        self.display.say(f"step {step} held-out: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items()))
+    def _save_failed(self, step: int, error: Exception) -> CheckpointError:
+        free = shutil.disk_usage(self.run.path).free
+        self.run.abandon(step)
+        whole = [found for found in self.run.steps() if found <= self.done_step]
+        last = f"step {whole[-1]}" if whole else "the beginning, as there is no checkpoint yet"
+        return CheckpointError(
+            f"{error}\nstep {step} could not be saved in {self.run.path} ({free / 2**30:.2f} GiB free). Free some "
+            f"space, or make it writable, and start the same command again: it goes on from {last}."
+        )
 
-    def validate(self) -> dict[str, float]:
-        """Embed held-out samples with one rationale each; the same seed every time."""
-        assert self.val_dataset is not None
-        data, val = self.config.data, self.config.actor_rollout_ref.rollout.val_kwargs
-        count = min(len(self.val_dataset), data.val_max_samples)
-        size = min(data.val_batch_size or data.train_batch_size, count)
-        batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    def validate(self, step: int, step_seconds: float | None = None) -> None:
+        """Log the figures of the held-out texts; save the step if it is the best by trainer.save_best.
+
+        Args:
+            step_seconds: of the training step, for how much of the run validation takes.
+        """
+        watch = Stopwatch(self.enter_phase)
+        with watch.phase("val"):
+            metrics = self.embed_held_out()
+        self.tracking.log({**metrics, "time/val_s": watch.total}, step)
+        figures = ", ".join(f"{name[4:]} {value:.3f}" for name, value in metrics.items())
+        self.display.say(f"step {step} held-out: {figures}  ({self._cost_of_validation(watch.total, step_seconds)})")
+        name = self.config.trainer.save_best
+        if name is None or step == self.first_step:
+            return
+        if name not in metrics:
+            raise ConfigError(f"trainer.save_best={name} is not one of the validation's: {', '.join(metrics)}.")
+        best = self.run.best()
+        if is_better(name, metrics[name], best.value if best else None):
+            self.save(step)
+            self.run.mark_best(Best(step, metrics[name]))
+            self.display.say(f"the best {name} so far: {metrics[name]:.4f}, step {step}")
+
+    def embed_held_out(self) -> dict[str, float]:
+        """Give every held-out text one rationale, with the same seed every time."""
+        assert self.validation is not None
+        val = self.config.actor_rollout_ref.rollout.val_kwargs
         embedded = []
-        for prompts in prompt_loader(self.val_dataset, batches, self.renderer, self.tokenizer.pad_token_id, 0):
+        for part, prompts in self.validation.batches():
             self.workers.sync_rollout_weights()
             temperature = val.temperature if val.do_sample else 0.0
             prompts.batch["temperature"] = torch.full((len(prompts),), temperature)
             rows = self.generate(prompts, step=0)
-            embedded.append(rows.union(self.workers.compute_log_prob(rows, embed=True, for_update=False)))
-        if not self.reward_manager.needs_embeddings:
-            scores = torch.cat([self.reward_manager(rows).scores for rows in embedded])
-            return {"reward": float(scores.mean())}
-        vectors = {
-            role: torch.cat([rows[rows.non_tensor_batch["role"] == role].batch["embeddings"] for rows in embedded])
-            for role in ("query", "positive", "negative")
-        }
-        if len(vectors["negative"]):
-            return triplet_report(vectors["query"], vectors["positive"], vectors["negative"])
-        return spread_report(vectors["positive"])
+            embedded.append((part, rows.union(self.workers.compute_log_prob(rows, embed=True, for_update=False))))
+        if self.reward_manager.needs_embeddings:
+            return self.validation.report(embedded)
+        return {"val/reward": float(torch.cat([self.reward_manager(rows).scores for _, rows in embedded]).mean())}
+
+    def _cost_of_validation(self, seconds: float, step_seconds: float | None) -> str:
+        """What validation costs, and its share of a run that validates every test_freq steps."""
+        assert self.validation is not None
+        text = f"{self.validation.num_texts} texts in {seconds:.1f} s"
+        if step_seconds is None:
+            return text
+        share = seconds / (seconds + self.config.trainer.test_freq * step_seconds)
+        return f"{text}: {share:.0%} of the run at every {self.config.trainer.test_freq} steps"
 
     def _is_due(self, step: int, frequency: int, and_last: bool) -> bool:
         last = and_last and frequency != 0 and step == self.plan.total_steps
@@ -316,38 +411,6 @@ class RayPPOTrainer:
             temperature=rollout.temperature,
             base_model=self.config.actor_rollout_ref.model.path,
         )
-
-
-def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, or None.
-
-    Raises:
-        ConfigError: trainer.resume_from_path is not a checkpoint.
-    """
-    mode = config.trainer.resume_mode
-    if mode == "disable":
-        return None
-    if mode == "auto":
-        folder = latest_step(config.run_dir.absolute())
-        if folder and not (folder / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"{folder.parent / LATEST} names {folder.name}, which is not there or not whole; set "
-                "trainer.resume_mode=resume_path and trainer.resume_from_path to another global_step_N, or "
-                "trainer.resume_mode=disable to start over."
-            )
-        return folder
-    assert config.trainer.resume_from_path is not None
-    folder = Path(config.trainer.resume_from_path).absolute()
-    if not (folder / "trainer_state.json").is_file():
-        raise ConfigError(
-            f"trainer.resume_from_path={config.trainer.resume_from_path} holds no trainer_state.json; give a "
-            f"global_step_N folder, such as {step_folder(config.run_dir, 50)}."
-        )
-    return folder
-
-
-def load_trainer_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "trainer_state.json").read_text())
 
 
 def _renamed(rows: DataProto, old: str, new: str) -> DataProto:

@@ -1,0 +1,210 @@
+"""Runs that are killed, interrupted, starved of disk or lose a worker: what they leave, what they say, how they end."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from kills import command_line, left_after, pids_with, run_with_kills
+from runs import main_ppo, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
+
+
+@pytest.fixture(scope="module")
+def triplets(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("triplets")
+    return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, tiny_folder, triplets) -> Path:
+    """Four steps, a checkpoint at each second one."""
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    done = main_ppo(*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=4", "trainer.save_freq=2")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def copied_run(short_run, tmp_path) -> Path:
+    return Path(shutil.copytree(short_run, tmp_path / "run"))
+
+
+def message(stderr: str) -> str:
+    """What the program says last."""
+    return stderr[stderr.rindex("main_ppo: ") :]
+
+
+def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
+    """Read the run's output up to a line that holds `text`."""
+    assert process.stdout is not None
+    assert any(text in line for line in iter(process.stdout.readline, "")), process.communicate()[1]
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(tmp_path, tiny_folder, triplets):
+    """KILLS=30 in the environment for the long form."""
+    kills = int(os.environ.get("KILLS", "3"))
+    more = [
+        f"trainer.total_training_steps={12 * kills}", "trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=2",
+        "trainer.test_freq=9", "data.val_sts_file=null",
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = main_ppo(*recipe(tiny_folder, triplets, whole), *more)
+    assert done.returncode == 0, done.stderr
+    found = run_with_kills([*recipe(tiny_folder, triplets, killed), *more], kills, random.Random(kills), longest_s=4)
+    for kill in found:
+        assert kill["left"] == []
+        if kill["killed"] == "worker":
+            assert re.search(r"rank 0 \(pid \d+ on .*\) died in phase \w+; its memory peaked", message(kill["errors"]))
+    assert numbers(whole) == numbers(killed)
+    hashes = [weights_sha256(run, 12 * kills) for run in (whole, killed)]
+    assert hashes[0] == hashes[1]
+    print(f"{len(found)} kills, of the worker {sum(k['killed'] == 'worker' for k in found)}; sha256 {hashes}")
+    assert not list(killed.glob(".global_step_*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_had_been(
+    number, tmp_path, tiny_folder, triplets, short_run
+):
+    run_dir = tmp_path / "run"
+    more = ["trainer.total_training_steps=4", "trainer.save_freq=-1"]
+    mark = f"GRACE_SIGNAL_{number}"
+    process = start_main_ppo(*recipe(tiny_folder, triplets, run_dir), *more, **{mark: "1"})
+    wait_for(process, "step 1/4")
+    # As a terminal does: to every process of the group.
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, errors
+    assert f"ended by {signal.Signals(number).name}" in message(errors)
+    assert "the same command goes on from there" in output
+    assert left_after(mark) == []
+    done = main_ppo(*recipe(tiny_folder, triplets, run_dir), *more)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert numbers(run_dir) == numbers(short_run)
+    assert weights_sha256(run_dir, 4) == weights_sha256(short_run, 4)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_nothing_running(tmp_path, tiny_folder, triplets):
+    mark = "GRACE_TWO_SIGNALS"
+    process = start_main_ppo(
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "data.max_response_length=400",
+        "actor_rollout_ref.rollout.ignore_eos=True", "trainer.total_training_steps=9", **{mark: "1"},
+    )  # fmt: skip
+    wait_for(process, "parameters, ")
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert time.monotonic() - start < 20
+    assert left_after(mark) == []
+
+
+def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
+    mark = "GRACE_HANG"
+    process = start_main_ppo(
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=8",
+        "trainer.total_training_steps=500", "trainer.save_freq=0", **{mark: "1"},
+    )  # fmt: skip
+    wait_for(process, "step 2/500")
+    workers = [pid for pid in pids_with(mark) if "ActorRolloutRefWorker" in command_line(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=90)
+    said = message(errors)
+    assert process.returncode == 1, errors
+    assert re.search(r"no sign of a worker for \d+ s in phase \w+ \(trainer.phase_timeout_s=8", said), said
+    assert re.search(rf"rank \d \(pid {workers[1]} on .*\): has not, and wrote no stacks: it is stopped", said), said
+    assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (has done its part|has not; it stands here:\nT)", said), (
+        said
+    )
+    assert left_after(mark) == []
+
+
+def test_a_full_disk_is_said_with_what_to_do_and_costs_no_earlier_checkpoint(copied_run, tiny_folder, triplets):
+    """The folder's quota is a small file system of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = copied_run.parent / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr}")
+    try:
+        done = main_ppo(
+            *recipe(tiny_folder, triplets, small / "run"), "trainer.total_training_steps=20", "trainer.save_freq=1"
+        )
+        said = message(done.stderr)
+        assert done.returncode == 1, done.stderr
+        assert "could not be saved in" in said and "No space left on device" in said, said
+        last = re.search(r"it goes on from step (\d+)\.", said)
+        assert last, said
+        assert (small / "run" / f"global_step_{last[1]}" / "trainer_state.json").is_file()
+        assert not list((small / "run").glob(".global_step_*"))
+        for step in sorted((small / "run").glob("global_step_*"))[:-1]:
+            shutil.rmtree(step)
+        again = main_ppo(
+            *recipe(tiny_folder, triplets, small / "run"), "trainer.save_freq=0",
+            f"trainer.total_training_steps={int(last[1]) + 1}",
+        )  # fmt: skip
+        assert again.returncode == 0 and f"{last[1]} steps done" in again.stdout, again.stderr
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_truncated_shard_is_passed_over_and_named(copied_run, tiny_folder, triplets, short_run):
+    shard = next((copied_run / "global_step_4/actor").glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    run = [*recipe(tiny_folder, triplets, copied_run), "trainer.total_training_steps=4", "trainer.save_freq=2"]
+    given = main_ppo(*run, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={copied_run}/global_step_4")
+    assert given.returncode == 2
+    assert f"{shard} has" in message(given.stderr) and "give a whole global_step_N folder" in message(given.stderr)
+    done = main_ppo(*run)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"passed over: {shard} has \d+ bytes instead of \d+", done.stdout)
+    assert "2 steps done" in done.stdout and "set_aside_1" in done.stdout
+    assert numbers(copied_run) == numbers(short_run)
+
+
+def test_a_run_goes_on_with_another_number_of_workers_and_the_same_samples(
+    copied_run, tiny_folder, triplets, short_run
+):
+    def texts(run_dir: Path, step: int) -> list[str]:
+        lines = (run_dir / f"samples/step_{step}.jsonl").read_text().splitlines()
+        return sorted({json.loads(line)["text"] for line in lines})
+
+    run = [*recipe(tiny_folder, triplets, copied_run), "trainer.save_freq=-1"]
+    (copied_run / "latest_checkpointed_iteration.txt").write_text("2\n")
+    for steps, workers, said in ((3, 2, "2 steps done"), (4, 1, "3 steps done")):
+        done = main_ppo(*run, f"trainer.total_training_steps={steps}", f"trainer.n_gpus_per_node={workers}")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout and "changed: trainer.n_gpus_per_node" in done.stdout, done.stdout
+        assert texts(copied_run, steps) == texts(short_run, steps)
+    assert [line["step"] for line in numbers(copied_run)] == [1, 2, 3, 4]
+
+
+def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_folder, triplets, tmp_path):
+    run = [*recipe(tiny_folder, triplets, copied_run), "trainer.total_training_steps=5", "trainer.save_freq=0"]
+    other = prepare("supervised", write_triplets(tmp_path / "raw.jsonl", 30), tmp_path / "data")
+    changes = ["actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.optim.lr=1e-4"]
+    changes.append(f"data.train_files={other}/train.parquet")
+    refused = main_ppo(*run, *changes)
+    said = message(refused.stderr)
+    assert refused.returncode == 2
+    assert "actor_rollout_ref.rollout.n: 3 before, 2 now" in said
+    assert "data.train_files: other contents" in said and "trainer.resume_force=True" in said and "optim.lr" not in said
+    forced = main_ppo(*run, *changes, "trainer.resume_force=True")
+    assert forced.returncode == 0, forced.stderr
+    for line in ("FORCED: actor_rollout_ref.rollout.n", "changed: actor_rollout_ref.actor.optim.lr: 0.001 before"):
+        assert line in forced.stdout

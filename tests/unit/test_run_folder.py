@@ -1,0 +1,152 @@
+"""The bookkeeping of a run folder: what is latest, what is kept, what a killed run leaves, what is damaged."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from verl.utils.run_folder import LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+
+
+def write_step(run: RunFolder, step: int):
+    folder = run.begin(step)
+    (folder / "actor").mkdir()
+    (folder / "actor" / "weights").write_text(f"weights {step}")
+    return run.publish(step, {"step": step})
+
+
+def test_a_published_step_is_whole_and_the_newest(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.newest_whole() == (None, [])
+    write_step(run, 5)
+    folder = write_step(run, 10)
+    assert run.newest_whole() == (folder, [])
+    assert read_state(folder) == {"step": 10, "files": {"actor/weights": 10}}
+    assert (tmp_path / LATEST).read_text() == "10\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_the_newest_are_kept_and_the_best(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10, 15, 100):
+        write_step(run, step)
+        if step == 5:
+            run.mark_best(Best(5, 0.75))
+        run.keep_newest(2)
+    assert run.steps() == [5, 15, 100]
+    assert run.best() == Best(5, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "actor/weights").unlink(), "actor/weights is missing"),
+        (lambda folder: os.truncate(folder / "actor/weights", 3), "actor/weights has 3 bytes instead of 10"),
+        (lambda folder: (folder / STATE).write_text('{"step": 1'), f"{STATE} is damaged"),
+        (lambda folder: (folder / STATE).write_text('{"step": 10}'), f"{STATE} is damaged"),
+        (lambda folder: (folder / STATE).unlink(), f"{STATE} is missing"),
+    ],
+)
+def test_a_damaged_step_is_passed_over_and_named(tmp_path, damage, said):
+    run = RunFolder(tmp_path)
+    older = write_step(run, 5)
+    damage(write_step(run, 10))
+    folder, skipped = run.newest_whole()
+    assert folder == older
+    assert len(skipped) == 1 and said in skipped[0]
+    assert find_fault(older) is None
+
+
+def test_when_no_step_is_whole_it_is_said_rather_than_started_over(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10):
+        (write_step(run, step) / "actor/weights").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole(.|\n)*global_step_10(.|\n)*step_5"):
+        run.newest_whole()
+
+
+def test_steps_after_the_one_gone_on_from_are_set_aside_once_each(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10, 15):
+        write_step(run, step)
+    run.mark_best(Best(15, 1.0))
+    aside = run.set_aside_after(5)
+    assert aside == tmp_path / "set_aside_1"
+    assert sorted(path.name for path in aside.iterdir()) == ["global_step_10", "global_step_15"]
+    assert run.steps() == [5] and run.best() is None and run.newest_whole()[0] == run.step(5)
+    write_step(run, 10)
+    assert run.set_aside_after(5) == tmp_path / "set_aside_2"
+    assert run.set_aside_after(5) is None
+
+
+def test_a_step_whose_setting_aside_was_cut_short_is_not_gone_on_from(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (5, 10):
+        write_step(run, step)
+    (tmp_path / LATEST).write_text("5\n")
+    assert run.newest_whole()[0] == run.step(5)
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    run = RunFolder(tmp_path)
+    write_step(run, 5)
+    (run.begin(10) / "half").write_text("x")
+    run.step(5).rename(tmp_path / ".global_step_5.removing")
+    assert run.remove_leftovers() == [".global_step_10.writing", ".global_step_5.removing"]
+    assert not list(tmp_path.glob(".global*"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"trainer\.default_local_dir=.*file/run cannot be written to"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+# Publishes steps 1, 2, ... and keeps two; in every step all files say the step.
+_WRITER = """
+import sys
+from pathlib import Path
+from verl.utils.run_folder import Best, RunFolder
+run = RunFolder(Path(sys.argv[1]))
+run.remove_leftovers()
+folder, skipped = run.newest_whole()
+assert not skipped, skipped
+step = int((folder / "part0").read_text().split()[0]) if folder else 0
+run.set_aside_after(step)
+print("ready", flush=True)
+while True:
+    step += 1
+    folder = run.begin(step)
+    for part in range(4):
+        (folder / f"part{part}").write_text(f"{step} " * 2000)
+    run.publish(step, {"step": step})
+    run.keep_newest(2)
+"""
+
+
+def test_killed_at_any_moment_the_newest_step_is_whole(tmp_path):
+    """Thirty kills at random moments of writing, naming and removing."""
+    draw = random.Random(0)
+    reached = 0
+    for _ in range(30):
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "ready\n"
+        try:
+            writer.wait(timeout=draw.uniform(0, 0.05))
+        except subprocess.TimeoutExpired:
+            writer.kill()
+        assert writer.wait() == -9
+        run = RunFolder(tmp_path)
+        folder, skipped = run.newest_whole()
+        assert not skipped
+        if folder:
+            step = read_state(folder)["step"]
+            assert step >= reached and folder == run.step(step)
+            reached = step
+            for part in range(4):
+                assert (folder / f"part{part}").read_text() == f"{step} " * 2000
+    assert reached > 10
+    assert json.loads((tmp_path / LATEST).read_text()) >= reached - 1

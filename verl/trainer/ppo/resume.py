@@ -1,0 +1,105 @@
+"""Where a run goes on from: the newest whole checkpoint, and whether the run is still the same one."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.config import ConfigError, RunConfig
+from verl.utils.run_folder import RunFolder, find_fault, read_state, step_folder
+
+# A run that goes on with another of these is another run: other samples, other rows, or another model.
+_SAME_RUN = (
+    "actor_rollout_ref.model.path",
+    "actor_rollout_ref.model.override_config",
+    "actor_rollout_ref.rollout.n",
+    "data.train_mode",
+    "data.train_batch_size",
+    "data.prompt_key",
+    "data.filter_overlong_prompts",
+    "data.shuffle",
+    "data.seed",
+)
+# These say how to go on, and where; not what is trained.
+_NOT_COMPARED = ("trainer.resume_mode", "trainer.resume_from_path", "trainer.resume_force")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    folder: Path
+    state: dict[str, Any]
+    """Its trainer_state.json."""
+    notes: list[str]
+    """What a person should know: checkpoints passed over, settings that are others now."""
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePoint | None:
+    """The checkpoint to go on from, or None.
+
+    Args:
+        data_sha256: of the training files' bytes.
+
+    Raises:
+        ConfigError: trainer.resume_from_path is not a whole checkpoint, or it is one of another run.
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    mode = config.trainer.resume_mode
+    if mode == "disable":
+        return None
+    if mode == "auto":
+        folder, skipped = run.newest_whole()
+        if folder is None:
+            return None
+    else:
+        folder, skipped = _given_folder(config), []
+    state = read_state(folder)
+    notes = [f"passed over: {reason}" for reason in skipped]
+    return ResumePoint(folder, state, notes + _compare(state, config, data_sha256, folder))
+
+
+def _given_folder(config: RunConfig) -> Path:
+    assert config.trainer.resume_from_path is not None
+    folder = Path(config.trainer.resume_from_path).absolute()
+    if fault := find_fault(folder):
+        raise ConfigError(
+            f"trainer.resume_from_path={config.trainer.resume_from_path}: {fault}; give a whole global_step_N folder, "
+            f"such as {step_folder(config.run_dir, 50)}."
+        )
+    return folder
+
+
+def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder: Path) -> list[str]:
+    """A line for every setting that is another now.
+
+    Raises:
+        ConfigError: with one of them it is another run, and trainer.resume_force is not set.
+    """
+    before, now = (dict(_leaves(values)) for values in (state["config"], config.model_dump(mode="json")))
+    changed = {
+        key: f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _NOT_COMPARED
+    }
+    other_run = [line for key, line in changed.items() if key.startswith(_SAME_RUN)]
+    if state["data_sha256"] != data_sha256:
+        other_run.append(f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)")
+    if other_run and not config.trainer.resume_force:
+        raise ConfigError(
+            f"{folder} is of another run:\n  " + "\n  ".join(other_run) + "\nGive the same values; or another "
+            "trainer.experiment_name to start a new run; or trainer.resume_force=True to go on with these."
+        )
+    lines = [line for line in changed.values() if line not in other_run]
+    return [f"changed: {line}" for line in lines] + [f"FORCED: {line}" for line in other_run]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,220 @@
+"""The step folders of a run: written aside, made durable, named, checked, removed.
+
+    <run>/latest_checkpointed_iteration.txt      the newest step
+    <run>/best_checkpointed_iteration.txt        the best step and its value, with trainer.save_best
+    <run>/global_step_N/                         a whole step; trainer_state.json lists its files
+    <run>/.global_step_N.writing                 a step that is being written
+    <run>/.global_step_N.removing                one that is being removed
+    <run>/set_aside_K/global_step_N              steps after the one that a run went on from
+
+A process may be killed, and a machine lose power, between any two lines here: what a step's name stands for is whole,
+and on the disk.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
+STATE = "trainer_state.json"
+STEP_PREFIX = "global_step_"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the file and a way out."""
+
+
+@dataclass(frozen=True)
+class Best:
+    step: int
+    value: float
+
+
+class RunFolder:
+    """The checkpoints in a run's folder.
+
+    Args:
+        path: made when it is not there.
+
+    Raises:
+        CheckpointError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        probe = path / ".write_test"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"trainer.default_local_dir={path} cannot be written to: {error.strerror}. Make it writable, free some "
+                "space, or give another folder."
+            ) from error
+
+    def step(self, step: int) -> Path:
+        return step_folder(self.path, step)
+
+    def steps(self) -> list[int]:
+        return saved_steps(self.path)
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what a killed run was writing or removing; return the names."""
+        found = [*self.path.glob(f".{STEP_PREFIX}*.writing"), *self.path.glob(f".{STEP_PREFIX}*.removing")]
+        for folder in found:
+            shutil.rmtree(folder)
+        return sorted(folder.name for folder in found)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a step in, under a temporary name."""
+        folder = self._writing(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def abandon(self, step: int) -> None:
+        """Give the room of a step back that could not be written."""
+        shutil.rmtree(self._writing(step), ignore_errors=True)
+
+    def publish(self, step: int, state: dict[str, Any]) -> Path:
+        """Give a written step its name and make it the latest, once it is on the disk.
+
+        Args:
+            state: of the trainer; `files` is added to it.
+        """
+        written, final = self._writing(step), self.step(step)
+        files = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}
+        (written / STATE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n")
+        for path in (*_files(written), *_folders(written)):
+            _sync(path)
+        if final.exists():
+            self._remove(step)
+        written.rename(final)
+        _sync(self.path)
+        _write_durably(self.path / LATEST, f"{step}\n")
+        return final
+
+    def mark_best(self, best: Best) -> None:
+        _write_durably(self.path / BEST, json.dumps(vars(best)) + "\n")
+
+    def best(self) -> Best | None:
+        file = self.path / BEST
+        return Best(**json.loads(file.read_text())) if file.is_file() else None
+
+    def keep_newest(self, count: int) -> None:
+        """Remove whole steps, the oldest first, until `count` are left; never the best one."""
+        best = self.best()
+        kept = [step for step in self.steps() if best is None or step != best.step]
+        for step in kept[:-count]:
+            self._remove(step)
+
+    def set_aside_after(self, step: int) -> Path | None:
+        """Move the steps after one that the run goes on from out of the way; return where to, if there are any."""
+        if (best := self.best()) and best.step > step:
+            (self.path / BEST).unlink()
+        later = [found for found in self.steps() if found > step]
+        if not later:
+            return None
+        # First: were the run killed now, it would go on from the same step again.
+        _write_durably(self.path / LATEST, f"{step}\n")
+        number = 1 + max((int(p.name.rsplit("_", 1)[1]) for p in self.path.glob("set_aside_*")), default=0)
+        aside = self.path / f"set_aside_{number}"
+        aside.mkdir()
+        for found in later:
+            self.step(found).rename(aside / self.step(found).name)
+        return aside
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest step that can be gone on from, and for each newer one why it cannot.
+
+        Raises:
+            CheckpointError: there are steps, and none is whole.
+        """
+        tracker, skipped = self.path / LATEST, list[str]()
+        # A step beyond the tracker was about to be set aside, or the run was killed before the tracker was written.
+        last = int(tracker.read_text()) if tracker.is_file() else None
+        for step in (found for found in reversed(self.steps()) if last is None or found <= last):
+            if (reason := find_fault(self.step(step))) is None:
+                return self.step(step), skipped
+            skipped.append(reason)
+        if skipped:
+            raise CheckpointError(
+                "no checkpoint of this run is whole:\n  " + "\n  ".join(skipped) + "\nSet trainer.resume_mode=disable "
+                "to start over, or put the files back."
+            )
+        return None, []
+
+    def _writing(self, step: int) -> Path:
+        return self.path / f".{STEP_PREFIX}{step}.writing"
+
+    def _remove(self, step: int) -> None:
+        """Take the name away first: half a step must not be taken for a whole one."""
+        doomed = self.path / f".{STEP_PREFIX}{step}.removing"
+        self.step(step).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / f"{STEP_PREFIX}{step}"
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of a run that have a folder, oldest first."""
+    names = (path.name.removeprefix(STEP_PREFIX) for path in run_dir.glob(f"{STEP_PREFIX}*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `RunFolder.publish` was given, and `files`."""
+    return json.loads((folder / STATE).read_text())
+
+
+def find_fault(folder: Path) -> str | None:
+    """Why nothing can go on from a step's folder, or None."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    try:
+        files = read_state(folder)["files"]
+    except FileNotFoundError:
+        return f"{folder / STATE} is missing"
+    except (ValueError, KeyError) as error:
+        return f"{folder / STATE} is damaged ({error!r})"
+    for name, size in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{file} has {found} bytes instead of {size}"
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _folders(folder: Path) -> Iterable[Path]:
+    """Subfolders before the folders they are in."""
+    return (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_durably(file: Path, text: str) -> None:
+    """Replace a file's text as a whole."""
+    aside = file.with_name(f".{file.name}.writing")
+    aside.write_text(text)
+    _sync(aside)
+    aside.replace(file)
+    _sync(file.parent)
