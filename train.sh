@@ -3,12 +3,18 @@
 #
 #   bash train.sh                      the paper's recipe on the visible GPUs; without a GPU the CPU recipe
 #   MODE=unsupervised bash train.sh    plain texts instead of triplets
+#   bash train.sh --doctor             whether this machine can do that: every line OK, or what to do
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
 #
 # From the environment: MODE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")"
 
+PROGRAM=verl.trainer.main_ppo
+if [[ "${1:-}" == --doctor ]]; then
+    PROGRAM=verl.doctor
+    shift
+fi
 MODE=${MODE:-supervised}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if [[ "$MODE" != supervised && "$MODE" != unsupervised ]]; then
@@ -73,7 +79,7 @@ else
     )
 fi
 
-exec "$PYTHON" -m verl.trainer.main_ppo \
+exec "$PYTHON" -m "$PROGRAM" \
     +data.train_mode="$MODE" \
     data.train_files="$TRAIN_FILE" \
     data.val_files="$VAL_FILE" \

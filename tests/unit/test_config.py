@@ -10,8 +10,8 @@ import yaml
 
 from verl.config import ConfigError, RunConfig
 from verl.config_checks import build_config
-from verl.trainer.main_ppo import build_renderer, check_engine_groups, compose_config, find_devices
 from verl.trainer.ppo.batch_plan import BatchPlan
+from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
 
 ORIGINAL = """
 algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False algorithm.use_kl_in_reward=False

@@ -4,9 +4,9 @@ import torch
 from test_config import ORIGINAL
 
 from verl.protocol import DataProto
-from verl.trainer.main_ppo import compose_config
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.prepare import compose_config
 from verl.workers.reward_manager.base import RewardOutput
 
 ENGINE = torch.tensor([[-1.0, -2.0], [-0.5, -1.5], [-3.0, -1.0], [-1.0, -1.0]])

@@ -4,11 +4,15 @@ Training, data preparation and evaluation all render through `PromptRenderer`. I
 prompt, which token is the first of the user's text (where pooling starts), and it shortens an
 over-long *user text*, never the rendered prompt, so that the assistant header always survives.
 
+A text may hold the template's own markers, such as <|im_end|>. They are its author's characters and are tokenized as
+such: they end no turn.
+
 Imports neither torch nor transformers: the data programs use it too.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +23,7 @@ SYSTEM_PROMPT = (
 )
 
 Message = dict[str, str]
+Offsets = list[tuple[int, int]]
 Truncation = Literal["left", "right", "middle", "error"]
 
 # Two texts no template or user would write; rendering both shows where a template puts the user's words.
@@ -82,6 +87,8 @@ class PromptRenderer:
         self.truncation = truncation
         self.allow_empty = allow_empty
         self._frames: dict[str, tuple[str, str]] = {}
+        markers = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
+        self._marker = re.compile("|".join(markers)) if markers else None
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
         """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
@@ -93,7 +100,7 @@ class PromptRenderer:
         if not conversations:
             return []
         framed = [(self.frame(c), self._user_text(c)) for c in conversations]
-        encoded = self._tokenize([prefix + text + suffix for (prefix, suffix), text in framed])
+        encoded = self._tokenize([(prefix, text, suffix) for (prefix, suffix), text in framed])
         return [
             self._finish(frame, text, ids, offsets)
             for (frame, text), (ids, offsets) in zip(framed, encoded, strict=True)
@@ -103,10 +110,12 @@ class PromptRenderer:
         """Number of token ids of each rendered prompt, before any shortening."""
         if not conversations:
             return []
-        framed = [(self.frame(c), self._user_text(c)) for c in conversations]
-        texts = [prefix + text + suffix for (prefix, suffix), text in framed]
+        parts = [(prefix, self._user_text(c), suffix) for c in conversations for prefix, suffix in [self.frame(c)]]
+        counts = {i: len(self._tokenize_marked(*part)[0]) for i, part in enumerate(parts) if self._has_marker(part[1])}
+        plain = ["".join(part) for i, part in enumerate(parts) if i not in counts]
         # The backend's own call: no lists of ids and masks are built only to be counted.
-        return [len(e) for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
+        return [counts[i] if i in counts else len(next(encoded)) for i in range(len(parts))]
 
     def fingerprint(self) -> str:
         """Hash of what decides a prompt's length: the tokenizer's tokens and its chat template."""
@@ -143,11 +152,39 @@ class PromptRenderer:
         prefix, suffix = rendered.split(probe)
         return prefix, suffix
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    def _has_marker(self, text: str) -> bool:
+        return bool(self._marker and self._marker.search(text))
+
+    def _tokenize(self, parts: Sequence[tuple[str, str, str]]) -> list[tuple[list[int], Offsets]]:
+        """Ids and character offsets of each (prefix, text, suffix)."""
+        marked = {i: self._tokenize_marked(*part) for i, part in enumerate(parts) if self._has_marker(part[1])}
+        plain = ["".join(part) for i, part in enumerate(parts) if i not in marked]
+        encoded = iter(self._encode(plain) if plain else [])
+        return [marked[i] if i in marked else next(encoded) for i in range(len(parts))]
+
+    def _tokenize_marked(self, prefix: str, text: str, suffix: str) -> tuple[list[int], Offsets]:
+        """As one line, but with the text's markers as plain characters."""
+        (head,), (middle,), (tail,) = (
+            self._encode([prefix]),
+            self._encode([text], markers=False),
+            self._encode([suffix]),
+        )
+        ids, offsets, start = [], [], 0
+        for part, (part_ids, part_offsets) in zip((prefix, text, suffix), (head, middle, tail), strict=True):
+            ids += part_ids
+            offsets += [(start + first, start + last) for first, last in part_offsets]
+            start += len(part)
+        return ids, offsets
+
+    def _encode(self, texts: list[str], markers: bool = True) -> list[tuple[list[int], Offsets]]:
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=not markers
+        )
+        # The backend keeps what the last call wanted, and `lengths` calls it directly.
+        self.tokenizer.backend_tokenizer.encode_special_tokens = False
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
-    def _finish(self, frame: tuple[str, str], text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Prompt:
+    def _finish(self, frame: tuple[str, str], text: str, ids: list[int], offsets: Offsets) -> Prompt:
         prefix, suffix = frame
         shortened = False
         if self.max_length is not None and len(ids) > self.max_length:
@@ -157,8 +194,8 @@ class PromptRenderer:
         return Prompt(ids=ids, text_start=text_start, text=text, shortened=shortened)
 
     def _shorten(
-        self, prefix: str, text: str, suffix: str, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[str, list[int], list[tuple[int, int]]]:
+        self, prefix: str, text: str, suffix: str, ids: list[int], offsets: Offsets
+    ) -> tuple[str, list[int], Offsets]:
         assert self.max_length is not None
         if self.truncation == "error":
             raise ValueError(
@@ -171,7 +208,7 @@ class PromptRenderer:
         keep = self.max_length - (len(ids) - len(spans))
         while keep > 0:
             cut = _cut(text, spans, keep, self.truncation)
-            ((ids, offsets),) = self._tokenize([prefix + cut + suffix])
+            ((ids, offsets),) = self._tokenize([(prefix, cut, suffix)])
             if len(ids) <= self.max_length:
                 return cut, ids, offsets
             # Text cut in the middle of a word can tokenize to a few more ids than it had inside.

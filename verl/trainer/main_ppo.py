@@ -8,23 +8,14 @@ and the devices started. Exit code 2: something given is wrong, and the message 
 """
 
 import argparse
-import logging
-import os
-import signal
 import sys
 from pathlib import Path
 
 import ray
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from transformers import AutoConfig
 
 from verl.config import ConfigError, RunConfig, file_list
-from verl.config_checks import build_config, check_key
-from verl.embedding.prompts import PromptRenderer
 from verl.single_controller.ray_group import RayWorkerGroup, WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -32,17 +23,24 @@ from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.resume import find_resume
 from verl.trainer.ppo.validation import Validation
+from verl.trainer.prepare import (
+    CONFIG_DIR,
+    build_renderer,
+    check_engine_groups,
+    compose_config,
+    find_devices,
+    sample_roles,
+    start_ray,
+)
 from verl.utils.dataset import PromptDataset
 from verl.utils.logging import quiet_libraries
 from verl.utils.run_folder import CheckpointError, RunFolder
 from verl.utils.signals import Interrupted, StopSignals
-from verl.utils.tokenizer import load_tokenizer
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.rollout.choose import choose_engine
 
-CONFIG_DIR = Path(__file__).parent / "config"
 EXIT_USER_ERROR = 2
 
 
@@ -68,21 +66,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"\nmain_ppo: ended by {interrupted}\n")
         return interrupted.exit_code
     return 0
-
-
-def compose_config(overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR) -> RunConfig:
-    """Compose YAML and overrides with hydra, and check the result.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type, a missing file or a bad combination.
-    """
-    for override in OverridesParser.create().parse_overrides(overrides):
-        check_key(override.key_or_group)
-    with initialize_config_dir(str(config_path.absolute()), version_base=None):
-        composed = compose(config_name, overrides)
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    return build_config({str(key): value for key, value in values.items()})
 
 
 def run(config: RunConfig) -> None:
@@ -136,102 +119,6 @@ def run(config: RunConfig) -> None:
         finally:
             # Ends the cluster if it was started here.
             ray.shutdown()
-
-
-def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
-    """The texts of a sample that get a rationale; the first one is trained."""
-    if not needs_embeddings:
-        return ("positive",)
-    return ("positive", "query", "negative") if train_mode == "supervised" else ("positive", "query")
-
-
-def find_devices(config: RunConfig) -> tuple[str, int]:
-    """The device and the number of workers per machine.
-
-    Raises:
-        ConfigError: cuda is asked for and not there, or there are fewer devices than workers.
-    """
-    wanted, gpus = config.trainer.device, torch.cuda.device_count()
-    cpus = config.ray_init.num_cpus or os.cpu_count() or 1
-    device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
-    if device == "cuda" and not gpus:
-        raise ConfigError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
-    available = gpus if device == "cuda" else cpus
-    workers = config.trainer.n_gpus_per_node or (gpus if device == "cuda" else 1)
-    if workers > available:
-        raise ConfigError(
-            f"trainer.n_gpus_per_node={workers}, but this machine has {available} "
-            f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
-        )
-    return device, workers
-
-
-def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
-    """Raise ConfigError unless the workers of a machine divide into engines."""
-    rollout = config.actor_rollout_ref.rollout
-    size = rollout.tensor_model_parallel_size
-    if size > 1 and rollout.name != "vllm":
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} needs the engine vllm, and this run "
-            f"generates with {rollout.name}; set it to 1."
-        )
-    if workers_per_node % size:
-        divisors = [d for d in range(1, workers_per_node + 1) if workers_per_node % d == 0]
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} does not divide the {workers_per_node} "
-            f"workers of a machine; use one of {', '.join(map(str, divisors))}."
-        )
-
-
-def build_renderer(config: RunConfig) -> PromptRenderer:
-    """The prompt renderer of the model's tokenizer.
-
-    Raises:
-        ConfigError: no such model, or prompt and response do not fit its context.
-    """
-    model, data = config.actor_rollout_ref.model, config.data
-    assert model.path is not None
-    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    model_config = AutoConfig.from_pretrained(
-        model.path, trust_remote_code=model.trust_remote_code, **model.override_config
-    )
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    wanted = data.max_prompt_length + data.max_response_length
-    if context is not None and wanted > context:
-        raise ConfigError(
-            f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length} "
-            f"= {wanted} tokens, beyond the model's context of {context}; lower one of them by {wanted - context}."
-        )
-    return PromptRenderer(tokenizer, data.max_prompt_length, data.truncation)
-
-
-def start_ray(config: RunConfig, world_size: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
-                "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
-            ) from error
-        return
-    if config.trainer.nnodes > 1:
-        raise ConfigError(
-            f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
-            "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
-        )
-    cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    # What is started here inherits that SIGTERM waits: a batch system sends it to all processes of a job, and the last
-    # step cannot be saved when Ray has ended.
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        # On loopback: a cluster of one machine is nobody else's business.
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:

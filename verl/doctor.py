@@ -1,0 +1,267 @@
+"""Whether this machine can train: python3 -m verl.doctor [key=value ...], or bash train.sh --doctor [key=value ...]
+
+Every line is OK, or says what to do. The overrides are those of the run that is meant. Exit code 1: something is wrong.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hydra.errors import HydraException
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from verl.config import ConfigError, RunConfig
+from verl.embedding.prompts import rationale_messages
+from verl.models.policy import build_twin, load_causal_lm
+from verl.single_controller.worker import Worker, WorkerPlace
+from verl.trainer.prepare import build_renderer, compose_config, find_devices, start_ray
+from verl.utils.logging import quiet_libraries
+from verl.utils.run_folder import CheckpointError, RunFolder
+from verl.utils.tokenizer import load_tokenizer, stop_token_ids
+from verl.workers.rollout.base import Rollout, finish
+from verl.workers.rollout.choose import choose_engine, load_vllm_adapter
+from verl.workers.rollout.hf import HFRollout
+
+_REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+_TIMEOUT_S = 120
+_WRITE_MIB = 256
+
+
+class Trouble(Exception):
+    """What a check found wrong; the message says what to do."""
+
+
+def check_versions(_: RunConfig) -> str:
+    """The packages that are installed against those that were tested together."""
+    wrong, count = [], 0
+    for line in _REQUIREMENTS.read_text().splitlines():
+        if not (pinned := re.match(r"([\w.-]+)==([\w.+]+)", line)):
+            continue
+        name, wanted = pinned.groups()
+        count += 1
+        try:
+            found = version(name).split("+")[0]
+        except PackageNotFoundError:
+            wrong.append(f"{name} is missing (tested: {wanted})")
+            continue
+        if found != wanted.split("+")[0]:
+            wrong.append(f"{name} {found} (tested: {wanted})")
+    if wrong:
+        raise Trouble("; ".join(wrong) + ". Run pip install -r requirements.txt, or expect surprises.")
+    return f"Python {platform.python_version()}, {count} packages as tested"
+
+
+def check_devices(config: RunConfig) -> str:
+    device, workers = find_devices(config)
+    if device == "cpu":
+        memory = psutil.virtual_memory()
+        return f"{workers} worker(s) on {os.cpu_count()} CPUs, {memory.available / 2**30:.1f} GiB of memory free"
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        lines.append(f"{torch.cuda.get_device_name(i)} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free)")
+        if free < total / 2:
+            raise Trouble(f"GPU {i} is in use: {lines[-1]}. Stop what runs there (nvidia-smi), or hide it "
+                          "(CUDA_VISIBLE_DEVICES).")  # fmt: skip
+    flash = "flash-attn" if importlib.util.find_spec("flash_attn") else "no flash-attn (slower; see the README)"
+    return f"{workers} worker(s) per machine, {', '.join(lines)}, {flash}"
+
+
+def check_ray(config: RunConfig) -> str:
+    """A cluster with room for the workers."""
+    device, workers = find_devices(config)
+    start_ray(config, workers * config.trainer.nnodes)
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        free = ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0)
+    finally:
+        ray.shutdown()
+    wanted = workers * config.trainer.nnodes
+    if len(nodes) < config.trainer.nnodes or free < wanted:
+        raise Trouble(
+            f"the cluster has {len(nodes)} machine(s) and {free:g} free {device} slots; the run wants "
+            f"{config.trainer.nnodes} and {wanted}. Add machines (ray start --address=HEAD:6379), or stop the job that "
+            "holds them (ray list actors)."
+        )
+    return f"{len(nodes)} machine(s), {free:g} {device} slots free, {wanted} wanted"
+
+
+def check_all_reduce(config: RunConfig) -> str:
+    """Two processes add their ranks up: over the network stack that training uses."""
+    device, _ = find_devices(config)
+    use_cuda = device == "cuda" and torch.cuda.device_count() > 1
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        context = mp.spawn(_all_reduce, (f"{folder}/meet", use_cuda), nprocs=2, join=False)
+        while not context.join(timeout=1):
+            if time.monotonic() > start + _TIMEOUT_S:
+                for process in context.processes:
+                    process.kill()
+                raise Trouble(f"no answer in {_TIMEOUT_S} s. Set NCCL_DEBUG=INFO and look at NCCL_SOCKET_IFNAME, "
+                              "GLOO_SOCKET_IFNAME and the firewall.")  # fmt: skip
+        return f"2 processes over {'nccl' if use_cuda else 'gloo'} in {time.monotonic() - start:.1f} s"
+
+
+def _all_reduce(rank: int, meet: str, use_cuda: bool) -> None:
+    if use_cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if use_cuda else "gloo", f"file://{meet}", rank=rank, world_size=2)
+    value = torch.tensor([rank + 1.0], device="cuda" if use_cuda else "cpu")
+    dist.all_reduce(value)
+    dist.destroy_process_group()
+    assert float(value) == 3.0, value
+
+
+def check_model(config: RunConfig) -> str:
+    """The model's config, tokenizer and chat template, and that a prompt fits."""
+    model = config.actor_rollout_ref.model
+    assert model.path is not None
+    renderer = build_renderer(config)
+    (prompt,) = renderer.render([rationale_messages("A text.")])
+    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    stops = stop_token_ids(renderer.tokenizer, found)
+    if renderer.tokenizer.pad_token_id in stops:
+        note = "; pad is an end token, which is fine here (lengths are counted)"
+    else:
+        note = ""
+    return f"{model.path}: {found.model_type}, a short text takes {len(prompt.ids)} tokens, ends at {stops}{note}"
+
+
+def check_hf(config: RunConfig) -> str:
+    """A short rationale from transformers."""
+    lm, stops = _load(config)
+    device, model = torch.device(find_devices(config)[0]), config.actor_rollout_ref.model
+    return _generate(config, lm, HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8))
+
+
+def check_vllm(config: RunConfig) -> str:
+    """The same from vLLM."""
+    rollout = config.actor_rollout_ref.rollout
+    if choose_engine("auto")[0] != "vllm":
+        if rollout.name == "vllm":
+            raise Trouble("actor_rollout_ref.rollout.name=vllm, and vllm does not import. Install it, or use hf.")
+        return "not installed; hf is used"
+    lm, stops = _load(config)
+    worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, os.cpu_count() or 1))
+    worker.join_process_group(*worker.find_master_address())
+    engine = load_vllm_adapter().VLLMRollout(
+        config.actor_rollout_ref.model, rollout.model_copy(update={"tensor_model_parallel_size": 1}),
+        worker.device, stops, weight_names=[n for n, _ in lm.named_parameters()],
+        max_model_len=512, max_num_seqs=8, engines_per_node=1,
+    )  # fmt: skip
+    return _generate(config, lm, engine)
+
+
+def _load(config: RunConfig) -> tuple[Any, list[int]]:
+    """The model on the CPU, and the ids that end a response."""
+    model = config.actor_rollout_ref.model
+    assert model.path is not None
+    lm = load_causal_lm(model.path, model.trust_remote_code, model.override_config)
+    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+    return lm, stop_token_ids(tokenizer, lm.config, lm.generation_config)
+
+
+def _generate(config: RunConfig, lm: Any, engine: Rollout) -> str:
+    renderer = build_renderer(config)
+    (prompt,) = renderer.render([rationale_messages("A text about rivers.")])
+    start = time.monotonic()
+    engine.update_weights(lm.named_parameters())
+    engine.wake_up()
+    (response,) = finish(engine.generate([prompt.ids], [0.0], 12, [0]))
+    text = renderer.tokenizer.decode(response.ids, skip_special_tokens=True)
+    return f"{time.monotonic() - start:.1f} s: {text!r}"
+
+
+def check_folder(config: RunConfig) -> str:
+    """The run's folder: written to, how fast, and room for its checkpoints."""
+    run = RunFolder(config.run_dir.absolute())
+    file = run.path / ".doctor_write_test"
+    block = os.urandom(2**20)
+    start = time.monotonic()
+    try:
+        with file.open("wb") as opened:
+            for _ in range(_WRITE_MIB):
+                opened.write(block)
+            opened.flush()
+            os.fsync(opened.fileno())
+    finally:
+        file.unlink(missing_ok=True)
+    speed = _WRITE_MIB / (time.monotonic() - start)
+    model = config.actor_rollout_ref.model
+    assert model.path is not None
+    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
+    size = sum(p.numel() for p in lm.parameters()) * (3 * 4 + (found.dtype or torch.float32).itemsize)
+    free, keep = shutil.disk_usage(run.path).free, config.trainer.max_actor_ckpt_to_keep
+    # One more is written before the oldest is removed.
+    wanted = (keep or 0) + 1
+    if free < wanted * size:
+        raise Trouble(
+            f"{run.path} has {free / 2**30:.1f} GiB free and a checkpoint takes {size / 2**30:.1f}; the run needs room "
+            f"for {wanted} (trainer.max_actor_ckpt_to_keep={keep}). Free some, or set trainer.default_local_dir."
+        )
+    kept = f"{keep} are kept" if keep else "all are kept (trainer.max_actor_ckpt_to_keep)"
+    return f"{speed:.0f} MiB/s; a checkpoint takes {size / 2**30:.2f} GiB, room for {free // size}; {kept}"
+
+
+CHECKS: dict[str, Callable[[RunConfig], str]] = {
+    "versions": check_versions,
+    "devices": check_devices,
+    "ray": check_ray,
+    "all-reduce": check_all_reduce,
+    "model": check_model,
+    "checkpoints": check_folder,
+    "hf": check_hf,
+    "vllm": check_vllm,
+}
+
+
+def examine(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """Run every check: (its name, whether it is fine, what was found or what to do)."""
+    for name, check in CHECKS.items():
+        try:
+            yield name, True, check(config)
+        except (Trouble, ConfigError, CheckpointError, ValueError, RuntimeError, OSError, ImportError) as error:
+            # The other checks say more about the machine; the exit code says that this one failed.
+            yield name, False, f"{error}" if isinstance(error, Trouble) else f"{type(error).__name__}: {error}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        config = compose_config(args.overrides)
+    except (ConfigError, HydraException) as error:
+        sys.stderr.write(f"\ndoctor: {error}\n")
+        return 2
+    failed = 0
+    for name, fine, text in examine(config):
+        failed += not fine
+        sys.stdout.write(f"{'OK  ' if fine else 'FIX '} {name:<12} {text}\n")
+        sys.stdout.flush()
+    sys.stdout.write("everything is fine\n" if not failed else f"{failed} of {len(CHECKS)} checks failed\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
