@@ -85,12 +85,13 @@ def check_devices(config: RunConfig) -> str:
 def check_ray(config: RunConfig) -> str:
     """A cluster with room for the workers."""
     device, workers = find_devices(config)
-    start_ray(config, workers * config.trainer.nnodes)
+    reaper = start_ray(config, workers * config.trainer.nnodes)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         free = ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0)
     finally:
         ray.shutdown()
+        del reaper
     wanted = workers * config.trainer.nnodes
     if len(nodes) < config.trainer.nnodes or free < wanted:
         raise Trouble(

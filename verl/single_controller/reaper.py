@@ -1,59 +1,73 @@
 """Ends what a run has started on this machine when its driver is gone, however it went.
 
 Ray's own processes follow a driver that is killed with SIGKILL, but for its two agents, which stay for good. So the
-driver starts this program beside its cluster: it waits for the end of its input, which the kernel closes with the
-driver, and then ends every process that has the run's mark in its environment.
+driver starts this program beside its cluster. It notes the driver's descendants until its input ends, as the kernel
+closes that with the driver, and then ends those that are left.
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
-_MARK = "GRACE_RUN"
+_LOOK_EVERY_S = 1.0
 # So long the processes may take to end by themselves.
-_GRACE_S = 5.0
+_PATIENCE_S = 5.0
+
+Process = tuple[int, str]
+"""Process id and start time: an id alone may have been given to another process meanwhile."""
 
 
-def start_reaper() -> None:
-    """Mark everything that this process starts from now on; end it when this process has ended."""
-    environment = {name: value for name, value in os.environ.items() if name != _MARK}
-    os.environ[_MARK] = mark = uuid.uuid4().hex
-    subprocess.Popen(
+class Reaper:
+    """The program beside this process; lives as long as this object."""
+
+    def __init__(self) -> None:
         # Alone in its session, so that no signal to the driver's group ends it; without site packages: it is small.
-        [sys.executable, "-I", "-S", __file__, mark],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
 
 
-def _marked(mark: str) -> list[int]:
-    needle, found = f"{_MARK}={mark}".encode(), []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                # A process that has ended and waits for its parent has no environment any more.
-                if needle in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
+def _stat(pid: int) -> tuple[int, str] | None:
+    """The parent of a process, and its start time."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return int(fields[1]), fields[19]
 
 
-def main(mark: str) -> None:
-    sys.stdin.read()
-    end = time.monotonic() + _GRACE_S
-    while (left := _marked(mark)) and time.monotonic() < end:
+def _descendants(root: int) -> set[Process]:
+    pids = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
+    stats = {pid: stat for pid in pids if (stat := _stat(pid))}
+    found = {root}
+    while more := {pid for pid, (parent, _) in stats.items() if parent in found} - found:
+        found |= more
+    return {(pid, stats[pid][1]) for pid in found - {root, os.getpid()}}
+
+
+def _alive(process: Process) -> bool:
+    stat = _stat(process[0])
+    return stat is not None and stat[1] == process[1]
+
+
+def main(driver: int) -> None:
+    seen: set[Process] = set()
+    while not select.select([sys.stdin], [], [], _LOOK_EVERY_S)[0]:
+        seen = {process for process in seen if _alive(process)} | _descendants(driver)
+    end = time.monotonic() + _PATIENCE_S
+    while any(map(_alive, seen)) and time.monotonic() < end:
         time.sleep(0.2)
-    for pid in left:
+    for process in filter(_alive, seen):
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process[0], signal.SIGKILL)
         except ProcessLookupError:
             continue
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]))

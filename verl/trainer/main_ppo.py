@@ -95,7 +95,7 @@ def run(config: RunConfig) -> None:
     folder = RunFolder(config.run_dir.absolute())
     resume = find_resume(config, folder, dataset.sha256)
     with StopSignals() as signals:
-        start_ray(config, world_size)
+        reaper = start_ray(config, world_size)
         # Ray exits on SIGTERM with a code of its own.
         signals.listen()
         try:
@@ -119,6 +119,7 @@ def run(config: RunConfig) -> None:
         finally:
             # Ends the cluster if it was started here.
             ray.shutdown()
+            del reaper
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from verl.config import ConfigError, RunConfig
 from verl.config_checks import build_config, check_key
 from verl.embedding.prompts import PromptRenderer
-from verl.single_controller.reaper import start_reaper
+from verl.single_controller.reaper import Reaper
 from verl.utils.tokenizer import load_tokenizer
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -106,8 +106,8 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     return PromptRenderer(tokenizer, data.max_prompt_length, data.truncation)
 
 
-def start_ray(config: RunConfig, world_size: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine."""
+def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; its reaper is to be kept as long."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -118,13 +118,13 @@ def start_ray(config: RunConfig, world_size: int) -> None:
                 f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
                 "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
             ) from error
-        return
+        return None
     if config.trainer.nnodes > 1:
         raise ConfigError(
             f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
-    start_reaper()
+    reaper = Reaper()
     cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
     # What is started here inherits that SIGTERM waits: a batch system sends it to all processes of a job, and the last
     # step cannot be saved when Ray has ended.
@@ -134,3 +134,4 @@ def start_ray(config: RunConfig, world_size: int) -> None:
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return reaper

@@ -356,6 +356,8 @@ class RayPPOTrainer:
         watch = Stopwatch(self.enter_phase)
         with watch.phase("val"):
             metrics = self.embed_held_out()
+        # Not the next step's.
+        self.workers.take_bytes_moved()
         self.tracking.log({**metrics, "time/val_s": watch.total}, step)
         figures = ", ".join(f"{name[4:]} {value:.3f}" for name, value in metrics.items())
         self.display.say(f"step {step} held-out: {figures}  ({self._cost_of_validation(watch.total, step_seconds)})")
