@@ -77,6 +77,11 @@ NO_COUNTERPART = {
 }
 
 
+# What validation reports as val/<name>; plain texts have no triplets, and `reward` stands for all where a rule rewards.
+_TRIPLET_FIGURES = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
+_FIGURES = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman", "reward"}
+
+
 def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Merge a plain nested mapping into a checked `RunConfig`.
 
@@ -94,6 +99,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     _check_sizes(config)
     _check_engine(config)
     _check_algorithm(config)
+    _check_save_best(config)
     return config
 
 
@@ -341,6 +347,19 @@ def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
         )
         sizes.append(section.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu)
     return [(key, dynamic, rows) for (key, dynamic), rows in zip(rules, sizes, strict=True)]
+
+
+def _check_save_best(config: RunConfig) -> None:
+    name = config.trainer.save_best
+    if name is None:
+        return
+    figures = _FIGURES | (_TRIPLET_FIGURES if config.train_mode == "supervised" else set())
+    figures -= {"sts_spearman"} if config.data.val_sts_file is None else set()
+    if name not in {f"val/{figure}" for figure in figures}:
+        listed = ", ".join(sorted(f"val/{figure}" for figure in figures))
+        raise ConfigError(f"trainer.save_best={name} is not a figure of this run's validation; use one of {listed}.")
+    if config.trainer.test_freq <= 0:
+        raise ConfigError(f"trainer.save_best={name} needs validation; set trainer.test_freq to some steps.")
 
 
 _CRITIC_ESTIMATORS = {

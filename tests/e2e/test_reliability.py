@@ -208,3 +208,30 @@ def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_f
     assert forced.returncode == 0, forced.stderr
     for line in ("FORCED: actor_rollout_ref.rollout.n", "changed: actor_rollout_ref.actor.optim.lr: 0.001 before"):
         assert line in forced.stdout
+
+
+def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, triplets):
+    run_dir = tmp_path / "run"
+    done = main_ppo(
+        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=6", "trainer.save_freq=1",
+        "trainer.test_freq=1", "trainer.save_best=val/sts_spearman", "trainer.max_actor_ckpt_to_keep=1",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {m["step"]: m["val/sts_spearman"] for m in numbers(run_dir) if "val/sts_spearman" in m}
+    assert sorted(found) == [1, 2, 3, 4, 5, 6] and len(set(found.values())) > 1
+    best = json.loads((run_dir / "best_checkpointed_iteration.txt").read_text())
+    assert best == {"step": max(found, key=lambda step: (found[step], -step)), "value": max(found.values())}
+    kept = sorted(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
+    assert kept == sorted({best["step"], 6})
+    for name in ("triplet_accuracy", "mrr", "alignment", "uniformity", "effective_rank"):
+        assert all(f"val/{name}" in m for m in numbers(run_dir) if "val/sts_spearman" in m)
+    assert re.search(r"texts in [\d.]+ s: \d+% of the run at every 1 steps", done.stdout)
+
+
+def test_a_figure_that_the_validation_does_not_have_is_refused(tmp_path, tiny_folder, triplets):
+    done = main_ppo(
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.test_freq=1", "trainer.save_best=val/accuracy"
+    )
+    assert done.returncode == 2
+    assert "trainer.save_best=val/accuracy" in message(done.stderr) and "val/triplet_accuracy" in message(done.stderr)

@@ -1,0 +1,98 @@
+"""Whatever a file or a text holds, the programs either take it whole or refuse it by name."""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from verl.config import ConfigError
+from verl.config_checks import all_keys, build_config
+from verl.embedding.prompts import PromptRenderer, rationale_messages
+from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale
+
+MARKERS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "assistant\n", "\u202e", "\u200f", "🙂", "\0", "\ud800"]
+HOSTILE = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(MARKERS)), max_size=8).map("".join)
+SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+TOKENIZER = tiny_tokenizer()
+RENDERER = PromptRenderer(TOKENIZER)
+
+
+@SETTINGS
+@given(HOSTILE.filter(lambda text: text.strip() and "\ud800" not in text))
+def test_no_text_changes_the_turns_around_it(text):
+    (plain,) = RENDERER.render([rationale_messages("x")])
+    (prompt,) = RENDERER.render([rationale_messages(text)])
+    tail = len(plain.ids) - plain.text_start - 1
+    assert prompt.ids[: prompt.text_start] == plain.ids[: plain.text_start]
+    assert prompt.ids[len(prompt.ids) - tail :] == plain.ids[len(plain.ids) - tail :]
+    inside = prompt.ids[prompt.text_start : len(prompt.ids) - tail]
+    assert not set(inside) & set(TOKENIZER.all_special_ids)
+    assert RENDERER.lengths([rationale_messages(text)]) == [len(prompt.ids)]
+
+
+@SETTINGS
+@given(HOSTILE.filter(lambda text: text.strip() and "\ud800" not in text), st.integers(4, 30))
+def test_a_cut_prompt_keeps_its_turns_and_its_limit(text, room):
+    (plain,) = RENDERER.render([rationale_messages("x")])
+    limit = len(plain.ids) - 1 + room
+    (prompt,) = PromptRenderer(TOKENIZER, limit).render([rationale_messages(text)])
+    assert len(prompt.ids) <= limit
+    assert prompt.ids[: plain.text_start] == plain.ids[: plain.text_start]
+
+
+def test_a_text_of_a_hundred_thousand_tokens_is_cut_or_measured():
+    text = "river stone " * 60_000
+    (prompt,) = PromptRenderer(TOKENIZER, 512).render([rationale_messages(text)])
+    assert prompt.shortened and len(prompt.ids) <= 512
+    assert RENDERER.lengths([rationale_messages(text)])[0] > 100_000
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | HOSTILE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(HOSTILE, inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = sorted(all_keys())
+
+
+@SETTINGS
+@given(st.lists(st.tuples(st.sampled_from(KEYS) | HOSTILE.filter(str.strip), VALUES), max_size=4))
+def test_any_setting_is_taken_or_refused_by_name(tmp_path, pairs):
+    (tmp_path / "train.parquet").touch()
+    values: dict = {
+        "data": {"train_files": str(tmp_path / "train.parquet")},
+        "actor_rollout_ref": {"model": {"path": "m"}},
+    }
+    for key, value in pairs:
+        place = values
+        *sections, leaf = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place.setdefault(section, {}), dict) else {}
+        place[leaf] = value
+    try:
+        build_config(values)
+    except ConfigError as error:
+        assert str(error).strip()
+
+
+@SETTINGS
+@given(
+    st.dictionaries(
+        st.binary(min_size=1, max_size=12),
+        st.tuples(st.lists(st.integers(0, 2**31 - 1), max_size=5), st.booleans(), HOSTILE, HOSTILE),
+        max_size=5,
+    )
+)
+def test_the_store_gives_back_what_it_was_given(tmp_path_factory, entries):
+    whole = {key: value for key, value in entries.items() if "\ud800" not in value[2] + value[3]}
+    folder = tmp_path_factory.mktemp("store")
+    with EmbeddingStore(folder) as store:
+        context = store.open_context({"model": "m"})
+        store.add_rationales(
+            context,
+            {key: StoredRationale(Rationale(tuple(ids), cut), text, decoded)
+             for key, (ids, cut, text, decoded) in whole.items()},
+        )  # fmt: skip
+    with EmbeddingStore(folder) as store:
+        found = store.find_rationales(list(whole))
+    assert found == {key: Rationale(tuple(ids), cut) for key, (ids, cut, _, _) in whole.items()}
