@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
 from runs import main_ppo, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
@@ -235,3 +236,20 @@ def test_a_figure_that_the_validation_does_not_have_is_refused(tmp_path, tiny_fo
     )
     assert done.returncode == 2
     assert "trainer.save_best=val/accuracy" in message(done.stderr) and "val/triplet_accuracy" in message(done.stderr)
+
+
+def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets):
+    process = start_main_ppo(*recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.total_training_steps=500",
+                             "trainer.save_freq=0")  # fmt: skip
+    wait_for(process, "step 2/500")
+    driver = psutil.Process(process.pid)
+    heard = [
+        (one.name(), place.laddr.ip)
+        for one in (driver, *driver.children(recursive=True))
+        for place in one.net_connections("inet")
+        if place.status == psutil.CONN_LISTEN
+    ]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert {name for name, _ in heard} >= {"raylet", "gcs_server"}
+    assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}, heard

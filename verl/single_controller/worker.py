@@ -61,7 +61,9 @@ class Worker:
         else:
             torch.set_num_threads(self.place.num_threads)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        # A single process needs no port to meet others at.
+        store = dist.HashStore() if self.world_size == 1 else None
+        dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, store=store)
 
 
 def _own_address() -> str:

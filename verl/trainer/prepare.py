@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from ray._private import ray_constants
 from transformers import AutoConfig
 
 from verl.config import ConfigError, RunConfig
@@ -130,7 +131,9 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
     # step cannot be saved when Ray has ended.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        # On loopback: a cluster of one machine is nobody else's business.
+        # On loopback: a cluster of one machine is nobody else's business. Ray listens to all interfaces all the same,
+        # except where it takes clusters of several machines for impossible.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
