@@ -290,6 +290,10 @@ def _check_sizes(config: RunConfig) -> None:
     }.items():
         if optional is not None and optional <= 0:
             raise ConfigError(f"{key}={optional} must be above 0, or null.")
+    if config.trainer.phase_timeout_s < 0:
+        raise ConfigError(
+            f"trainer.phase_timeout_s={config.trainer.phase_timeout_s} must be 0 or more; 0 waits for ever."
+        )
     if data.train_batch_size % actor.ppo_mini_batch_size:
         size, mini = data.train_batch_size, actor.ppo_mini_batch_size
         divisors = [d for d in range(1, size + 1) if size % d == 0]

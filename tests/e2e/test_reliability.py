@@ -49,7 +49,7 @@ def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
 
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(tmp_path, tiny_folder, triplets):
     """KILLS=30 in the environment for the long form."""
-    kills = int(os.environ.get("KILLS", "3"))
+    kills = int(os.environ.get("KILLS", "1"))
     more = [
         f"trainer.total_training_steps={12 * kills}", "trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=2",
         "trainer.test_freq=9", "data.val_sts_file=null",
@@ -228,14 +228,6 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
     for name in ("triplet_accuracy", "mrr", "alignment", "uniformity", "effective_rank"):
         assert all(f"val/{name}" in m for m in numbers(run_dir) if "val/sts_spearman" in m)
     assert re.search(r"texts in [\d.]+ s: \d+% of the run at every 1 steps", done.stdout)
-
-
-def test_a_figure_that_the_validation_does_not_have_is_refused(tmp_path, tiny_folder, triplets):
-    done = main_ppo(
-        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.test_freq=1", "trainer.save_best=val/accuracy"
-    )
-    assert done.returncode == 2
-    assert "trainer.save_best=val/accuracy" in message(done.stderr) and "val/triplet_accuracy" in message(done.stderr)
 
 
 def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets):

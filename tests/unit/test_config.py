@@ -235,3 +235,21 @@ def test_a_plain_mapping_builds_the_same_config(files):
     train = files[0].split("=", 1)[1]
     built = build_config({"data": {"train_files": train}, "actor_rollout_ref": {"model": {"path": "m"}}})
     assert built == compose_config([files[0], "actor_rollout_ref.model.path=m"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["trainer.save_best=val/accuracy", "trainer.test_freq=5"],
+            "val/accuracy is not a figure.*val/triplet_accuracy",
+        ),
+        (["trainer.save_best=val/mrr", "trainer.test_freq=-1"], "needs validation; set trainer.test_freq"),
+        (["trainer.save_best=val/mrr", "trainer.test_freq=5", "+data.train_mode=unsupervised"], "not a figure"),
+        (["trainer.save_best=val/sts_spearman", "trainer.test_freq=5", "data.val_sts_file=null"], "not a figure"),
+        (["trainer.phase_timeout_s=-1"], "trainer.phase_timeout_s=-1 must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_kept_or_waited_for_is_refused_at_once(files, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        compose_config([*ORIGINAL, *files, *overrides])
