@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
@@ -245,3 +246,35 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, t
     process.communicate(timeout=60)
     assert {name for name, _ in heard} >= {"raylet", "gcs_server"}
     assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}, heard
+
+
+def test_a_long_run_keeps_its_memory_and_its_files(tmp_path, tiny_folder, triplets):
+    """LONG_RUN=300 in the environment for the long form; prints the slopes."""
+    steps = int(os.environ.get("LONG_RUN", "60"))
+    mark, run_dir = "GRACE_LONG_RUN", tmp_path / "run"
+    process = start_main_ppo(
+        *recipe(tiny_folder, triplets, run_dir), f"trainer.total_training_steps={steps}", "trainer.save_freq=20",
+        "trainer.max_actor_ckpt_to_keep=1", "trainer.test_freq=20", "trainer.total_epochs=99", **{mark: "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    seen: dict[str, list[tuple[int, float, int]]] = {"driver": [], "worker": []}
+    for line in iter(process.stdout.readline, ""):
+        if not (found := re.match(r"step (\d+)/", line)) or int(found[1]) % (steps // 20):
+            continue
+        # Readable at any moment.
+        assert numbers(run_dir)[0]["step"] == 1
+        worker = next(pid for pid in pids_with(mark) if "ActorRolloutRefWorker" in command_line(pid))
+        for name, pid in (("driver", process.pid), ("worker", worker)):
+            one = psutil.Process(pid)
+            seen[name].append((int(found[1]), one.memory_info().rss / 2**20, one.num_fds()))
+    assert process.wait() == 0, process.communicate()[1]
+    for name, samples in seen.items():
+        # The first third warms up: caches, threads, the first checkpoint and validation.
+        late = samples[len(samples) // 3 :]
+        at, memory, files = (np.array(column) for column in zip(*late, strict=True))
+        slope = float(np.polyfit(at, memory, 1)[0])
+        print(
+            f"{name}: {memory[0]:.0f} to {memory[-1]:.0f} MiB, {slope:+.3f} MiB a step; files {files[0]} to {files[-1]}"
+        )
+        assert memory[-1] - memory[0] < 40, (name, samples)
+        assert files[-1] <= files[0] + 2, (name, samples)
