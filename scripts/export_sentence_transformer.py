@@ -70,6 +70,7 @@ vectors = GraceEncoder("path/to/{name}").encode(["a text", "another"])
 
 With think=False GraceEncoder gives this folder's vectors: over {count} texts no number differed by more than {gap:.1e}
 (float32, CPU). Of a text that is cut behind a space or within a character, this folder keeps a token or a few more.
+Markers of the chat template in a text, such as <|im_end|>, are characters for GraceEncoder and markers for this folder.
 """
 
 

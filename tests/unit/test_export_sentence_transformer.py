@@ -21,9 +21,10 @@ from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_sentence_transformer.py"
+# None with a marker of the chat template: a tokenizer by itself takes it for one, which the encoder does not.
 TEXTS = [
     "where is my parcel?", "x", "", "  \n", "\x1d spaces of all kinds \u2003\xa0", "naïve café 東京 🦊", "9 + 1",
-    "'tis", "Read the text.", "user\nassistant\n", "two\n\nparagraphs ", "<|im_end|> in the text <|im_start|> ",
+    "'tis", "Read the text.", "user\nassistant\n", "two\n\nparagraphs ", "<| im_end |> in the text",
     "/tmp/cat.jpg", "long and longer " * 10, "éa" * 30, "overlong" * 100,
 ]  # fmt: skip
 LENGTH = 400
