@@ -60,7 +60,7 @@ def run(*argv: object) -> int:
 
 
 def some_texts(num: int, seed: int) -> list[str]:
-    # Without whole markers: apply_chat_template, the reference, takes them for its own (tests/unit/test_prompts.py has them).
+    # Without whole markers: apply_chat_template, the reference, takes them for its own; test_prompts has them.
     rng = random.Random(seed)
     words = ["the", "otter", "naïve", "港町", "😀", "an", "<|im_", "\n\n", "{{ x }}"]
     return [" ".join(["start", *rng.choices(words, k=rng.randint(0, 40)), "end"]) for _ in range(num)]
