@@ -18,6 +18,7 @@ def test_the_first_is_noted_and_the_second_interrupts(number, code, capfd):
             signals.check()
         with pytest.raises(Interrupted) as second:
             os.kill(os.getpid(), number)
+    assert second.value.at_once and not first.value.at_once
     assert first.value.exit_code == second.value.exit_code == code
     assert signal.getsignal(number) is former
     assert "once more ends at once" in capfd.readouterr().err

@@ -254,6 +254,8 @@ class RayWorkerGroup:
         return "\n".join(lines)
 
     def _name(self, rank: int) -> str:
+        if not self._whereabouts:
+            return f"rank {rank}"
         host, pid = self._whereabouts[rank]
         return f"rank {rank} (pid {pid} on {host})"
 

@@ -9,9 +9,11 @@ from typing import Any
 class Interrupted(BaseException):
     """The run was asked to end. A BaseException, as KeyboardInterrupt is: nothing may take it for a failure."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, at_once: bool) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+        self.at_once = at_once
+        """Raised wherever the process stood, maybe in the middle of a change: nothing may be saved."""
 
 
 class StopSignals:
@@ -41,11 +43,11 @@ class StopSignals:
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
         if self._received is not None:
-            raise Interrupted(self._received)
+            raise Interrupted(self._received, at_once=False)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self._received is not None:
-            raise Interrupted(number)
+            raise Interrupted(number, at_once=True)
         self._received = number
         # Not through sys.stderr: a handler may run in the middle of one of its writes.
         line = f"\n{signal.Signals(number).name}: saving the last whole step, then ending; once more ends at once\n"

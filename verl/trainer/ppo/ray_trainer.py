@@ -179,10 +179,10 @@ class RayPPOTrainer:
         """Save the last whole step when the run is asked to end; what has begun of the next one is dropped."""
         try:
             yield
-        except Interrupted:
-            if self.done_step > self.saved_step:
+        except Interrupted as interrupted:
+            if self.done_step > self.saved_step and not interrupted.at_once:
                 self.save(self.done_step)
-            self.display.say(f"ended after step {self.done_step}; the same command goes on from there")
+            self.display.say(f"ended; the same command goes on from step {self.saved_step}")
             self.stop()
             raise
 

@@ -32,10 +32,6 @@ class ResumePoint:
     notes: list[str]
     """What a person should know: checkpoints passed over, settings that are others now."""
 
-    @property
-    def step(self) -> int:
-        return self.state["step"]
-
 
 def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePoint | None:
     """The checkpoint to go on from, or None.
