@@ -68,6 +68,23 @@ def test_when_no_step_is_whole_it_is_said_rather_than_started_over(tmp_path):
         run.newest_whole()
 
 
+def test_a_newest_step_that_is_gone_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / LATEST).write_text("10\n")
+    with pytest.raises(CheckpointError, match=f"global_step_10 is missing, but {LATEST} names it"):
+        run.newest_whole()
+    older = write_step(run, 5)
+    (tmp_path / LATEST).write_text("10\n")
+    folder, skipped = run.newest_whole()
+    assert folder == older and len(skipped) == 1 and "global_step_10 is missing" in skipped[0]
+
+
+def test_a_tracker_that_names_no_step_is_refused(tmp_path):
+    (tmp_path / LATEST).write_text("ten")
+    with pytest.raises(CheckpointError, match=f"{LATEST} says 'ten'"):
+        RunFolder(tmp_path).newest_whole()
+
+
 def test_steps_after_the_one_gone_on_from_are_set_aside_once_each(tmp_path):
     run = RunFolder(tmp_path)
     for step in (5, 10, 15):
@@ -80,6 +97,8 @@ def test_steps_after_the_one_gone_on_from_are_set_aside_once_each(tmp_path):
     write_step(run, 10)
     assert run.set_aside_after(5) == tmp_path / "set_aside_2"
     assert run.set_aside_after(5) is None
+    run.set_aside_after(0)
+    assert run.newest_whole() == (None, [])
 
 
 def test_a_step_whose_setting_aside_was_cut_short_is_not_gone_on_from(tmp_path):

@@ -92,8 +92,11 @@ def run(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
     world_size = workers_per_node * config.trainer.nnodes
     plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, world_size)
-    folder = RunFolder(config.run_dir.absolute())
-    resume = find_resume(config, folder, dataset.sha256)
+    try:
+        folder = RunFolder(config.run_dir.absolute())
+        resume = find_resume(config, folder, dataset.sha256)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
     with StopSignals() as signals:
         reaper = start_ray(config, world_size)
         # Ray exits on SIGTERM with a code of its own.

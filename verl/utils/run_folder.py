@@ -134,12 +134,15 @@ class RunFolder:
         """The newest step that can be gone on from, and for each newer one why it cannot.
 
         Raises:
-            CheckpointError: there are steps, and none is whole.
+            CheckpointError: there are steps, or there were, and none is whole.
         """
-        tracker, skipped = self.path / LATEST, list[str]()
-        # A step beyond the tracker was about to be set aside, or the run was killed before the tracker was written.
-        last = int(tracker.read_text()) if tracker.is_file() else None
-        for step in (found for found in reversed(self.steps()) if last is None or found <= last):
+        steps, latest, skipped = self.steps(), self._latest(), list[str]()
+        if latest is not None:
+            # A step beyond it was about to be set aside, or the run was killed before the tracker was written.
+            steps = [step for step in steps if step <= latest]
+            if latest > 0 and latest not in steps:
+                skipped.append(f"{self.step(latest)} is missing, but {LATEST} names it")
+        for step in reversed(steps):
             if (reason := find_fault(self.step(step))) is None:
                 return self.step(step), skipped
             skipped.append(reason)
@@ -149,6 +152,16 @@ class RunFolder:
                 "to start over, or put the files back."
             )
         return None, []
+
+    def _latest(self) -> int | None:
+        """The step that the tracker names; 0 where all were set aside."""
+        tracker = self.path / LATEST
+        if not tracker.is_file():
+            return None
+        text = tracker.read_text().strip()
+        if not text.isdecimal():
+            raise CheckpointError(f"{tracker} says {text!r}, which is no step; write the newest step's number into it.")
+        return int(text)
 
     def _writing(self, step: int) -> Path:
         return self.path / f".{STEP_PREFIX}{step}.writing"
