@@ -66,11 +66,15 @@ def prepare_data(folder: Path) -> Path:
     return folder / "train.parquet"
 
 
-def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str) -> list[dict]:
-    """Train the demo model on a CPU for a step to warm up and `steps` more; the metrics of those, with `wall_s`.
+def train(
+    train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str, warm_up: int = 1
+) -> list[dict]:
+    """Train the demo model on a CPU for some steps to warm up and `steps` more; the metrics of those, with `wall_s`.
 
     Args:
         shape: triplets per step, rationales per triplet, and new tokens, of which each row gets exactly so many.
+        warm_up: steps that are not counted. In the first two the kernel clears pages for the graph and the optimizer's
+            state, which later steps use again.
     """
     triplets, n, tokens = shape
     settings = [
@@ -79,7 +83,7 @@ def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, 
         "actor_rollout_ref.rollout.ignore_eos=True", "data.shuffle=False", f"data.train_files={train_file}",
         f"actor_rollout_ref.model.path={MODEL}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         f"trainer.default_local_dir={out}", "trainer.save_freq=0", "trainer.device=cpu",
-        "+reward_model.reward_kwargs.enable_length_penalty=False", f"trainer.total_training_steps={steps + 1}",
+        "+reward_model.reward_kwargs.enable_length_penalty=False", f"trainer.total_training_steps={steps + warm_up}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
     subprocess.run(command, check=True, cwd=REPO, stdout=subprocess.DEVNULL)
@@ -87,4 +91,4 @@ def train(train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, 
     # A step's samples are the last thing it writes, so that the time between two of them is all of a step.
     ends = [(out / f"samples/step_{record['step']}.jsonl").stat().st_mtime for record in metrics]
     spent = zip(metrics[1:], ends[:-1], ends[1:], strict=True)
-    return [{**record, "wall_s": end - previous} for record, previous, end in spent]
+    return [{**record, "wall_s": end - previous} for record, previous, end in spent][warm_up - 1 :]

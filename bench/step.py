@@ -1,7 +1,7 @@
 """A training step by phase, beside its floor: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
 
 Trains SmolLM2-135M on the example triplets at 4 triplets x 4 rationales x 48 new tokens (and 8 anchors): the median of
-each phase over the steps after the first, and its floor: the arithmetic of its matrix products at the rate that this
+each phase over the steps after the second, and its floor: the arithmetic of its matrix products at the rate that this
 machine reaches in one large product. Further key=value go to main_ppo.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
         folder = Path(name)
         train_file = prepare_data(folder / "data")
         flop, rate = arithmetic(train_file, SHAPE), peak_rate()
-        metrics = train(train_file, folder / "run", SHAPE, args.steps, *args.overrides)
+        metrics = train(train_file, folder / "run", SHAPE, args.steps, *args.overrides, warm_up=2)
     seconds = {key[5:-2]: [m[key] for m in metrics] for key in metrics[0] if key.startswith("time/")}
     seconds["whole step"] = [m["wall_s"] for m in metrics]
     flop["whole step"] = sum(flop.values())

@@ -2,8 +2,8 @@
 
 Both train SmolLM2-135M in float32 on the CPU: the same triplets in the same order, n rationales of exactly so many new
 tokens for each positive and one for each query and negative, the same reward, optimizer and number of threads. They
-take turns, each in a process of its own; the first step of a turn does not count. The tokens of every step must be the
-same. Needs the extra `bench`.
+take turns, each in a process of its own; the first two steps of a turn do not count. The tokens of every step must be
+the same. Needs the extra `bench`.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from common import MODEL, REPO, markdown, prepare_data, spread, train, write_jso
 
 SHAPES = {"small": (4, 4, 48), "large": (4, 8, 96)}
 BAR = 1 / 3
+WARM_UP = 2
 
 
 def ours(train_file: Path, folder: Path, shape: tuple[int, int, int], steps: int, engine: str) -> list[dict]:
-    metrics = train(train_file, folder, shape, steps, f"actor_rollout_ref.rollout.name={engine}")
+    metrics = train(train_file, folder, shape, steps, f"actor_rollout_ref.rollout.name={engine}", warm_up=WARM_UP)
     rows = shape[0] * (shape[1] + 2)
     return [
         {
@@ -41,14 +42,14 @@ def trl(train_file: Path, folder: Path, shape: tuple[int, int, int], steps: int)
     triplets, n, tokens = shape
     command = [
         sys.executable, "bench/trl_grace.py", "--model", MODEL, "--train_file", str(train_file), "--triplets",
-        str(triplets), "--n", str(n), "--new_tokens", str(tokens), "--steps", str(steps + 1), "--out", str(out),
+        str(triplets), "--n", str(n), "--new_tokens", str(tokens), "--steps", str(steps + WARM_UP), "--out", str(out),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "TOKENIZERS_PARALLELISM": "true"}
     log = folder / "log"
     with log.open("w") as file:
         if subprocess.run(command, cwd=REPO, env=environment, stdout=file, stderr=file).returncode:
             raise SystemExit(f"bench/trl_grace.py failed:\n{log.read_text()[-3000:]}")
-    return [json.loads(line) for line in out.read_text().splitlines()][1:]
+    return [json.loads(line) for line in out.read_text().splitlines()][WARM_UP:]
 
 
 def check_same_work(one: list[dict], other: list[dict]) -> None:

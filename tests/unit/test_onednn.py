@@ -6,7 +6,7 @@ from tiny import tiny_model
 from torch import nn
 
 from verl.models.attention import ATTENTION
-from verl.models.onednn import PackedLinear, pack_linears
+from verl.models.onednn import PackedLinear, TrainedLinear, pack_linears, replace_linears
 from verl.models.policy import build_twin
 
 
@@ -70,3 +70,43 @@ def test_only_a_float32_model_is_packed():
     twins = {dtype: build_twin(lm, dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)}
     found = {d: any(isinstance(m, PackedLinear) for m in twin.modules()) for d, twin in twins.items()}
     assert found == {torch.float32: True, torch.bfloat16: False}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",)])
+def test_a_trained_layer_and_its_gradients_are_those_of_a_linear_layer(bias, frozen):
+    torch.manual_seed(0)
+    linear = nn.Linear(70, 45, bias=bias)
+    x, factor = torch.randn(3, 50, 70), torch.randn(3, 50, 45)
+
+    def gradients(layer: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {"x": x.to(dtype, copy=True), **dict(layer.named_parameters())}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in frozen)
+            leaf.grad = None
+        y = layer(leaves["x"])
+        (y * factor.to(dtype)).sum().backward()
+        return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if name not in frozen}}
+
+    trained = gradients(TrainedLinear(linear), torch.float32)
+    exact = gradients(linear.double(), torch.float64)
+    assert trained.keys() == exact.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(value.double(), exact[name], atol=1e-4, rtol=1e-5)
+
+
+def test_a_trained_layer_of_another_dtype_is_torchs_own():
+    linear = nn.Linear(16, 8).bfloat16()
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    assert torch.equal(TrainedLinear(linear)(x), linear(x))
+
+
+def test_replaced_layers_hold_the_same_parameters_and_can_be_packed():
+    lm = tiny_model()
+    before = dict(lm.named_parameters())
+    replace_linears(lm)
+    assert not any(type(module) is nn.Linear for module in lm.modules())
+    after = dict(lm.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    pack_linears(lm.requires_grad_(False))
+    assert not any(type(module) is TrainedLinear for module in lm.modules())

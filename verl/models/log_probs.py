@@ -64,7 +64,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
         grad_log_probs = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs
-        multiply = product(weight)
+        multiply, multiply_back = product(weight), product(weight.T)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         if not len(hidden):
@@ -79,7 +79,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad = log_p.exp_().mul_(-g)
             grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[rows])
+            grad_hidden[rows] = multiply_back(grad)
             # The first chunk fills the gradient, so that it need not be cleared before.
             torch.addmm(grad_weight, grad.T, hidden[rows], beta=float(rows.start > 0), out=grad_weight)
             if grad_bias is not None:

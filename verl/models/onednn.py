@@ -1,15 +1,18 @@
-"""Linear layers that multiply by oneDNN with weights laid out for it: no gradient, float32, on a CPU.
+"""Linear layers that multiply by oneDNN: float32, on a CPU.
 
-torch multiplies float32 matrices on a CPU by MKL, which lays the weight out anew in every call. That is little beside
-a thousand rows, and most of the time of the few dozen rows that are decoded together.
+torch multiplies float32 matrices on a CPU by MKL. That is a tenth slower beside a thousand rows; and it lays the weight
+out anew in every call, which is most of the time of the few dozen rows that are decoded together. So a weight that is
+not trained is held in oneDNN's layout, and one that is trained is multiplied by as it lies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # oneDNN chooses the layout for a number of rows; one for this many is good from one row to thousands.
 _TYPICAL_ROWS = 128
@@ -59,10 +62,45 @@ def pack_linears(lm: nn.Module) -> None:
     for module in lm.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for parent in list(lm.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, keep_weight=owners[id(child.weight)] > 1))
+    for parent, name, linear in _linears(lm):
+        setattr(parent, name, PackedLinear(linear, keep_weight=owners[id(linear.weight)] > 1))
+
+
+class TrainedLinear(nn.Linear):
+    """A linear layer with a gradient. Off the CPU, or in another dtype, it is torch's own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _helps(self.weight) or x.dtype != torch.float32:
+            return super().forward(x)
+        y = _Product.apply(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def replace_linears(lm: nn.Module) -> None:
+    """Put a `TrainedLinear` with the same parameters in the place of every linear layer."""
+    for parent, name, linear in _linears(lm):
+        setattr(parent, name, TrainedLinear(linear))
+
+
+class _Product(torch.autograd.Function):
+    """rows [N, in] times weight [out, in] transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _multiply(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight = ctx.needs_input_grad
+        # The weight's gradient sums over all rows; there MKL is the faster one.
+        return _multiply(grad, weight.T) if of_rows else None, grad.T @ rows if of_weight else None
 
 
 def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -72,7 +110,15 @@ def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """
     if not _helps(weight):
         return partial(F.linear, weight=weight)
-    return partial(_multiply, packed=_pack(weight))
+    return partial(_multiply, weight=_pack(weight))
+
+
+def _linears(lm: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Every plain linear layer, with its parent and its name there; not those of a class that does more."""
+    for parent in list(lm.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (nn.Linear, TrainedLinear):
+                yield parent, name, child
 
 
 def _helps(weight: Tensor) -> bool:
@@ -83,5 +129,6 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
 
 
-def _multiply(rows: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+def _multiply(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [N, in] times W^T; the weight [out, in] is packed or not."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")

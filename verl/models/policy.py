@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from verl.embedding.pooling import mean_pool
 from verl.models.attention import ATTENTION
 from verl.models.log_probs import token_log_probs
-from verl.models.onednn import pack_linears
+from verl.models.onednn import pack_linears, replace_linears
 from verl.models.packing import PackedBatch, Row, pack
 
 
@@ -89,6 +89,7 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
     )
     plain = _probe_plain(lm)
     lm.set_attn_implementation(ATTENTION)
+    replace_linears(lm)
     packed = _probe_packed(lm)
     gap = (plain - packed).abs().max().item()
     if not gap < 1e-3:

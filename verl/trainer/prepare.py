@@ -134,7 +134,11 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
         # On loopback: a cluster of one machine is nobody else's business. Ray listens to all interfaces all the same,
         # except where it takes clusters of several machines for impossible.
         ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
+        ray.init(
+            num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
+            # A worker process for tasks, of which there are none here: it would only take memory and time.
+            _system_config={"prestart_worker_first_driver": False},
+        )  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return reaper
