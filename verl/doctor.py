@@ -151,15 +151,17 @@ def check_hf(config: RunConfig) -> str:
 
 
 def check_vllm(config: RunConfig) -> str:
-    """The same from vLLM."""
+    """The same from vLLM, unless the run is to generate without it."""
     rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "hf":
+        return "not asked for: actor_rollout_ref.rollout.name=hf"
     if choose_engine("auto")[0] != "vllm":
         if rollout.name == "vllm":
             raise Trouble("actor_rollout_ref.rollout.name=vllm, and vllm does not import. Install it, or use hf.")
         return "not installed; hf is used"
     lm, stops = _load(config)
     worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, os.cpu_count() or 1))
-    worker.join_process_group(*worker.find_master_address())
+    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.find_free_port())
     engine = load_vllm_adapter().VLLMRollout(
         config.actor_rollout_ref.model, rollout.model_copy(update={"tensor_model_parallel_size": 1}),
         worker.device, stops, weight_names=[n for n, _ in lm.named_parameters()],

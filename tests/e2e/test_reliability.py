@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
-from runs import main_ppo, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
+from runs import REPO, main_ppo, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,41 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, t
     process.communicate(timeout=60)
     assert {name for name, _ in heard} >= {"raylet", "gcs_server"}
     assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}, heard
+
+
+def files_in(folder: Path) -> dict[Path, int]:
+    """Every file under a folder with the time of its last change; not what Python, git and tests keep there."""
+    skipped = {".git", ".venv", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped]
+        found |= {Path(place, name): Path(place, name).lstat().st_mtime_ns for name in names}
+    return found
+
+
+def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_folder, triplets):
+    names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    secret = {name: secrets.token_hex(20) for name in names}
+    home, run_dir = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+    before = files_in(REPO)
+    done = main_ppo(
+        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=2", "trainer.test_freq=1",
+        "trainer.logger=[console,wandb,tensorboard]", WANDB_MODE="offline", HOME=str(home), **secret,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files_in(REPO) == before
+    # What libraries keep for a user, whatever they run.
+    assert {file.relative_to(home).parts[:2] for file in files_in(home)} <= {
+        (".cache", "wandb"),
+        (".ray", "auth_token"),
+    }
+    written = [*files_in(run_dir), *files_in(home), *files_in(Path("/tmp/ray/session_latest/logs").resolve())]
+    assert any(file.suffix == ".wandb" for file in written) and len(written) > 20
+    said = {"output": done.stdout.encode() + done.stderr.encode()}
+    said |= {str(file): file.read_bytes() for file in written if file.is_file()}
+    told = [(name, place) for name, value in secret.items() for place, text in said.items() if value.encode() in text]
+    assert not told
 
 
 def test_a_long_run_keeps_its_memory_and_its_files(tmp_path, tiny_folder, triplets):

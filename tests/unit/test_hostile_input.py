@@ -1,11 +1,14 @@
 """Whatever a file or a text holds, the programs either take it whole or refuse it by name."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from verl.config import ConfigError
 from verl.config_checks import all_keys, build_config
+from verl.data.length_filter import FilterSettings, filter_file, open_parquet
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale
 
@@ -45,6 +48,29 @@ def test_a_text_of_a_hundred_thousand_tokens_is_cut_or_measured():
     (prompt,) = PromptRenderer(TOKENIZER, 512).render([rationale_messages(text)])
     assert prompt.shortened and len(prompt.ids) <= 512
     assert RENDERER.lengths([rationale_messages(text)])[0] > 100_000
+
+
+# transformers' own template, which the filter is compared with, takes markers for its own.
+TEXTS = st.text(max_size=60).filter(lambda text: text.strip() and not any(marker in text for marker in MARKERS[:3]))
+
+
+@SETTINGS
+@given(st.lists(TEXTS, min_size=1, max_size=6), st.integers(60, 140))
+def test_the_length_filter_keeps_the_rows_that_transformers_finds_short_enough(
+    tmp_path_factory, tiny_folder, texts, limit
+):
+    folder = tmp_path_factory.mktemp("filter")
+    chats = [rationale_messages(text, system_prompt=None) for text in texts]
+    pq.write_table(pa.table({"prompt": chats, "row": list(range(len(texts)))}), folder / "in.parquet")
+    chosen = FilterSettings(str(tiny_folder), limit, "prompt", trust_remote_code=False)
+    report = filter_file(open_parquet(folder / "in.parquet", "prompt"), folder / "out.parquet", chosen, map)
+    ids = [TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    kept = pq.read_table(folder / "out.parquet").to_pylist()
+    assert [(row["row"], row["prompt"][-1]["content"]) for row in kept] == [
+        (i, texts[i].strip()) for i in range(len(texts)) if len(ids[i]) <= limit
+    ]
+    assert [row["prompt_lengths"]["text"] for row in kept] == [len(found) for found in ids if len(found) <= limit]
+    assert (report.rows, report.kept) == (len(texts), len(kept))
 
 
 VALUES = st.recursive(

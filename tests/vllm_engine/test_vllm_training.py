@@ -1,5 +1,6 @@
 """Whole runs of main_ppo that generate with vLLM."""
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,3 +102,11 @@ def test_a_model_that_vllm_cannot_run_here(tmp_path, tiny_folder, triplets):
     assert done.returncode == 1
     last = "\n".join(done.stderr.strip().splitlines()[-3:])
     assert "RolloutError: vllm 0.32.0 cannot run" in last and "actor_rollout_ref.rollout.name=hf" in last, last
+
+
+def test_the_doctor_lets_both_engines_write(tmp_path, model, triplets):
+    base = [o for o in recipe(model, triplets, tmp_path / "run") if "rollout.name" not in o]
+    done = main_ppo(*base, program=("-m", "verl.doctor"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for engine in ("hf", "vllm"):
+        assert re.search(rf"^OK +{engine} +[\d.]+ s: '", done.stdout, re.MULTILINE), done.stdout

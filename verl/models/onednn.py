@@ -117,7 +117,7 @@ def _linears(lm: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Every plain linear layer, with its parent and its name there; not those of a class that does more."""
     for parent in list(lm.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, TrainedLinear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, TrainedLinear):
                 yield parent, name, child
 
 

@@ -6,16 +6,16 @@ lie on different nodes; each worker owns one GPU, or one CPU slot.
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config import ConfigError
@@ -27,8 +27,9 @@ from verl.single_controller.worker import Worker, WorkerPlace
 
 _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
-# A worker that fails may do so because another one died; so long it takes until Ray knows.
-_DEATH_NOTICE_S = 5
+# A worker that fails may do so because another one died; so long it takes until Ray knows, of a process on this machine
+# and of another machine.
+_DEATH_NOTICE_S, _NODE_DEATH_NOTICE_S = 5, 60
 # So much later than the workers write their stacks, the driver reads them.
 _STACKS_S = 3
 
@@ -41,6 +42,16 @@ _KEEP_FREED_MEMORY = {
 
 class WorkerError(RuntimeError):
     """A worker failed, died or hangs; the message names it, and ends with its own traceback where it has one."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A machine of the cluster."""
+
+    address: str
+    host: str
+    here: bool
+    """Whether this process runs there; two machines may have one name."""
 
 
 class RayWorkerGroup:
@@ -70,18 +81,25 @@ class RayWorkerGroup:
         self.phase = "start"
         self._stack_folder, self._timeout_s = stack_folder, phase_timeout_s
         self._memory, self._last_sign = HostMemory(), time.monotonic()
-        self._whereabouts: list[tuple[str, int]] = []
+        self._pids: list[int] = []  # by rank, once they have reported in
         self.world_size = num_nodes * workers_per_node
         self.bytes_moved = 0
         self._placement = _reserve(num_nodes, workers_per_node, device)
+        self._nodes = [node for node in _nodes_of(self._placement) for _ in range(workers_per_node)]  # by rank
         threads = max(1, (os.cpu_count() or 1) // workers_per_node)
         self._workers = [
             self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, workers_per_node, threads))
             for rank in range(self.world_size)
         ]
-        self._whereabouts = self._results([w.report_in.remote(stack_folder, phase_timeout_s) for w in self._workers])
-        address, port = self._results([self._workers[0].find_master_address.remote()])[0]
-        self._results([worker.join_process_group.remote(address, port) for worker in self._workers])
+        self._pids = self._results([w.report_in.remote(stack_folder, phase_timeout_s) for w in self._workers])
+        port = self._results([self._workers[0].find_free_port.remote()])[0]
+        master = self._nodes[0].address
+        self._results(
+            [
+                worker.join_process_group.remote(node.address, master, port)
+                for worker, node in zip(self._workers, self._nodes, strict=True)
+            ]
+        )
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
         """Call a registered method with the same arguments on every rank; return rank 0's result."""
@@ -202,7 +220,8 @@ class RayWorkerGroup:
     def _find_dead(self) -> tuple[int, RayError] | None:
         """A rank whose process is gone, with what Ray knows of it."""
         pings = {worker.ping.remote(): rank for rank, worker in enumerate(self._workers)}
-        end = time.monotonic() + _DEATH_NOTICE_S
+        here = all(node.here for node in self._nodes)
+        end = time.monotonic() + (_DEATH_NOTICE_S if here else _NODE_DEATH_NOTICE_S)
         while pings and time.monotonic() < end:
             for answer in ray.wait(list(pings), timeout=_POLL_S)[0]:
                 rank = pings.pop(answer)
@@ -214,11 +233,10 @@ class RayWorkerGroup:
 
     def _describe_death(self, rank: int, error: RayError) -> str:
         said = str(error)
-        if "creation task" in said or not self._whereabouts:
-            return f"rank {rank} could not start.\n{said}"
-        host, pid = self._whereabouts[rank]
-        here = host == socket.gethostname()
-        memory = self._memory.describe(pid) if here else f"its memory was not watched, as it ran on {host}"
+        if "creation task" in said or not self._pids:
+            return f"{self._name(rank)} could not start.\n{said}"
+        here = self._nodes[rank].here
+        memory = self._memory.describe(self._pids[rank]) if here else "its memory was not watched from here"
         text = f"{self._name(rank)} died in phase {self.phase}; {memory}.\n"
         file = stack_file(self._stack_folder, rank)
         if here and "Fatal Python error" in (stacks := file.read_text()):
@@ -232,7 +250,7 @@ class RayWorkerGroup:
             return f"{text}Its machine left the cluster: switched off, cut off, or `ray stop`. {said.splitlines()[0]}"
         return (
             f"{text}It had no time to say why, as with SIGKILL: from the kernel's out-of-memory killer (see dmesg), "
-            f"`ray stop`, a batch system or a person. If it was memory: {more[0].lower()}{more[1:]}"
+            f"`ray stop`, a batch system{' or a person' if here else ', a person, or with its machine'}. If it was memory: {more[0].lower()}{more[1:]}"
         )
 
     def _describe_hang(self, waiting: set[int]) -> str:
@@ -241,11 +259,11 @@ class RayWorkerGroup:
             f"no sign of a worker for {seconds:.0f} s in phase {self.phase} (trainer.phase_timeout_s="
             f"{self._timeout_s}; raise it if the phase takes so long)."
         ]
-        for rank, (host, _) in enumerate(self._whereabouts):
+        for rank, node in enumerate(self._nodes):
             file = stack_file(self._stack_folder, rank)
             if rank not in waiting:
                 lines.append(f"{self._name(rank)}: has done its part")
-            elif host != socket.gethostname() and not file.is_file():
+            elif not node.here and not file.is_file():
                 lines.append(f"{self._name(rank)}: has not; its stacks are there, in {file}")
             elif stacks := file.read_text().strip():
                 lines.append(f"{self._name(rank)}: has not; it stands here:\n{stacks}")
@@ -254,13 +272,11 @@ class RayWorkerGroup:
         return "\n".join(lines)
 
     def _name(self, rank: int) -> str:
-        if not self._whereabouts:
-            return f"rank {rank}"
-        host, pid = self._whereabouts[rank]
-        return f"rank {rank} (pid {pid} on {host})"
+        pid = f"pid {self._pids[rank]} " if self._pids else ""
+        return f"rank {rank} ({pid}on {self._nodes[rank].host})"
 
     def _pids_here(self) -> Iterable[int]:
-        return [pid for host, pid in self._whereabouts if host == socket.gethostname()]
+        return [pid for pid, node in zip(self._pids, self._nodes, strict=False) if node.here]
 
     def _send(self, rows: DataProto) -> DataProto:
         self.bytes_moved += rows.num_bytes()
@@ -304,3 +320,13 @@ def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGro
             "(ray start) and set RAY_ADDRESS."
         ) from None
     return group
+
+
+def _nodes_of(group: PlacementGroup) -> list[_Node]:
+    """The machine of each bundle."""
+    known, own_id = {node["NodeID"]: node for node in ray.nodes()}, ray.get_runtime_context().get_node_id()
+    places = placement_group_table(group)["bundles_to_node_id"]
+    return [
+        _Node(known[id_]["NodeManagerAddress"], known[id_]["NodeManagerHostname"], id_ == own_id)
+        for _, id_ in sorted(places.items())
+    ]

@@ -5,6 +5,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -33,24 +34,29 @@ class Worker:
         # Ray shows each worker its own GPU alone.
         self.device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
 
-    def report_in(self, stack_folder: Path, phase_timeout_s: float) -> tuple[str, int]:
-        """Write stacks to a file in this folder from now on; return the machine's name and the process id."""
+    def report_in(self, stack_folder: Path, phase_timeout_s: float) -> int:
+        """Write stacks to a file in this folder from now on; return the process id."""
         self.stacks = StackDump(stack_folder, self.rank, phase_timeout_s)
-        return socket.gethostname(), os.getpid()
+        return os.getpid()
 
     def ping(self) -> None:
         """Return when the calls before are done; fails at once in a process that is gone."""
 
-    def find_master_address(self) -> tuple[str, int]:
-        """An address of this machine that the others reach, and a free port on it."""
+    def find_free_port(self) -> int:
+        """A port of this machine that nobody listens at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return _own_address(), probe.getsockname()[1]
+            return probe.getsockname()[1]
 
-    def join_process_group(self, address: str, port: int) -> None:
-        """Start torch.distributed over the whole group: nccl on CUDA, gloo on a CPU."""
+    def join_process_group(self, own_address: str, master_address: str, port: int) -> None:
+        """Start torch.distributed over the whole group: nccl on CUDA, gloo on a CPU.
+
+        Args:
+            own_address: of this machine, at which the others reach it.
+            master_address: of rank 0's machine, where `port` is free.
+        """
         os.environ.update(
-            MASTER_ADDR=address,
+            MASTER_ADDR=master_address,
             MASTER_PORT=str(port),
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -60,17 +66,16 @@ class Worker:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(self.place.num_threads)
+        # gloo would take the interface that the machine's name stands for, and that is often loopback.
+        if interface := _interface_of(own_address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         # A single process needs no port to meet others at.
         store = dist.HashStore() if self.world_size == 1 else None
         dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, store=store)
 
 
-def _own_address() -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Connecting a datagram socket sends nothing; it only picks the outgoing interface.
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
+def _interface_of(address: str) -> str | None:
+    """The network interface that has this address."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address == address for one in found)), None)

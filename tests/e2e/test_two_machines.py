@@ -1,0 +1,55 @@
+"""A run on two machines, as the README types it, one of which is lost in mid-step; and the run on the other one."""
+
+import re
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from machines import Machine, NotPermitted, two_machines
+from runs import numbers, prepare, recipe, write_triplets
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def message(stderr: str) -> str:
+    """What the program says last."""
+    return stderr[stderr.rindex("main_ppo: ") :]
+
+
+@pytest.mark.parametrize("lost", ["cut off", "switched off"])
+def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, tmp_path, tiny_folder):
+    triplets = prepare("supervised", write_triplets(tmp_path / "raw.jsonl"), tmp_path / "data")
+    run_dir, token = tmp_path / "run", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        with two_machines() as (first, second):
+            slots = "--num-cpus=1"
+            first.run(RAY, "start", "--head", f"--node-ip-address={first.address}", "--port=6379",
+                      "--include-dashboard=false", slots, **token)  # fmt: skip
+            second.run(RAY, "start", f"--address={first.address}:6379", slots, **token)
+            environment = {**token, "RAY_ADDRESS": f"{first.address}:6379"}
+            train = [sys.executable, "-m", "verl.trainer.main_ppo", *recipe(tiny_folder, triplets, run_dir)]
+            lose_a_machine(first, second, [*train, "trainer.nnodes=2"], environment, lost)
+            steps = 1 + max(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
+            output = first.run(*train, "trainer.nnodes=1", f"trainer.total_training_steps={steps}", **environment)
+            assert "resumed from" in output and "changed: trainer.nnodes: 2 before, 1 now" in output
+            assert [line["step"] for line in numbers(run_dir)] == list(range(1, steps + 1))
+            # A cluster that the run did not start is left as it is.
+            status = first.run(RAY, "status", **environment)
+            assert re.search(r"Active:\n 1 node_\w+\nPending", status), status
+    except NotPermitted as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+
+
+def lose_a_machine(first: Machine, second: Machine, train: list[str], environment: dict[str, str], how: str) -> None:
+    limit = ["trainer.phase_timeout_s=90", "trainer.total_training_steps=500", "trainer.save_freq=2"]
+    process = first.start(*train, *limit, **environment)
+    assert process.stdout is not None
+    assert any("step 3/500" in line for line in iter(process.stdout.readline, "")), process.communicate()[1]
+    start = time.monotonic()
+    second.cut_off() if how == "cut off" else second.switch_off()
+    _, errors = process.communicate(timeout=150)
+    print(f"{how}: {time.monotonic() - start:.0f} s\n{message(errors)}")
+    assert process.returncode == 1, errors
+    assert re.search(rf"rank \d \(pid \d+ on {second.name}\)", message(errors)), errors
