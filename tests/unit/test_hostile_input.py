@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
@@ -31,6 +32,14 @@ def test_no_text_changes_the_turns_around_it(text):
     inside = prompt.ids[prompt.text_start : len(prompt.ids) - tail]
     assert not set(inside) & set(TOKENIZER.all_special_ids)
     assert RENDERER.lengths([rationale_messages(text)]) == [len(prompt.ids)]
+
+
+@SETTINGS
+@given(HOSTILE.filter(lambda text: "\ud800" in text))
+def test_half_a_character_is_refused_by_its_place(text):
+    for measure in (RENDERER.render, RENDERER.lengths):
+        with pytest.raises(ValueError, match=rf"character {text.strip().index(chr(0xD800))} of the text .* surrogate"):
+            measure([rationale_messages(text)])
 
 
 @SETTINGS

@@ -94,8 +94,8 @@ class PromptRenderer:
         """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
 
         Raises:
-            ValueError: a template does not show the user's text, or a prompt is over-long and
-                `truncation` is `error` or leaves no room for any text.
+            ValueError: a text is empty or not valid Unicode, a template does not show it, or a prompt is over-long
+                and `truncation` is `error` or leaves no room for any text.
         """
         if not conversations:
             return []
@@ -139,6 +139,13 @@ class PromptRenderer:
         text = messages[_last_user_turn(messages)]["content"].strip()
         if not text and not self.allow_empty:
             raise ValueError("a prompt has an empty user text; nothing can be embedded")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of the text {text[:60]!r} is a lone surrogate, half of a character; replace "
+                "it, for example with text.encode(errors='replace').decode()"
+            ) from error
         return text
 
     def _split_at_probe(self, messages: Sequence[Message], turn: int, probe: str) -> tuple[str, str]:

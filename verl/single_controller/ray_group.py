@@ -248,9 +248,10 @@ class RayWorkerGroup:
             return f"{text}The kernel's out-of-memory killer was at work (oom_kill of the cgroup). {more}"
         if "node" in said and ("died" in said or "terminated" in said) and not here:
             return f"{text}Its machine left the cluster: switched off, cut off, or `ray stop`. {said.splitlines()[0]}"
+        others = "" if here else ", or the end of its machine"
         return (
             f"{text}It had no time to say why, as with SIGKILL: from the kernel's out-of-memory killer (see dmesg), "
-            f"`ray stop`, a batch system{' or a person' if here else ', a person, or with its machine'}. If it was memory: {more[0].lower()}{more[1:]}"
+            f"`ray stop`, a batch system or a person{others}. If it was memory: {more[0].lower()}{more[1:]}"
         )
 
     def _describe_hang(self, waiting: set[int]) -> str:
