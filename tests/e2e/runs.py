@@ -104,3 +104,8 @@ def weights_sha256(run_dir: Path, step: int) -> str:
     """Of the model folder's weights."""
     file = run_dir / f"global_step_{step}" / "huggingface" / "model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def message(stderr: str) -> str:
+    """What the program says last."""
+    return stderr[stderr.rindex("main_ppo: ") :]

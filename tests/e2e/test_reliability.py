@@ -15,13 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
-from runs import REPO, main_ppo, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
-
-
-@pytest.fixture(scope="module")
-def triplets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("triplets")
-    return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
+from runs import REPO, main_ppo, message, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +30,6 @@ def short_run(tmp_path_factory, tiny_folder, triplets) -> Path:
 @pytest.fixture
 def copied_run(short_run, tmp_path) -> Path:
     return Path(shutil.copytree(short_run, tmp_path / "run"))
-
-
-def message(stderr: str) -> str:
-    """What the program says last."""
-    return stderr[stderr.rindex("main_ppo: ") :]
 
 
 def wait_for(process: "subprocess.Popen[str]", text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import MEASURED, main_ppo, prepare, read_metrics, read_samples, recipe, write_texts, write_triplets
+from runs import MEASURED, main_ppo, prepare, read_metrics, read_samples, recipe, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.embedding.encoder import GraceEncoder
@@ -16,12 +16,6 @@ from verl.embedding.encoder import GraceEncoder
 GOLDEN = Path(__file__).parent / "golden.json"
 GOLDEN_METRICS = ("reward/mean", "group/std_median", "actor/pg_loss", "actor/grad_norm", "actor/entropy",
                   "embedding/mean_cosine", "rationale/positive_tokens_mean")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def triplets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("triplets")
-    return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 from machines import Machine, NotPermitted, two_machines
-from runs import numbers, prepare, recipe, write_triplets
+from runs import message, numbers, recipe
 
+# Ray takes a minute to be sure that a silent machine is gone; here it asks more often.
+IMPATIENT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def message(stderr: str) -> str:
-    """What the program says last."""
-    return stderr[stderr.rindex("main_ppo: ") :]
-
-
 @pytest.mark.parametrize("lost", ["cut off", "switched off"])
-def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, tmp_path, tiny_folder):
-    triplets = prepare("supervised", write_triplets(tmp_path / "raw.jsonl"), tmp_path / "data")
+def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, tmp_path, tiny_folder, triplets):
     run_dir, token = tmp_path / "run", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         with two_machines() as (first, second):
             slots = "--num-cpus=1"
             first.run(RAY, "start", "--head", f"--node-ip-address={first.address}", "--port=6379",
-                      "--include-dashboard=false", slots, **token)  # fmt: skip
+                      "--include-dashboard=false", slots, **token, **IMPATIENT)  # fmt: skip
             second.run(RAY, "start", f"--address={first.address}:6379", slots, **token)
             environment = {**token, "RAY_ADDRESS": f"{first.address}:6379"}
             train = [sys.executable, "-m", "verl.trainer.main_ppo", *recipe(tiny_folder, triplets, run_dir)]

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from verl.utils.run_folder import LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+from verl.utils.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
 
 
-def write_step(run: RunFolder, step: int):
+def write_step(run: RunFolder, step: int, best_value: float | None = None):
     folder = run.begin(step)
     (folder / "actor").mkdir()
     (folder / "actor" / "weights").write_text(f"weights {step}")
-    return run.publish(step, {"step": step})
+    return run.publish(step, {"step": step}, best_value)
 
 
 def test_a_published_step_is_whole_and_the_newest(tmp_path):
@@ -24,7 +24,7 @@ def test_a_published_step_is_whole_and_the_newest(tmp_path):
     write_step(run, 5)
     folder = write_step(run, 10)
     assert run.newest_whole() == (folder, [])
-    assert read_state(folder) == {"step": 10, "files": {"actor/weights": 10}}
+    assert read_state(folder) == {"step": 10, "best_value": None, "files": {"actor/weights": 10}}
     assert (tmp_path / LATEST).read_text() == "10\n"
     assert not list(tmp_path.glob(".*"))
 
@@ -32,12 +32,22 @@ def test_a_published_step_is_whole_and_the_newest(tmp_path):
 def test_only_the_newest_are_kept_and_the_best(tmp_path):
     run = RunFolder(tmp_path)
     for step in (5, 10, 15, 100):
-        write_step(run, step)
-        if step == 5:
-            run.mark_best(Best(5, 0.75))
+        write_step(run, step, 0.75 if step == 5 else None)
         run.keep_newest(2)
     assert run.steps() == [5, 15, 100]
     assert run.best() == Best(5, 0.75)
+
+
+def test_a_best_step_that_a_run_was_killed_over_is_marked_when_it_goes_on(tmp_path):
+    run = RunFolder(tmp_path)
+    write_step(run, 5, 0.5)
+    write_step(run, 10, 0.75)
+    (tmp_path / BEST).write_text('{"step": 5, "value": 0.5}\n')
+    run.mark_best(10)
+    assert run.best() == Best(10, 0.75)
+    write_step(run, 15)
+    run.mark_best(15)
+    assert run.best() == Best(10, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +98,7 @@ def test_a_tracker_that_names_no_step_is_refused(tmp_path):
 def test_steps_after_the_one_gone_on_from_are_set_aside_once_each(tmp_path):
     run = RunFolder(tmp_path)
     for step in (5, 10, 15):
-        write_step(run, step)
-    run.mark_best(Best(15, 1.0))
+        write_step(run, step, step / 15)
     aside = run.set_aside_after(5)
     assert aside == tmp_path / "set_aside_1"
     assert sorted(path.name for path in aside.iterdir()) == ["global_step_10", "global_step_15"]

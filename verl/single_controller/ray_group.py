@@ -233,6 +233,10 @@ class RayWorkerGroup:
 
     def _describe_death(self, rank: int, error: RayError) -> str:
         said = str(error)
+        more = "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or use a machine with more memory."
+        if isinstance(error, OutOfMemoryError) or "running low on memory" in said:
+            ended = f"{self._name(rank)} was ended by Ray in phase {self.phase}: its machine ran low on memory. {more}"
+            return f"{ended}\n{said.splitlines()[0]}"
         if "creation task" in said or not self._pids:
             return f"{self._name(rank)} could not start.\n{said}"
         here = self._nodes[rank].here
@@ -240,10 +244,7 @@ class RayWorkerGroup:
         text = f"{self._name(rank)} died in phase {self.phase}; {memory}.\n"
         file = stack_file(self._stack_folder, rank)
         if here and "Fatal Python error" in (stacks := file.read_text()):
-            return f"{text}It crashed in native code ({file}):\n{stacks}"
-        more = "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or use a machine with more memory."
-        if isinstance(error, OutOfMemoryError) or "memory monitor" in said or "running low on memory" in said:
-            return f"{text}Ray ended it because the machine ran low on memory. {more}"
+            return f"{text}It crashed in native code ({file}):\n{stacks.split('Extension modules:')[0]}"
         if here and self._memory.was_out_of_memory():
             return f"{text}The kernel's out-of-memory killer was at work (oom_kill of the cgroup). {more}"
         if "node" in said and ("died" in said or "terminated" in said) and not here:

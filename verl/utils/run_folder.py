@@ -82,15 +82,16 @@ class RunFolder:
         """Give the room of a step back that could not be written."""
         shutil.rmtree(self._writing(step), ignore_errors=True)
 
-    def publish(self, step: int, state: dict[str, Any]) -> Path:
+    def publish(self, step: int, state: dict[str, Any], best_value: float | None = None) -> Path:
         """Give a written step its name and make it the latest, once it is on the disk.
 
         Args:
-            state: of the trainer; `files` is added to it.
+            state: of the trainer; `files` and `best_value` are added to it.
+            best_value: its figure by trainer.save_best, if that is the best so far.
         """
         written, final = self._writing(step), self.step(step)
         files = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}
-        (written / STATE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n")
+        (written / STATE).write_text(json.dumps({**state, "best_value": best_value, "files": files}, indent=1) + "\n")
         for path in (*_files(written), *_folders(written)):
             _sync(path)
         if final.exists():
@@ -98,10 +99,14 @@ class RunFolder:
         written.rename(final)
         _sync(self.path)
         _write_durably(self.path / LATEST, f"{step}\n")
+        self.mark_best(step)
         return final
 
-    def mark_best(self, best: Best) -> None:
-        _write_durably(self.path / BEST, json.dumps(vars(best)) + "\n")
+    def mark_best(self, step: int) -> None:
+        """Mark a step that was published as the best: at once, and again when a run goes on that was killed over it."""
+        value = read_state(self.step(step)).get("best_value")
+        if value is not None:
+            _write_durably(self.path / BEST, json.dumps({"step": step, "value": value}) + "\n")
 
     def best(self) -> Best | None:
         file = self.path / BEST
@@ -184,7 +189,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `RunFolder.publish` was given, and `files`."""
+    """What `RunFolder.publish` was given, with `best_value` and `files`."""
     return json.loads((folder / STATE).read_text())
 
 

@@ -42,7 +42,7 @@ from verl.trainer.ppo.samples import step_samples
 from verl.trainer.ppo.validation import Validation, is_better
 from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.utils.progress import RunDisplay, Stopwatch
-from verl.utils.run_folder import Best, CheckpointError, RunFolder
+from verl.utils.run_folder import CheckpointError, RunFolder
 from verl.utils.signals import Interrupted, StopSignals
 from verl.utils.tracking import Tracking
 from verl.workers.group import ActorRolloutRefGroup
@@ -144,6 +144,8 @@ class RayPPOTrainer:
         self.check_room(facts["checkpoint_bytes"])
         if self.resume:
             self.workers.load_checkpoint(self.resume.folder)
+            if self.resume.folder == self.run.step(self.first_step):
+                self.run.mark_best(self.first_step)
             self.tracking.forget_after(self.first_step)
             self.display.say(f"resumed from {self.resume.folder}: {self.first_step} steps done")
             for note in self.resume.notes:
@@ -300,8 +302,11 @@ class RayPPOTrainer:
         if self._is_due(step, self.config.trainer.save_freq, and_last=True) and self.saved_step < step:
             self.save(step)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, best_value: float | None = None) -> None:
         """Write a checkpoint under a temporary name, then publish it.
+
+        Args:
+            best_value: the step's figure by trainer.save_best, if that is the best so far.
 
         Raises:
             CheckpointError: it could not be written; the run's other checkpoints are as they were.
@@ -310,7 +315,7 @@ class RayPPOTrainer:
         self.workers.phase = "save"
         with watch.phase("save"):
             try:
-                folder = self.run.publish(step, self._write_checkpoint(step))
+                folder = self.run.publish(step, self._write_checkpoint(step), best_value)
                 if keep := self.config.trainer.max_actor_ckpt_to_keep:
                     self.run.keep_newest(keep)
             except (OSError, WorkerError) as error:
@@ -368,8 +373,7 @@ class RayPPOTrainer:
             raise ConfigError(f"trainer.save_best={name} is not one of the validation's: {', '.join(metrics)}.")
         best = self.run.best()
         if is_better(name, metrics[name], best.value if best else None):
-            self.save(step)
-            self.run.mark_best(Best(step, metrics[name]))
+            self.save(step, metrics[name])
             self.display.say(f"the best {name} so far: {metrics[name]:.4f}, step {step}")
 
     def embed_held_out(self) -> dict[str, float]:
