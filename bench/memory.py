@@ -50,7 +50,7 @@ def build_worker(model: str, device: str) -> ActorRolloutRefWorker:
     }
     place = WorkerPlace(0, 1, device, 1, len(os.sched_getaffinity(0)))
     worker = ActorRolloutRefWorker(place, RunConfig.model_validate(settings), total_steps=10)
-    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.find_free_port())
+    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
     return worker
 
 

@@ -161,7 +161,7 @@ def check_vllm(config: RunConfig) -> str:
         return "not installed; hf is used"
     lm, stops = _load(config)
     worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, os.cpu_count() or 1))
-    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.find_free_port())
+    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
     engine = load_vllm_adapter().VLLMRollout(
         config.actor_rollout_ref.model, rollout.model_copy(update={"tensor_model_parallel_size": 1}),
         worker.device, stops, weight_names=[n for n, _ in lm.named_parameters()],

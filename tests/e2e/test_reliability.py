@@ -223,8 +223,10 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
 
 
 def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets):
-    process = start_main_ppo(*recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.total_training_steps=500",
-                             "trainer.save_freq=0")  # fmt: skip
+    process = start_main_ppo(
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.total_training_steps=500", "trainer.save_freq=0",
+        "trainer.n_gpus_per_node=2",
+    )  # fmt: skip
     wait_for(process, "step 2/500")
     driver = psutil.Process(process.pid)
     heard = [

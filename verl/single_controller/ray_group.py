@@ -92,8 +92,8 @@ class RayWorkerGroup:
             for rank in range(self.world_size)
         ]
         self._pids = self._results([w.report_in.remote(stack_folder, phase_timeout_s) for w in self._workers])
-        port = self._results([self._workers[0].find_free_port.remote()])[0]
         master = self._nodes[0].address
+        port = self._results([self._workers[0].open_port.remote(master)])[0]
         self._results(
             [
                 worker.join_process_group.remote(node.address, master, port)

@@ -31,6 +31,7 @@ class Worker:
         self.rank = place.rank
         self.world_size = place.world_size
         self.stacks = StackDump()
+        self._meeting_place: socket.socket | None = None
         # Ray shows each worker its own GPU alone.
         self.device = torch.device(place.device, 0) if place.device == "cuda" else torch.device("cpu")
 
@@ -42,18 +43,18 @@ class Worker:
     def ping(self) -> None:
         """Return when the calls before are done; fails at once in a process that is gone."""
 
-    def find_free_port(self) -> int:
-        """A port of this machine that nobody listens at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def open_port(self, address: str) -> int:
+        """Listen at an address of this machine alone, where the group will meet; return the port."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._meeting_place = socket.create_server((address, 0), family=family)
+        return self._meeting_place.getsockname()[1]
 
     def join_process_group(self, own_address: str, master_address: str, port: int) -> None:
         """Start torch.distributed over the whole group: nccl on CUDA, gloo on a CPU.
 
         Args:
             own_address: of this machine, at which the others reach it.
-            master_address: of rank 0's machine, where `port` is free.
+            master_address: of rank 0's machine, where it has opened `port`.
         """
         os.environ.update(
             MASTER_ADDR=master_address,
@@ -70,9 +71,15 @@ class Worker:
         if interface := _interface_of(own_address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        # A single process needs no port to meet others at.
-        store = dist.HashStore() if self.world_size == 1 else None
-        dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, store=store)
+        dist.init_process_group(
+            backend, rank=self.rank, world_size=self.world_size, store=self._meet(master_address, port)
+        )
+
+    def _meet(self, address: str, port: int) -> dist.Store:
+        if self.world_size == 1:
+            return dist.HashStore()
+        listening = self._meeting_place.detach() if self._meeting_place else None
+        return dist.TCPStore(address, port, self.world_size, self.rank == 0, master_listen_fd=listening)
 
 
 def _interface_of(address: str) -> str | None:

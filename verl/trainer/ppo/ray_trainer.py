@@ -143,11 +143,13 @@ class RayPPOTrainer:
         )
         self.check_room(facts["checkpoint_bytes"])
         if self.resume:
-            self.workers.load_checkpoint(self.resume.folder)
+            watch = Stopwatch()
+            with watch.phase("resume"):
+                self.workers.load_checkpoint(self.resume.folder)
             if self.resume.folder == self.run.step(self.first_step):
                 self.run.mark_best(self.first_step)
             self.tracking.forget_after(self.first_step)
-            self.display.say(f"resumed from {self.resume.folder}: {self.first_step} steps done")
+            self.display.say(f"resumed from {self.resume.folder} in {watch.total:.1f} s: {self.first_step} steps done")
             for note in self.resume.notes:
                 self.display.say(f"  {note}")
         else:
