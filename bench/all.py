@@ -13,13 +13,13 @@ from common import REPO, machine
 
 DOCUMENT = REPO / "docs/performance.md"
 SHORT = {
-    "step_vs_trl": ["--rounds", "1", "--steps", "3", "--shapes", "small"],
-    "step": ["--steps", "4"],
+    "step_vs_trl": ["--rounds", "1", "--steps", "2", "--shapes", "small"],
+    "step": ["--steps", "3"],
     "scaling": ["--steps", "1"],
     "memory": [],
     "reward": [],
     "data": ["--lines", "200000"],
-    "encode": ["--rounds", "2"],
+    "encode": ["--rounds", "1"],
 }
 
 

@@ -8,7 +8,6 @@ and what the torch threads that vLLM would leave cost the training phase. Prints
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,8 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).parent.parent
-MODEL = str(REPO / "models/SmolLM2-135M-Instruct")
+import common
+from common import REPO, markdown, write_json
+
+MODEL = str(REPO / common.MODEL)
 NEW_TOKENS = 48
 
 
@@ -27,7 +28,6 @@ def measure(name: str) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    sys.path.insert(0, str(REPO))
     from verl.config import ActorConfig
     from verl.embedding.prompts import PromptRenderer, rationale_messages
     from verl.models.policy import PolicyModel, load_causal_lm
@@ -149,12 +149,9 @@ def main() -> None:
             line = next(line for line in out.stdout.splitlines() if line.startswith("figures "))
             found[engine].append(json.loads(line.removeprefix("figures ")))
     medians = {e: {k: statistics.median(r[k] for r in rounds) for k in rounds[0]} for e, rounds in found.items()}
-    print(f"\n{'median of ' + str(args.rounds):40}" + "".join(f"{engine:>12}" for engine in engines))
-    for key in medians[engines[0]]:
-        print(f"{key:40}" + "".join(f"{medians[engine][key]:12.2f}" for engine in engines))
-    if args.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        args.json.write_text(json.dumps({"machine": machine, "medians": medians, "rounds": found}, indent=1) + "\n")
+    table = [[key, *(f"{medians[engine][key]:.2f}" for engine in engines)] for key in medians["hf"]]
+    print(markdown([f"median of {args.rounds}", *engines], table))
+    write_json(args.json, {"medians": medians, "rounds": found, "table": table})
 
 
 if __name__ == "__main__":
