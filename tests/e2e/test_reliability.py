@@ -76,9 +76,11 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
     assert f"ended by {signal.Signals(number).name}" in message(errors)
     assert re.search(r"the same command goes on from step [1-3]\b", output)
     assert left_after(mark) == []
+    if number == signal.SIGINT:
+        return  # going on takes the same way from here
     done = main_ppo(*recipe(tiny_folder, triplets, run_dir), *more)
     assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    assert re.search(r"resumed from .* in [\d.]+ s: [1-3] steps done", done.stdout)
     assert numbers(run_dir) == numbers(short_run)
     assert weights_sha256(run_dir, 4) == weights_sha256(short_run, 4)
 
