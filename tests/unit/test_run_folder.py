@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from verl.utils.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+from verl.utils.run_folder import BEST, CARD, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
 
 
 def write_step(run: RunFolder, step: int, best_value: float | None = None):
@@ -68,6 +68,16 @@ def test_a_damaged_step_is_passed_over_and_named(tmp_path, damage, said):
     assert folder == older
     assert len(skipped) == 1 and said in skipped[0]
     assert find_fault(older) is None
+
+
+def test_a_step_whose_model_card_was_written_in_is_whole(tmp_path):
+    run = RunFolder(tmp_path)
+    folder = run.begin(5)
+    (folder / CARD).write_text("a model")
+    run.publish(5, {"step": 5})
+    with (tmp_path / "global_step_5" / CARD).open("a") as card:
+        card.write(", and its scores")
+    assert run.newest_whole() == (run.step(5), [])
 
 
 def test_when_no_step_is_whole_it_is_said_rather_than_started_over(tmp_path):

@@ -22,6 +22,7 @@ from typing import Any
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
+CARD = "README.md"
 STEP_PREFIX = "global_step_"
 
 
@@ -205,6 +206,8 @@ def find_fault(folder: Path) -> str | None:
         return f"{folder / STATE} is damaged ({error!r})"
     for name, size in files.items():
         file = folder / name
+        if file.name == CARD:
+            continue  # of the model: people write in it, and an evaluation adds its scores
         if not file.is_file():
             return f"{file} is missing"
         if (found := file.stat().st_size) != size:
