@@ -16,7 +16,7 @@ quickstart: $(READY)
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 test: $(READY)
-	@echo "test: unit, two-process and end-to-end tests; about 20 minutes on 2 cores, 27 with vLLM"
+	@echo "test: unit, two-process and end-to-end tests; about 24 minutes on 2 cores, 28 with vLLM"
 	$(PYTHON) -m pytest
 
 unit: $(READY)

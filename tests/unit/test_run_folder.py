@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from verl.utils.run_folder import BEST, CARD, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+from verl.utils.model_card import FILE_NAME
+from verl.utils.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
 
 
 def write_step(run: RunFolder, step: int, best_value: float | None = None):
@@ -73,9 +74,9 @@ def test_a_damaged_step_is_passed_over_and_named(tmp_path, damage, said):
 def test_a_step_whose_model_card_was_written_in_is_whole(tmp_path):
     run = RunFolder(tmp_path)
     folder = run.begin(5)
-    (folder / CARD).write_text("a model")
+    (folder / FILE_NAME).write_text("a model")
     run.publish(5, {"step": 5})
-    with (tmp_path / "global_step_5" / CARD).open("a") as card:
+    with (tmp_path / "global_step_5" / FILE_NAME).open("a") as card:
         card.write(", and its scores")
     assert run.newest_whole() == (run.step(5), [])
 
@@ -147,6 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 _WRITER = """
 import sys
 from pathlib import Path
+from verl.utils.model_card import FILE_NAME
 from verl.utils.run_folder import Best, RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.remove_leftovers()

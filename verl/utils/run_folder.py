@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl.utils import model_card
+
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
-CARD = "README.md"
 STEP_PREFIX = "global_step_"
 
 
@@ -206,7 +207,7 @@ def find_fault(folder: Path) -> str | None:
         return f"{folder / STATE} is damaged ({error!r})"
     for name, size in files.items():
         file = folder / name
-        if file.name == CARD:
+        if file.name == model_card.FILE_NAME:
             continue  # of the model: people write in it, and an evaluation adds its scores
         if not file.is_file():
             return f"{file} is missing"
