@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 from runs import REPO
 
+# Its mounts are its own, as its mount namespace is private: nobody else sees them.
 _SET_UP = """
 hostname {name} && ip link set lo up && ip link set wire up && ip address add {address}/24 dev wire &&
 mount -t tmpfs tmpfs /dev/shm && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && echo up && exec sleep infinity

@@ -8,7 +8,9 @@ import secrets
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +78,6 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
     assert f"ended by {signal.Signals(number).name}" in message(errors)
     assert re.search(r"the same command goes on from step [1-3]\b", output)
     assert left_after(mark) == []
-    if number == signal.SIGINT:
-        return  # going on takes the same way from here
     done = main_ppo(*recipe(tiny_folder, triplets, run_dir), *more)
     assert done.returncode == 0, done.stderr
     assert re.search(r"resumed from .* in [\d.]+ s: [1-3] steps done", done.stdout)
@@ -253,7 +253,14 @@ def files_in(folder: Path) -> dict[Path, int]:
     return found
 
 
-def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_folder, triplets):
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """For Ray's sessions; a short path, as that of a socket may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_folder, triplets, ray_folder):
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
     secret = {name: secrets.token_hex(20) for name in names}
     home, run_dir = tmp_path / "home", tmp_path / "run"
@@ -261,7 +268,8 @@ def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_f
     before = files_in(REPO)
     done = main_ppo(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=2", "trainer.test_freq=1",
-        "trainer.logger=[console,wandb,tensorboard]", WANDB_MODE="offline", HOME=str(home), **secret,
+        "trainer.logger=[console,wandb,tensorboard]", WANDB_MODE="offline", HOME=str(home),
+        RAY_TMPDIR=str(ray_folder), **secret,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert files_in(REPO) == before
@@ -270,8 +278,8 @@ def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_f
         (".cache", "wandb"),
         (".ray", "auth_token"),
     }
-    written = [*files_in(run_dir), *files_in(home), *files_in(Path("/tmp/ray/session_latest/logs").resolve())]
-    assert any(file.suffix == ".wandb" for file in written) and len(written) > 20
+    written = [*files_in(run_dir), *files_in(home), *files_in(ray_folder)]
+    assert any(file.suffix == ".wandb" for file in written) and any(file.name == "raylet.out" for file in written)
     said = {"output": done.stdout.encode() + done.stderr.encode()}
     said |= {str(file): file.read_bytes() for file in written if file.is_file()}
     told = [(name, place) for name, value in secret.items() for place, text in said.items() if value.encode() in text]

@@ -4,6 +4,8 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,29 +21,34 @@ IMPATIENT = {
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
+@pytest.fixture
+def machines() -> Iterator[tuple[Machine, Machine]]:
+    with ExitStack() as stack:
+        try:
+            pair = stack.enter_context(two_machines())
+        except NotPermitted as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield pair
+
+
 @pytest.mark.parametrize("lost", ["cut off", "switched off"])
-def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, tmp_path, tiny_folder, triplets):
+def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, machines, tmp_path, tiny_folder, triplets):
+    first, second = machines
     run_dir, token = tmp_path / "run", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    try:
-        with two_machines() as (first, second):
-            slots = "--num-cpus=1"
-            first.run(RAY, "start", "--head", f"--node-ip-address={first.address}", "--port=6379",
-                      "--include-dashboard=false", slots, **token, **IMPATIENT)  # fmt: skip
-            second.run(RAY, "start", f"--address={first.address}:6379", slots, **token)
-            environment = {**token, "RAY_ADDRESS": f"{first.address}:6379"}
-            train = [sys.executable, "-m", "verl.trainer.main_ppo", *recipe(tiny_folder, triplets, run_dir)]
-            lose_a_machine(first, second, [*train, "trainer.nnodes=2"], environment, lost)
-            if lost == "switched off":
-                return  # going on takes the same way from here
-            steps = 1 + max(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
-            output = first.run(*train, "trainer.nnodes=1", f"trainer.total_training_steps={steps}", **environment)
-            assert "resumed from" in output and "changed: trainer.nnodes: 2 before, 1 now" in output
-            assert [line["step"] for line in numbers(run_dir)] == list(range(1, steps + 1))
-            # A cluster that the run did not start is left as it is.
-            status = first.run(RAY, "status", **environment)
-            assert re.search(r"Active:\n 1 node_\w+\nPending", status), status
-    except NotPermitted as error:
-        pytest.skip(f"network namespaces cannot be made here: {error}")
+    slots = "--num-cpus=1"
+    first.run(RAY, "start", "--head", f"--node-ip-address={first.address}", "--port=6379",
+              "--include-dashboard=false", slots, **token, **IMPATIENT)  # fmt: skip
+    second.run(RAY, "start", f"--address={first.address}:6379", slots, **token)
+    environment = {**token, "RAY_ADDRESS": f"{first.address}:6379"}
+    train = [sys.executable, "-m", "verl.trainer.main_ppo", *recipe(tiny_folder, triplets, run_dir)]
+    lose_a_machine(first, second, [*train, "trainer.nnodes=2"], environment, lost)
+    steps = 1 + max(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
+    output = first.run(*train, "trainer.nnodes=1", f"trainer.total_training_steps={steps}", **environment)
+    assert "resumed from" in output and "changed: trainer.nnodes: 2 before, 1 now" in output
+    assert [line["step"] for line in numbers(run_dir)] == list(range(1, steps + 1))
+    # A cluster that the run did not start is left as it is.
+    status = first.run(RAY, "status", **environment)
+    assert re.search(r"Active:\n 1 node_\w+\nPending", status), status
 
 
 def lose_a_machine(first: Machine, second: Machine, train: list[str], environment: dict[str, str], how: str) -> None:

@@ -148,8 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 _WRITER = """
 import sys
 from pathlib import Path
-from verl.utils.model_card import FILE_NAME
-from verl.utils.run_folder import Best, RunFolder
+from verl.utils.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.remove_leftovers()
 folder, skipped = run.newest_whole()
