@@ -199,6 +199,7 @@ def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_f
     assert refused.returncode == 2
     assert "actor_rollout_ref.rollout.n: 3 before, 2 now" in said
     assert "data.train_files: other contents" in said and "trainer.resume_force=True" in said and "optim.lr" not in said
+    assert "another trainer.default_local_dir to start a new run" in said
     forced = main_ppo(*run, *changes, "trainer.resume_force=True")
     assert forced.returncode == 0, forced.stderr
     for line in ("FORCED: actor_rollout_ref.rollout.n", "changed: actor_rollout_ref.actor.optim.lr: 0.001 before"):

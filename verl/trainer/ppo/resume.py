@@ -84,9 +84,10 @@ def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder:
     if state["data_sha256"] != data_sha256:
         other_run.append(f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)")
     if other_run and not config.trainer.resume_force:
+        place = "default_local_dir" if config.trainer.default_local_dir else "experiment_name"
         raise ConfigError(
-            f"{folder} is of another run:\n  " + "\n  ".join(other_run) + "\nGive the same values; or another "
-            "trainer.experiment_name to start a new run; or trainer.resume_force=True to go on with these."
+            f"{folder} is of another run:\n  " + "\n  ".join(other_run) + f"\nGive the same values; or another "
+            f"trainer.{place} to start a new run; or trainer.resume_force=True to go on with these."
         )
     lines = [line for line in changed.values() if line not in other_run]
     return [f"changed: {line}" for line in lines] + [f"FORCED: {line}" for line in other_run]
