@@ -34,7 +34,7 @@ check: $(READY)
 bench: $(READY)
 	@echo "bench: every benchmark in its short form, about 20 minutes on 2 cores that have nothing else to do"
 	$(PYTHON) -m pip install --quiet -e '.[bench,eval]'
-	$(PYTHON) scripts/get_demo_model.py
+	$(PYTHON) -m verl.get_demo_model
 	$(PYTHON) bench/all.py
 
 vllm-cpu: $(READY)

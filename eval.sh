@@ -57,7 +57,7 @@ else
         # Shards alone, as verl 0.4 writes them.
         MODEL=merge_models/$(basename "$(dirname "$CHECKPOINT")")-$(basename "$CHECKPOINT")
         if [[ ! "$MODEL/merge_model.json" -nt "$CHECKPOINT/actor" ]]; then
-            "$PYTHON" scripts/merge_model.py merge --backend fsdp --local_dir "$CHECKPOINT" --target_dir "$MODEL"
+            "$PYTHON" -m verl.merge_model merge --backend fsdp --local_dir "$CHECKPOINT" --target_dir "$MODEL"
         fi
     fi
 fi

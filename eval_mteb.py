@@ -26,18 +26,17 @@ import mteb
 import torch
 from rich.console import Console
 
-from verl.config import ConfigError
-from verl.embedding.encoder import GraceEncoder
+from verl import GraceEncoder
+from verl.checkpoint.model_card import put_scores
 from verl.embedding.settings import EmbedderSettings
-from verl.embedding.store import StoreError
-from verl.evaluation.errors import EvaluationError
+from verl.encoder.store import StoreError
+from verl.errors import UserError
 from verl.evaluation.mteb_model import GraceMTEB
 from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs, plan_table, sample_texts
 from verl.evaluation.records import installed_versions, name_of
 from verl.evaluation.report import VERSIONS, Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
 from verl.utils.logging import quiet_libraries
-from verl.utils.model_card import put_scores
 from verl.workers.rollout.base import RolloutError
 
 EXIT_TASK_FAILED = 1
@@ -150,7 +149,7 @@ class Evaluation:
         """Show what the tasks cost, and ask when that is much.
 
         Raises:
-            EvaluationError: it is much, and nobody is there to be asked or says yes.
+            UserError: it is much, and nobody is there to be asked or says yes.
         """
         args, encoder = self.args, self.encoder
         self.console.print(
@@ -179,12 +178,12 @@ class Evaluation:
 
     def _ask(self, hours: float) -> None:
         if not sys.stdin.isatty():
-            raise EvaluationError(
+            raise UserError(
                 f"this takes about {hours:.0f} hours; give --yes to run it, or --suite quick, --no_thinking, or a "
                 "smaller --thinking_max_length"
             )
         if self.console.input(f"This takes about {hours:.0f} hours. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise EvaluationError("not started")
+            raise UserError("not started")
 
     def run_task(self, task: Any) -> TaskReport:
         name = task.metadata.name
@@ -227,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = evaluation.run(base)
             report(evaluation, base)
             shown = show_rationales(encoder, evaluation, args.show)
-    except (EvaluationError, ConfigError, StoreError, ValueError, OSError) as error:
+    except (UserError, StoreError, ValueError, OSError) as error:
         sys.stderr.write(f"eval_mteb: {error}\n")
         return EXIT_USER_ERROR
     except RolloutError as error:  # outside of a task: in the plan's sample
@@ -241,10 +240,10 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     """Run this program on the base model, in a process of its own: two models do not share a GPU's memory.
 
     Raises:
-        EvaluationError: it did not start; failed tasks only lack their difference.
+        UserError: it did not start; failed tasks only lack their difference.
     """
     if name_of(args.base_model) == (args.model_name or name_of(args.model_path)):
-        raise EvaluationError(
+        raise UserError(
             f"--base_model {args.base_model} has the name of --model_path {args.model_path}; give --model_name"
         )
     drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path"}
@@ -261,7 +260,7 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     code = subprocess.run(command, check=False).returncode
     summary = Summary.read(summary_folder(args.output_dir, name_of(args.base_model), args.no_thinking))
     if code not in (0, EXIT_TASK_FAILED) or summary is None:
-        raise EvaluationError(f"--base_model {args.base_model} could not be scored (exit code {code}, see above)")
+        raise UserError(f"--base_model {args.base_model} could not be scored (exit code {code}, see above)")
     return summary
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import orjson
 import pyarrow.parquet as pq
 
-from verl.data.console import complain, say
-from verl.data.errors import UserError
 from verl.data.length_filter import FilterReport, FilterSettings, filter_file, load_renderer, open_parquet
 from verl.data.parallel import build_mapper
 from verl.data.publish import library_versions, move_into
+from verl.errors import UserError
+from verl.utils.console import complain, say
 
 ROWS_WORTH_A_PROCESS = 50_000
 """Starting a process takes about as long as measuring this many rows."""

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import orjson
 
-from verl.data.console import complain, say, track
-from verl.data.errors import UserError
 from verl.data.ingest import Counts, RejectLog, Spool, ingest
 from verl.data.publish import copy_to, describe_file, library_versions, move_into
 from verl.data.readers import open_source
@@ -26,6 +24,8 @@ from verl.data.samples import MODES, describe_fields
 from verl.data.schema import REPEATING_COLUMNS, SCHEMAS, build_rows
 from verl.data.split import DuplicateCounter, build_splitter
 from verl.data.writer import JsonArraySink, ParquetSink
+from verl.errors import UserError
+from verl.utils.console import complain, say, track
 
 SPLITS = ("train", "test")
 PARQUET = ("train.parquet", "test.parquet")

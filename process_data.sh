@@ -29,7 +29,7 @@ process_data.sh: neither $supervised_file nor $unsupervised_file is here.
 Put them into this folder, or name your own files in SUPERVISED_FILE and UNSUPERVISED_FILE. To try the
 examples instead:
 
-  python3 scripts/get_demo_model.py
+  python3 -m verl.get_demo_model
   SUPERVISED_FILE=examples/triplets.jsonl UNSUPERVISED_FILE=examples/sentences.txt \\
       TOKENIZER=models/SmolLM2-135M-Instruct bash process_data.sh
 EOF

@@ -12,7 +12,7 @@ TOKENS=16
 export PYTHON
 
 echo "== 1/4 model"
-"$PYTHON" scripts/get_demo_model.py
+"$PYTHON" -m verl.get_demo_model
 echo "== 2/4 data"
 "$PYTHON" process_data.py --mode supervised --input_file examples/triplets.jsonl --local_dir data/quickstart --test_ratio 0.1
 "$PYTHON" offline_filter_data.py --train_parquet data/quickstart/train.parquet --val_parquet data/quickstart/test.parquet \

@@ -52,7 +52,7 @@ else
     echo "train.sh: no GPU is visible; the CPU recipe, $MODE: SmolLM2-135M, short rationales, 11 to 15 s a step on 2 cores"
     MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
     if [[ "$MODEL" == models/SmolLM2-135M-Instruct ]]; then
-        "$PYTHON" scripts/get_demo_model.py
+        "$PYTHON" -m verl.get_demo_model
     fi
     if [[ -z "${TRAIN_FILE:-}" ]]; then
         DATA=data/examples_$MODE

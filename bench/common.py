@@ -58,7 +58,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def prepare_data(folder: Path) -> Path:
     """The demo model, and the example triplets as parquet; returns the training file."""
-    subprocess.run([sys.executable, "scripts/get_demo_model.py"], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
     prepare = ["process_data.py", "--mode", "supervised", "--input_file", "examples/triplets.jsonl"]
     subprocess.run(
         [sys.executable, *prepare, "--local_dir", str(folder)], check=True, cwd=REPO, stdout=subprocess.DEVNULL

@@ -42,7 +42,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    from verl.embedding.encoder import GraceEncoder
+    from verl import GraceEncoder
     from verl.embedding.prompts import rationale_messages
 
     ours = GraceEncoder(MODEL, device="cpu")
@@ -71,7 +71,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
 
 def measure_thinking(engine: str, rounds: int) -> dict[str, Any]:
     """Seconds with rationales, and the tokens they had."""
-    from verl.embedding.encoder import GraceEncoder
+    from verl import GraceEncoder
 
     texts = sentences(THINKING_TEXTS)
     encoder = GraceEncoder(
@@ -106,7 +106,7 @@ def main() -> None:
         found = measure_plain(args.rounds) if args.only == "plain" else measure_thinking(args.only, args.rounds)
         args.json.write_text(json.dumps(found))
         return
-    subprocess.run([sys.executable, str(REPO / "scripts/get_demo_model.py")], check=True)
+    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
     plain = in_own_process("plain", args.rounds)
     engines = ["hf", *(["vllm"] if find_spec("vllm") else [])]
     thinking = {engine: in_own_process(engine, args.rounds) for engine in engines}

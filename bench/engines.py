@@ -136,7 +136,7 @@ def main() -> None:
     if args.engine:
         print("figures " + json.dumps(measure(args.engine)))
         return
-    subprocess.run([sys.executable, str(REPO / "scripts/get_demo_model.py")], check=True)
+    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
     engines = ["hf", "vllm"] if find_spec("vllm") else ["hf"]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, **place}

@@ -17,10 +17,10 @@ import torch
 from common import MODEL, markdown, prepare_data, write_json
 
 from verl.config import DataConfig, RunConfig
+from verl.data.dataset import PromptDataset, collate
 from verl.embedding.prompts import PromptRenderer
 from verl.protocol import DataProto
 from verl.single_controller.worker import WorkerPlace
-from verl.utils.dataset import PromptDataset, collate
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 TRIPLETS, N, TOKENS = 4, 8, 96

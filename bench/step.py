@@ -18,9 +18,9 @@ from common import MODEL, REPO, markdown, prepare_data, spread, train, write_jso
 from transformers import AutoConfig
 
 from verl.config import DataConfig
+from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer
 from verl.models.packing import Row, pack
-from verl.utils.dataset import PromptDataset
 from verl.utils.tokenizer import load_tokenizer
 
 SHAPE = (4, 4, 48)

@@ -13,10 +13,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key, its value and a way out."""
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from verl.config import ConfigError, HiddenRewardConfig, RunConfig, file_list
+from verl.config import HiddenRewardConfig, RunConfig, file_list
+from verl.errors import UserError
 
 # Keys of verl 0.4 that mean nothing here. The longest matching prefix wins.
 NO_COUNTERPART = {
@@ -86,14 +87,14 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Merge a plain nested mapping into a checked `RunConfig`.
 
     Raises:
-        ConfigError: unknown key, wrong type, or a combination that cannot work.
+        UserError: unknown key, wrong type, or a combination that cannot work.
     """
     for key in _leaf_keys(values, RunConfig):
         check_key(key)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise UserError("\n".join(_explain(e) for e in error.errors())) from None
     _check_required(config)
     _check_fixed(config)
     _check_sizes(config)
@@ -104,17 +105,17 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def check_key(key: str) -> None:
-    """Raise `ConfigError` unless `key` (dotted) exists; say why, or name the closest one."""
+    """Raise `UserError` unless `key` (dotted) exists; say why, or name the closest one."""
     known = set(all_keys())
     if key in known or any(key.startswith(k + ".") for k in known if _is_open(k)):
         return
     for prefix in sorted(NO_COUNTERPART, key=len, reverse=True):
         if key == prefix or key.startswith(prefix + "."):
-            raise ConfigError(f"{key} is a key of verl that has no counterpart here: {NO_COUNTERPART[prefix]}.")
+            raise UserError(f"{key} is a key of verl that has no counterpart here: {NO_COUNTERPART[prefix]}.")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     same_leaf = [k for k in sorted(known) if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     hint = f" Did you mean {(same_leaf or close)[0]}?" if same_leaf or close else ""
-    raise ConfigError(f"unknown key {key}.{hint} (all keys: verl/trainer/config/ppo_trainer.yaml)")
+    raise UserError(f"unknown key {key}.{hint} (all keys: verl/trainer/config/ppo_trainer.yaml)")
 
 
 def all_keys() -> Iterator[str]:
@@ -136,23 +137,23 @@ def build_reward_kwargs(kwargs: Mapping[str, Any]) -> HiddenRewardConfig:
     """Check `reward_model.reward_kwargs` of the reward manager `hidden`.
 
     Raises:
-        ConfigError: unknown name (the valid ones are listed) or wrong type.
+        UserError: unknown name (the valid ones are listed) or wrong type.
     """
     valid = list(HiddenRewardConfig.model_fields)
     for name in kwargs:
         if name not in valid:
             close = difflib.get_close_matches(name, valid, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ConfigError(
+            raise UserError(
                 f"reward_model.reward_kwargs.{name} is not known to the reward manager hidden.{hint} "
                 f"Valid: {', '.join(valid)}."
             )
     try:
         reward = HiddenRewardConfig.model_validate(dict(kwargs))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, "reward_model.reward_kwargs.") for e in error.errors())) from None
+        raise UserError("\n".join(_explain(e, "reward_model.reward_kwargs.") for e in error.errors())) from None
     if reward.temperature <= 0:
-        raise ConfigError(f"reward_model.reward_kwargs.temperature={reward.temperature} must be above 0.")
+        raise UserError(f"reward_model.reward_kwargs.temperature={reward.temperature} must be above 0.")
     return reward
 
 
@@ -193,25 +194,25 @@ _FIELD_NAMES = _field_names()
 
 def _check_required(config: RunConfig) -> None:
     if not config.actor_rollout_ref.model.path:
-        raise ConfigError("actor_rollout_ref.model.path is not set; give a model folder or hub name.")
+        raise UserError("actor_rollout_ref.model.path is not set; give a model folder or hub name.")
     if not config.data.train_files:
-        raise ConfigError("data.train_files is not set; give the train.parquet that process_data.py wrote.")
+        raise UserError("data.train_files is not set; give the train.parquet that process_data.py wrote.")
     _check_files("data.train_files", config.data.train_files)
     if config.validates:
         if not config.data.val_files:
-            raise ConfigError(
+            raise UserError(
                 "validation is on (trainer.test_freq or trainer.val_before_train) but data.val_files is not set; "
                 "give a parquet file, or set trainer.test_freq=-1 trainer.val_before_train=False."
             )
         _check_files("data.val_files", config.data.val_files)
     if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
-        raise ConfigError("trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N.")
+        raise UserError("trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N.")
 
 
 def _check_files(key: str, files: str | list[str]) -> None:
     for name in file_list(files):
         if not Path(name).expanduser().is_file():
-            raise ConfigError(f"{key}: the file {name!r} does not exist; make it with process_data.py.")
+            raise UserError(f"{key}: the file {name!r} does not exist; make it with process_data.py.")
 
 
 def _check_fixed(config: RunConfig) -> None:
@@ -255,7 +256,7 @@ def _check_fixed(config: RunConfig) -> None:
     ]
     for key, value, only, why in fixed:
         if value != only:
-            raise ConfigError(f"{key}={value} is not supported: {why}. Set it to {only} or leave it out.")
+            raise UserError(f"{key}={value} is not supported: {why}. Set it to {only} or leave it out.")
 
 
 def _check_sizes(config: RunConfig) -> None:
@@ -281,7 +282,7 @@ def _check_sizes(config: RunConfig) -> None:
     }
     for key, value in positive.items():
         if value <= 0:
-            raise ConfigError(f"{key}={value} must be above 0.")
+            raise UserError(f"{key}={value} must be above 0.")
     for key, optional in {
         "trainer.n_gpus_per_node": config.trainer.n_gpus_per_node,
         "trainer.total_training_steps": config.trainer.total_training_steps,
@@ -289,23 +290,23 @@ def _check_sizes(config: RunConfig) -> None:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
     }.items():
         if optional is not None and optional <= 0:
-            raise ConfigError(f"{key}={optional} must be above 0, or null.")
+            raise UserError(f"{key}={optional} must be above 0, or null.")
     if config.trainer.phase_timeout_s < 0:
-        raise ConfigError(
+        raise UserError(
             f"trainer.phase_timeout_s={config.trainer.phase_timeout_s} must be 0 or more; 0 waits for ever."
         )
     if data.train_batch_size % actor.ppo_mini_batch_size:
         size, mini = data.train_batch_size, actor.ppo_mini_batch_size
         divisors = [d for d in range(1, size + 1) if size % d == 0]
         near = sorted(divisors, key=lambda d: abs(d - mini))[:3]
-        raise ConfigError(
+        raise UserError(
             f"data.train_batch_size={size} is not a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini} "
             f"(both count prompts). Nearest: train_batch_size {multiples_near(size, mini)}, "
             f"or ppo_mini_batch_size {', '.join(map(str, sorted(near)))}."
         )
     for key, dynamic, rows in _micro_batch_rules(config):
         if not dynamic and rows is None:
-            raise ConfigError(
+            raise UserError(
                 f"{key}: micro-batches need a size when dynamic batching is off; set it, or use_dynamic_bsz=True."
             )
 
@@ -315,23 +316,21 @@ def _check_engine(config: RunConfig) -> None:
     prefix = "actor_rollout_ref.rollout."
     needed = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
-        raise ConfigError(
+        raise UserError(
             f"{prefix}max_model_len={rollout.max_model_len} is less than data.max_prompt_length="
             f"{data.max_prompt_length} + data.max_response_length={data.max_response_length} = {needed}; "
             "leave it out, or lower those."
         )
     if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < (rollout.max_model_len or needed):
-        raise ConfigError(
+        raise UserError(
             f"{prefix}max_num_batched_tokens={rollout.max_num_batched_tokens} cannot take a sequence of "
             f"{rollout.max_model_len or needed} tokens while {prefix}enable_chunked_prefill=False; raise it, or set "
             f"{prefix}enable_chunked_prefill=True."
         )
     if not 0 < rollout.gpu_memory_utilization <= 1:
-        raise ConfigError(
-            f"{prefix}gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0, at most 1."
-        )
+        raise UserError(f"{prefix}gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0, at most 1.")
     if unknown := set(rollout.engine_kwargs) - {"vllm"}:
-        raise ConfigError(f"{prefix}engine_kwargs.{min(unknown)} belongs to no engine; put arguments under .vllm.")
+        raise UserError(f"{prefix}engine_kwargs.{min(unknown)} belongs to no engine; put arguments under .vllm.")
 
 
 def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
@@ -361,9 +360,9 @@ def _check_save_best(config: RunConfig) -> None:
     figures -= {"sts_spearman"} if config.data.val_sts_file is None else set()
     if name not in {f"val/{figure}" for figure in figures}:
         listed = ", ".join(sorted(f"val/{figure}" for figure in figures))
-        raise ConfigError(f"trainer.save_best={name} is not a figure of this run's validation; use one of {listed}.")
+        raise UserError(f"trainer.save_best={name} is not a figure of this run's validation; use one of {listed}.")
     if config.trainer.test_freq <= 0:
-        raise ConfigError(f"trainer.save_best={name} needs validation; set trainer.test_freq to some steps.")
+        raise UserError(f"trainer.save_best={name} needs validation; set trainer.test_freq to some steps.")
 
 
 _CRITIC_ESTIMATORS = {
@@ -376,21 +375,21 @@ _GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grp
 def _check_algorithm(config: RunConfig) -> None:
     estimator, n = config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n
     if estimator in _CRITIC_ESTIMATORS:
-        raise ConfigError(
+        raise UserError(
             f"algorithm.adv_estimator={estimator} is not supported: {_CRITIC_ESTIMATORS[estimator]}. "
             f"Use one of {', '.join(sorted(_GROUP_ESTIMATORS | {'reinforce_plus_plus'}))}."
         )
     if estimator in _GROUP_ESTIMATORS and n < 2:
-        raise ConfigError(
+        raise UserError(
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
         )
     if config.actor_rollout_ref.actor.clip_ratio_c <= 1:
-        raise ConfigError(
+        raise UserError(
             f"actor_rollout_ref.actor.clip_ratio_c={config.actor_rollout_ref.actor.clip_ratio_c} must be above 1."
         )
     if config.custom_reward_function.path and config.reward_model.reward_manager != "naive":
-        raise ConfigError(
+        raise UserError(
             f"custom_reward_function.path={config.custom_reward_function.path} is read by reward_model.reward_manager="
             f"naive only, and that is {config.reward_model.reward_manager}; set one of them."
         )

@@ -25,13 +25,14 @@ import torch.multiprocessing as mp
 from hydra.errors import HydraException
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from verl.config import ConfigError, RunConfig
+from verl.checkpoint.run_folder import CheckpointError, RunFolder
+from verl.config import RunConfig
 from verl.embedding.prompts import rationale_messages
+from verl.errors import UserError
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, compose_config, find_devices, start_ray
 from verl.utils.logging import quiet_libraries
-from verl.utils.run_folder import CheckpointError, RunFolder
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Rollout, finish
 from verl.workers.rollout.choose import choose_engine, load_vllm_adapter
@@ -240,7 +241,7 @@ def examine(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     for name, check in CHECKS.items():
         try:
             yield name, True, check(config)
-        except (Trouble, ConfigError, CheckpointError, ValueError, RuntimeError, OSError, ImportError) as error:
+        except (Trouble, UserError, CheckpointError, ValueError, RuntimeError, OSError, ImportError) as error:
             # The other checks say more about the machine; the exit code says that this one failed.
             yield name, False, f"{error}" if isinstance(error, Trouble) else f"{type(error).__name__}: {error}"
 
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = compose_config(args.overrides)
-    except (ConfigError, HydraException) as error:
+    except (UserError, HydraException) as error:
         sys.stderr.write(f"\ndoctor: {error}\n")
         return 2
     failed = 0

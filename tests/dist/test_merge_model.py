@@ -25,31 +25,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl import merge_model as program
 from verl.config import FsdpConfig, OptimConfig
 from verl.models.fsdp import build_optimizer, build_scheduler, shard
 from verl.models.policy import PolicyModel
-from verl.utils.checkpoint import save_training_state
-from verl.utils.merging import FsdpShards, MergeError
+from verl.checkpoint.training_state import save_training_state
+from verl.checkpoint.shards import FsdpShards
+from verl.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "merge_model.py"
-HEAVY = ["verl.models.fsdp", "verl.utils.merging", "transformers.models.qwen2.modeling_qwen2"]
+HEAVY = ["verl.models.fsdp", "verl.checkpoint.shards", "transformers.models.qwen2.modeling_qwen2"]
 TIES = {"tied": True, "untied": False}
 # The vocabulary of 259 divides by none of the world sizes.
 DCP = [f"dcp_{world}_{tie}" for world in (1, 2) for tie in TIES]
 FSDP = [f"{layout}_{tie}" for layout in ("fsdp_2", "old_torch_2", "fsdp_4", "ddp_fsdp_4", "mixed_4") for tie in TIES]
 
 
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("merge_model", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules["merge_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-program = load_program()
 
 
 @contextmanager
@@ -283,7 +273,7 @@ def test_parts_of_odd_sizes_and_parts_that_make_no_tensor(made):
         ("number", torch.Size([4]), r"shapes \[\[\], \[\], \[\], \[\]\], the model has \[4\]"),
         ("few_rows", torch.Size([3, 4]), r"\[3, 5\].*\[3, 4\]"),
     ):
-        with pytest.raises(MergeError, match=f"odd: {name} .*{said}"):
+        with pytest.raises(UserError, match=f"odd: {name} .*{said}"):
             shards.read(name, shape)
 
 
@@ -663,7 +653,7 @@ def test_a_reference_that_cannot_be_read_is_an_error(made, tmp_path, capsys):
 
 
 def test_the_program_says_what_it_wrote(made, tmp_path):
-    command = [sys.executable, str(SCRIPT), "merge", "--backend", "fsdp", "--local_dir", str(made / "ddp_fsdp_4_tied")]
+    command = [sys.executable, "-m", "verl.merge_model", "merge", "--backend", "fsdp", "--local_dir", str(made / "ddp_fsdp_4_tied")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "wrote tmp: Qwen2ForCausalLM, 38 tensors, float32" in done.stdout.splitlines()[-1]

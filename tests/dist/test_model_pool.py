@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from verl.embedding.encoder import GraceEncoder
+from verl import GraceEncoder
 from verl.workers.rollout.base import RolloutError
 
 TEXTS = [f"text number {i} of the pool" * (1 + i % 3) for i in range(20)]

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
 from verl.config import FsdpConfig
 from verl.models.fsdp import full_weights, shard
-from verl.utils.checkpoint import load_training_state, save_training_state
+from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.utils.seqlen_balancing import partition_rows
 from verl.workers.actor import MicroBatchLimit, score
 

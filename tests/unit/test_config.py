@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from verl.config import ConfigError, RunConfig
+from verl.config import RunConfig
 from verl.config_checks import build_config
+from verl.errors import UserError
 from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
 
@@ -141,7 +142,7 @@ def test_the_yaml_is_that_of_the_classes(repo):
     ],
 )
 def test_errors_name_the_key_the_value_and_the_way_out(files, override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         compose_config([*ORIGINAL, *files, "+data.train_mode=supervised", override])
 
 
@@ -149,9 +150,9 @@ def test_a_validation_file_is_needed_only_when_validation_is_on(files):
     base = [*ORIGINAL, files[0]]
     compose_config(base)
     for switch in ("trainer.test_freq=5", "trainer.val_before_train=True"):
-        with pytest.raises(ConfigError, match=r"data\.val_files is not set"):
+        with pytest.raises(UserError, match=r"data\.val_files is not set"):
             compose_config([*base, switch])
-    with pytest.raises(ConfigError, match=r"data\.val_files: the file 'gone.parquet' does not exist"):
+    with pytest.raises(UserError, match=r"data\.val_files: the file 'gone.parquet' does not exist"):
         compose_config([*base, "trainer.test_freq=5", "data.val_files=gone.parquet"])
 
 
@@ -162,13 +163,13 @@ def tiny_run(tiny_folder: Path, files: list[str], *overrides: str):
 
 def test_a_length_beyond_the_models_context_is_an_error(tiny_folder, files):
     config = tiny_run(tiny_folder, files, "data.max_prompt_length=2100")
-    with pytest.raises(ConfigError, match="4148 tokens, beyond the model's context of 4096; lower one of them by 52"):
+    with pytest.raises(UserError, match="4148 tokens, beyond the model's context of 4096; lower one of them by 52"):
         build_renderer(config)
 
 
 def test_more_workers_than_cpus_is_an_error(tiny_folder, files):
     config = tiny_run(tiny_folder, files, "trainer.n_gpus_per_node=4096", "trainer.device=cpu")
-    with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=4096, but this machine has \d+ CPUs"):
+    with pytest.raises(UserError, match=r"trainer\.n_gpus_per_node=4096, but this machine has \d+ CPUs"):
         find_devices(config)
 
 
@@ -177,20 +178,20 @@ def test_the_cpus_given_to_ray_bound_the_workers(tiny_folder, files):
     for cpus in (3, 5000):
         given = ["trainer.device=cpu", f"ray_init.num_cpus={cpus}"]
         assert find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus}")) == ("cpu", cpus)
-        with pytest.raises(ConfigError, match=f"this machine has {cpus} CPUs .*; set it to {cpus} or less"):
+        with pytest.raises(UserError, match=f"this machine has {cpus} CPUs .*; set it to {cpus} or less"):
             find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus + 1}"))
 
 
 def test_the_workers_of_a_machine_must_divide_into_engines(files):
     config = compose_config([*ORIGINAL, *files]).with_engine("vllm")
     check_engine_groups(config, workers_per_node=4)
-    with pytest.raises(ConfigError, match="size=2 does not divide the 3 workers of a machine; use one of 1, 3"):
+    with pytest.raises(UserError, match="size=2 does not divide the 3 workers of a machine; use one of 1, 3"):
         check_engine_groups(config, workers_per_node=3)
 
 
 def test_only_vllm_is_shared_by_workers(files):
     shared = compose_config([*ORIGINAL, *files]).with_engine("hf")
-    with pytest.raises(ConfigError, match="size=2 needs the engine vllm, and this run generates with hf; set it to 1"):
+    with pytest.raises(UserError, match="size=2 needs the engine vllm, and this run generates with hf; set it to 1"):
         check_engine_groups(shared, workers_per_node=4)
     alone = compose_config([*ORIGINAL, *files, "actor_rollout_ref.rollout.tensor_model_parallel_size=1"])
     check_engine_groups(alone.with_engine("hf"), workers_per_node=3)
@@ -216,12 +217,12 @@ def test_importance_weights_are_capped_at_two_with_vllm_and_there_are_none_with_
 
 def test_the_plan_refuses_too_few_samples_and_rows(tiny_folder, files):
     config = tiny_run(tiny_folder, files)
-    with pytest.raises(ConfigError, match="set data.train_batch_size to 3 or less"):
+    with pytest.raises(UserError, match="set data.train_batch_size to 3 or less"):
         BatchPlan.from_config(config, num_samples=3, num_anchors=2, world_size=1)
     config = tiny_run(
         tiny_folder, files, "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=1"
     )
-    with pytest.raises(ConfigError, match="2 rows per update, fewer than the 4 workers; set ppo_mini_batch_size to 2"):
+    with pytest.raises(UserError, match="2 rows per update, fewer than the 4 workers; set ppo_mini_batch_size to 2"):
         BatchPlan.from_config(config, num_samples=30, num_anchors=2, world_size=4)
 
 
@@ -251,5 +252,5 @@ def test_a_plain_mapping_builds_the_same_config(files):
     ],
 )
 def test_what_cannot_be_kept_or_waited_for_is_refused_at_once(files, overrides, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         compose_config([*ORIGINAL, *files, *overrides])

@@ -8,19 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from verl.algorithm import advantage
+from verl.algorithm.advantage import get_adv_estimator_fn, register_adv_est
+from verl.algorithm.groups import group_index
+from verl.algorithm.loss import ClipRange, KlController, kl_penalty, policy_loss, token_weights
 from verl.config import OptimConfig
 from verl.models.fsdp import build_scheduler
-from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.core_algos import (
-    ClipRange,
-    KlController,
-    get_adv_estimator_fn,
-    group_index,
-    kl_penalty,
-    policy_loss,
-    register_adv_est,
-    token_weights,
-)
 
 Rows = list[list[float]]
 """Token values of each row, its real tokens only."""
@@ -193,7 +186,7 @@ def test_registering_a_taken_name_is_an_error_and_changes_nothing() -> None:
 
 
 def test_registered_estimator_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_algos, "_ADVANTAGE_ESTIMATORS", {})
+    monkeypatch.setattr(advantage, "_ADVANTAGE_ESTIMATORS", {})
 
     @register_adv_est("doubled")
     def doubled(rewards: torch.Tensor, *_: object) -> torch.Tensor:

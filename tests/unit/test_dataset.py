@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_tokenizer
 
-from verl.config import ConfigError, DataConfig
+from verl.config import DataConfig
+from verl.data.dataset import PromptDataset, StepBatches, collate
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.utils.dataset import PromptDataset, StepBatches, collate
+from verl.errors import UserError
 
 ROLES = ("positive", "query", "negative")
 
@@ -99,7 +100,7 @@ def test_the_same_text_is_its_own_anchor_without_triplets(parquet):
 
 def test_an_empty_file_is_an_error(parquet, tmp_path):
     pq.write_table(pq.read_table(parquet).slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(ConfigError, match="no samples to train on"):
+    with pytest.raises(UserError, match="no samples to train on"):
         PromptDataset([str(tmp_path / "empty.parquet")], DataConfig(), ROLES, renderer())
 
 

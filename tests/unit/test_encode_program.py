@@ -1,4 +1,4 @@
-"""python3 -m verl.embedding.encode: a file of texts to a file of vectors, and on again after a kill."""
+"""python3 -m verl.encoder.__main__: a file of texts to a file of vectors, and on again after a kill."""
 
 import subprocess
 import sys
@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import verl.embedding.encode as program
-from verl.embedding.encoder import GraceEncoder
-from verl.embedding.store import EmbeddingStore
+import verl.encoder.__main__ as program
+from verl import GraceEncoder
+from verl.encoder.store import EmbeddingStore
 
 TEXTS = ["a card", "where is my parcel?", "a card", "naïve café", *(f"text number {i}" for i in range(30))]
 OPTIONS = ["--device", "cpu", "--max_new_tokens", "8"]
@@ -51,8 +51,8 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path, capsys):
     # The process kills itself when the third batch of rationales has come.
     code = (
         "import os, signal, sys\n"
-        "from verl.embedding.encoding import Encoding\n"
-        "from verl.embedding.encode import main\n"
+        "from verl.encoder.call import Encoding\n"
+        "from verl.encoder.__main__ import main\n"
         "keep, batches = Encoding._keep_rationales, []\n"
         "def count(self, *made):\n"
         "    keep(self, *made)\n"

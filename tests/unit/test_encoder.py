@@ -12,12 +12,12 @@ from sentence_transformers.util import quantize_embeddings
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
+from verl import GraceEncoder
 from verl.config import DataConfig
-from verl.embedding.encoder import GraceEncoder
+from verl.data.dataset import collate
 from verl.embedding.settings import EmbedderSettings
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
-from verl.utils.dataset import collate
 from verl.workers.actor import MicroBatchLimit, score
 from verl.workers.rollout.base import RolloutError, finish
 

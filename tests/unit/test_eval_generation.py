@@ -1,12 +1,11 @@
 """eval_generation.py: numbers are read as they were meant, and the figures follow from the generations kept."""
 
-import importlib.util
 import json
 import math
 import sys
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +15,9 @@ from tiny import save_tiny, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from verl.embedding.model import EmbeddingModel
-from verl.evaluation.errors import EvaluationError
+from verl import eval_generation as program
+from verl.encoder.backend import EmbeddingModel
+from verl.errors import UserError
 from verl.evaluation.exact_match import Judged, compare, extract, read_questions, score
 from verl.evaluation.records import name_of
 from verl.workers.rollout.base import Response, RolloutError, row_seeds
@@ -32,16 +32,6 @@ ROWS = [
 ]
 GOLD = ["5", "144", "-3", "1800", "2.5"]
 PROMPT = "<|im_start|>user\n{}\n\n{}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_generation", ROOT / "eval_generation.py")
-    module = sys.modules["eval_generation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-program = load_program()
 
 
 def write_rows(folder: Path, rows=ROWS) -> Path:
@@ -144,7 +134,7 @@ class TestData:
         pq.write_table(pa.table({"answer": ["#### 7", "#### 1,000"], "id": [1, 2], "question": ["a", "b"]}), path)
         assert [(question.text, question.gold) for question in read_questions(path, 9)] == [("a", 7), ("b", 1000)]
         pq.write_table(pa.table({"answer": ["1", "x"], "question": ["a", "b"]}), path)
-        with pytest.raises(EvaluationError, match=r"rows\.parquet, row 2: no gold number: 'x'"):
+        with pytest.raises(UserError, match=r"rows\.parquet, row 2: no gold number: 'x'"):
             read_questions(path, 9)
 
     @pytest.mark.parametrize(
@@ -166,7 +156,7 @@ class TestData:
     def test_what_cannot_be_used_is_named_with_its_line(self, tiny_folder, tmp_path, capsys, text, message):
         path = tmp_path / "rows.jsonl"
         path.write_text(text)
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(UserError, match=message):
             read_questions(path, 5)
         assert run(tiny_folder, path, tmp_path / "out") == 2
         error = capsys.readouterr().err
@@ -268,8 +258,8 @@ class TestBase:
         """The base model's run without a process of its own."""
 
         def run_here(command, check):
-            assert command[:2] == [sys.executable, str(ROOT / "eval_generation.py")] and not check
-            return SimpleNamespace(returncode=program.main(command[2:]))
+            assert command[:3] == [sys.executable, "-m", "verl.eval_generation"] and not check
+            return SimpleNamespace(returncode=program.main(command[3:]))
 
         monkeypatch.setattr(program.subprocess, "run", run_here)
 

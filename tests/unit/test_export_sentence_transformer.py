@@ -1,6 +1,5 @@
 """scripts/export_sentence_transformer.py: its folder against GraceEncoder(think=False), alone, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,11 +15,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from tiny import TEMPLATE, save_tiny, tiny_model
 
-from verl.embedding.encoder import GraceEncoder
+from verl import GraceEncoder
+from verl import export_sentence_transformer as program
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_sentence_transformer.py"
 # None with a marker of the chat template: a tokenizer by itself takes it for one, which the encoder does not.
 TEXTS = [
     "where is my parcel?", "x", "", "  \n", "\x1d spaces of all kinds \u2003\xa0", "naïve café 東京 🦊", "9 + 1",
@@ -44,16 +43,6 @@ from sentence_transformers import SentenceTransformer
 np.save(sys.argv[2], SentenceTransformer(sys.argv[1], device="cpu", local_files_only=True).encode(eval(sys.argv[3])))
 assert not [name for name in sys.modules if name.startswith("verl.")]
 """
-
-
-def load_program():
-    spec = importlib.util.spec_from_file_location("export_sentence_transformer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-program = load_program()
 
 
 def save_model(folder: Path, llama: bool = False, **settings) -> Path:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from verl.config import ConfigError, HiddenRewardConfig
+from verl.config import HiddenRewardConfig
+from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.workers.reward_manager.base import RewardOutput
 from verl.workers.reward_manager.hidden import HiddenRewardManager
@@ -358,7 +359,7 @@ def test_a_missing_column_is_named() -> None:
     [("temprature", "temperature"), ("cluster_weight", "clustering_weight"), ("zzz", None)],
 )
 def test_an_unknown_argument_lists_the_valid_ones_and_the_closest(wrong: str, meant: str | None) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         HiddenRewardManager(**{wrong: 1.0})
     message = str(error.value)
     assert f"reward_model.reward_kwargs.{wrong} " in message
@@ -369,14 +370,14 @@ def test_an_unknown_argument_lists_the_valid_ones_and_the_closest(wrong: str, me
 
 @pytest.mark.parametrize("temperature", [0.0, -0.1])
 def test_a_temperature_that_is_not_positive_is_an_error(temperature: float) -> None:
-    with pytest.raises(ConfigError, match=rf"temperature={temperature} must be above 0"):
+    with pytest.raises(UserError, match=rf"temperature={temperature} must be above 0"):
         HiddenRewardManager(temperature=temperature)
 
 
 @pytest.mark.parametrize("kwargs", [{"temperature": "warm"}, {"objective": "triplet"}, {"with_scale": "perhaps"}])
 def test_a_value_of_the_wrong_type_names_its_argument(kwargs: dict[str, Any]) -> None:
     (name, value), *_ = kwargs.items()
-    with pytest.raises(ConfigError, match=rf"reward_model.reward_kwargs.{name}='{value}'"):
+    with pytest.raises(UserError, match=rf"reward_model.reward_kwargs.{name}='{value}'"):
         HiddenRewardManager(**kwargs)
 
 

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from verl.config import ConfigError
 from verl.config_checks import all_keys, build_config
 from verl.data.length_filter import FilterSettings, filter_file, open_parquet
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale
+from verl.encoder.store import EmbeddingStore, Rationale, StoredRationale
+from verl.errors import UserError
 
 MARKERS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "assistant\n", "\u202e", "\u200f", "🙂", "\0", "\ud800"]
 HOSTILE = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(MARKERS)), max_size=8).map("".join)
@@ -106,7 +106,7 @@ def test_any_setting_is_taken_or_refused_by_name(tmp_path, pairs):
         place[leaf] = value
     try:
         build_config(values)
-    except ConfigError as error:
+    except UserError as error:
         assert str(error).strip()
 
 

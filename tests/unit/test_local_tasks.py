@@ -12,8 +12,8 @@ import pytest
 from eval_files import SENTENCES, TOPICS, write_jsonl, write_tasks
 from scipy.stats import spearmanr
 
-from verl.embedding.encoder import GraceEncoder
-from verl.evaluation.errors import EvaluationError
+from verl import GraceEncoder
+from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.mteb_model import GraceMTEB
 
@@ -154,16 +154,16 @@ def test_the_revision_follows_the_content(tmp_path):
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(UserError, match=message):
         find_local_tasks(tmp_path)
 
 
 def test_a_folder_without_a_part_and_a_query_without_its_document_are_errors(tmp_path):
     write_jsonl(tmp_path / "S.retrieval" / "corpus.jsonl", [{"id": "d", "text": "x"}])
-    with pytest.raises(EvaluationError, match=r"S.retrieval holds no queries.jsonl \(nor queries.parquet\)"):
+    with pytest.raises(UserError, match=r"S.retrieval holds no queries.jsonl \(nor queries.parquet\)"):
         find_local_tasks(tmp_path)
     write_jsonl(tmp_path / "S.retrieval" / "queries.jsonl", [{"id": "q", "text": "y", "relevant": ["e"]}])
-    with pytest.raises(EvaluationError, match="query q: e is not an id of the corpus"):
+    with pytest.raises(UserError, match="query q: e is not an id of the corpus"):
         find_local_tasks(tmp_path)
 
 

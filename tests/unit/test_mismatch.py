@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from verl.algorithm.loss import ClipRange, policy_loss, truncated_importance_weights
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import ClipRange, policy_loss, truncated_importance_weights
 from verl.trainer.ppo.mismatch import MismatchGuard, StaleEngineError, mismatch_metrics
 
 LENGTHS = [3, 7, 1, 6, 2, 7]

@@ -2,10 +2,9 @@
 
 import pytest
 
+from verl.checkpoint.model_card import put_scores, write_checkpoint_card
 from verl.config import RunConfig
 from verl.embedding.settings import EmbedderSettings
-from verl.trainer.ppo.card import write_checkpoint_card
-from verl.utils.model_card import put_scores
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from verl.config import ConfigError, RunConfig
+from verl.config import RunConfig
 from verl.config_checks import build_config
+from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.hidden import HiddenRewardManager
@@ -225,14 +226,12 @@ def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Pa
 def test_a_class_that_is_no_reward_manager_is_told_what_it_lacks(tmp_path: Path) -> None:
     file = tmp_path / "plain.py"
     file.write_text("class Plain:\n    pass\n")
-    with pytest.raises(ConfigError, match=r"plain\.py:Plain lacks the attribute needs_embeddings"):
+    with pytest.raises(UserError, match=r"plain\.py:Plain lacks the attribute needs_embeddings"):
         load_reward_manager(run_config(tmp_path, f"{file}:Plain"))
 
 
 def test_an_unknown_manager_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"reward_manager=hiden is unknown; known: hidden, naive, or path/to/file.py:"
-    ):
+    with pytest.raises(UserError, match=r"reward_manager=hiden is unknown; known: hidden, naive, or path/to/file.py:"):
         load_reward_manager(run_config(tmp_path, "hiden"))
 
 
@@ -240,7 +239,7 @@ def test_an_unknown_manager_lists_the_known_ones(tmp_path: Path) -> None:
     ("name", "missing"), [("absent.py:LengthReward", "absent.py"), ("my_reward.py:Other", "'Other'")]
 )
 def test_a_missing_file_or_class_is_named(tmp_path: Path, user_file: Path, name: str, missing: str) -> None:
-    with pytest.raises(ConfigError, match="^reward_model.reward_manager: ") as error:
+    with pytest.raises(UserError, match="^reward_model.reward_manager: ") as error:
         load_reward_manager(run_config(tmp_path, str(tmp_path / name)))
     assert missing in str(error.value)
 
@@ -252,7 +251,7 @@ def test_a_missing_function_or_its_file_is_named(
     tmp_path: Path, user_file: Path, file: str, name: str, missing: str
 ) -> None:
     config = run_config(tmp_path, "naive", path=str(tmp_path / file), name=name)
-    with pytest.raises(ConfigError, match="^custom_reward_function.path: ") as error:
+    with pytest.raises(UserError, match="^custom_reward_function.path: ") as error:
         load_reward_manager(config)
     assert missing in str(error.value)
 
@@ -261,10 +260,10 @@ def test_a_missing_function_or_its_file_is_named(
 def test_arguments_that_a_users_class_does_not_take_are_an_error(
     tmp_path: Path, user_file: Path, kwargs: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"reward_kwargs do not fit .*LengthReward: .*targ"):
+    with pytest.raises(UserError, match=r"reward_kwargs do not fit .*LengthReward: .*targ"):
         load_reward_manager(run_config(tmp_path, f"{user_file}:LengthReward", kwargs))
 
 
 def test_arguments_that_naive_does_not_take_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reward_kwargs do not fit naive: .*temperature"):
+    with pytest.raises(UserError, match=r"reward_kwargs do not fit naive: .*temperature"):
         load_reward_manager(run_config(tmp_path, "naive", {"temperature": 0.1}))

@@ -3,8 +3,8 @@
 import torch
 from test_config import ORIGINAL
 
+from verl.algorithm.advantage import get_adv_estimator_fn
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.prepare import compose_config
 from verl.workers.reward_manager.base import RewardOutput

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from verl.utils.model_card import FILE_NAME
-from verl.utils.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+from verl.checkpoint.model_card import FILE_NAME
+from verl.checkpoint.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
 
 
 def write_step(run: RunFolder, step: int, best_value: float | None = None):
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 _WRITER = """
 import sys
 from pathlib import Path
-from verl.utils.run_folder import RunFolder
+from verl.checkpoint.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.remove_leftovers()
 folder, skipped = run.newest_whole()

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from verl.utils.signals import Interrupted, StopSignals
+from verl.trainer.signals import Interrupted, StopSignals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

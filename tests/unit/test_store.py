@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from store_writer import add, keys_of, rationale_of, vector_of
 
-import verl.embedding.store as store_module
-from verl.embedding.store import EmbeddingStore, StoreError, row_key
+import verl.encoder.store as store_module
+from verl.encoder.store import EmbeddingStore, StoreError, row_key
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KILLS = 24

@@ -2,7 +2,7 @@
 
 import json
 
-from verl.utils.tracking import Tracking
+from verl.trainer.tracking import Tracking
 
 
 def test_metrics_after_the_checkpoint_are_forgotten_and_a_new_run_sets_the_old_aside(tmp_path):

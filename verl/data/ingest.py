@@ -13,9 +13,8 @@ from typing import Any, Self
 import orjson
 import pyarrow as pa
 
-from verl.data.errors import BadSample, MissingField
 from verl.data.readers import Record
-from verl.data.samples import FIELDS, Mode, Sample, read_sample
+from verl.data.samples import FIELDS, BadSample, MissingField, Mode, Sample, read_sample
 
 _EXCERPT = 120
 _BATCH_ROWS = 8_192

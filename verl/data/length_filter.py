@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.data.errors import UserError
 from verl.data.parallel import Mapper
 from verl.data.writer import ParquetSink
 from verl.embedding.prompts import Message, PromptRenderer
+from verl.errors import UserError
 from verl.utils.tokenizer import load_tokenizer
 
 LENGTHS = "prompt_lengths"

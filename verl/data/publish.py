@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from verl.data.errors import UserError
+from verl.errors import UserError
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.data.errors import UserError
 from verl.data.lines import MAX_LINE_BYTES, Line, read_lines
 from verl.data.samples import FIELDS, Mode, describe_fields
+from verl.errors import UserError
 
 TEXT_SOURCE = "wiki1m"
 """`source` of every line of an unsupervised .txt file."""

@@ -2,7 +2,14 @@
 
 from typing import Any, Literal, NamedTuple, get_args
 
-from verl.data.errors import BadSample, MissingField
+
+class BadSample(ValueError):
+    """One record cannot be used; its message is the reason written to rejected.jsonl."""
+
+
+class MissingField(BadSample):
+    """A record has none of the accepted names of a field."""
+
 
 Mode = Literal["supervised", "unsupervised"]
 MODES: tuple[Mode, ...] = get_args(Mode)

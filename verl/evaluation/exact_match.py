@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.data.lines import read_lines
-from verl.evaluation.errors import EvaluationError
+from verl.errors import UserError
 
 MARK = "####"
 """Stands before the final number, in gold answers and in those that are asked for."""
@@ -65,14 +65,14 @@ def read_questions(path: Path, count: int) -> list[Question]:
     `final_answer`, and without that the whole answer.
 
     Raises:
-        EvaluationError: the file is missing or empty, or a row cannot be used; the message has its line.
+        UserError: the file is missing or empty, or a row cannot be used; the message has its line.
     """
     if not path.is_file():
-        raise EvaluationError(f"--data {path} is not a file")
+        raise UserError(f"--data {path} is not a file")
     rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
     questions = [_read_question(where, fields) for where, fields in islice(rows, count)]
     if not questions:
-        raise EvaluationError(f"--data {path} has no rows")
+        raise UserError(f"--data {path} has no rows")
     return questions
 
 
@@ -123,13 +123,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for line in read_lines(file):
             where = f"{path}, line {line.line_idx + 1}"
             if line.problem:
-                raise EvaluationError(f"{where}: {line.problem}")
+                raise UserError(f"{where}: {line.problem}")
             if not line.text.strip():
                 continue
             try:
                 yield where, orjson.loads(line.text)
             except orjson.JSONDecodeError as error:
-                raise EvaluationError(f"{where}: not valid JSON: {error.msg}, character {error.pos + 1}") from error
+                raise UserError(f"{where}: not valid JSON: {error.msg}, character {error.pos + 1}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -137,20 +137,20 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         rows = (row for batch in pq.ParquetFile(path).iter_batches(1000) for row in batch.to_pylist())
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except pa.ArrowException as error:
-        raise EvaluationError(f"--data {path} is not a readable parquet file: {error}") from error
+        raise UserError(f"--data {path} is not a readable parquet file: {error}") from error
 
 
 def _read_question(where: str, fields: Any) -> Question:
     if not isinstance(fields, dict):
-        raise EvaluationError(f"{where}: a JSON {type(fields).__name__} instead of an object")
+        raise UserError(f"{where}: a JSON {type(fields).__name__} instead of an object")
     text, answer, final = (fields.get(column) for column in ("question", "answer", "final_answer"))
     if not isinstance(text, str) or not text.strip():
-        raise EvaluationError(f"{where}: no text in the column 'question' (columns: {', '.join(fields) or 'none'})")
+        raise UserError(f"{where}: no text in the column 'question' (columns: {', '.join(fields) or 'none'})")
     _, mark, after = str(answer).rpartition(MARK)
     stated = str(after if mark else answer if final is None else final)
     found = _WHOLE.fullmatch(stated)
     if not found:
-        raise EvaluationError(
+        raise UserError(
             f"{where}: no gold number: {stated.strip()[:40]!r} is none; it is read after the last {MARK} of 'answer', "
             f"else from 'final_answer', else from the whole 'answer' (columns: {', '.join(fields)})"
         )

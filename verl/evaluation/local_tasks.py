@@ -42,7 +42,7 @@ from mteb.abstasks.text.summarization import AbsTaskSummarization
 from torch.utils.data import DataLoader
 
 from verl.embedding.metrics import triplet_report
-from verl.evaluation.errors import EvaluationError
+from verl.errors import UserError
 
 Rows = list[dict[str, Any]]
 Parts = Mapping[str, Rows]
@@ -108,19 +108,19 @@ def find_local_tasks(folder: Path) -> list[AbsTask]:
     """The tasks of a folder, by name.
 
     Raises:
-        EvaluationError: there is none, or a file's name, a column or a line is not as documented above.
+        UserError: there is none, or a file's name, a column or a line is not as documented above.
     """
     if not folder.is_dir():
-        raise EvaluationError(f"--task_dir {folder} is not a folder")
+        raise UserError(f"--task_dir {folder} is not a folder")
     found = [_read_task(path) for path in sorted(folder.iterdir()) if _type_of(path)]
     if not found:
-        raise EvaluationError(
+        raise UserError(
             f"--task_dir {folder} holds no task; name files NAME.TYPE.jsonl (or .parquet) or folders NAME.TYPE with "
             f"TYPE one of {', '.join(_KINDS)}"
         )
     names = [task.metadata.name for task in found]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise EvaluationError(f"--task_dir {folder}: several tasks are called {', '.join(sorted(twice))}")
+        raise UserError(f"--task_dir {folder}: several tasks are called {', '.join(sorted(twice))}")
     return found
 
 
@@ -136,7 +136,7 @@ def _read_task(path: Path) -> AbsTask:
     files = {part: _part_file(path, part) for part in kind.columns} if path.is_dir() else {_SPLIT: path}
     if files.keys() != kind.columns.keys():
         wanted = ", ".join(f"{part}.jsonl" for part in kind.columns)
-        raise EvaluationError(f"{path}: this type of task is a folder {path.stem} with {wanted}")
+        raise UserError(f"{path}: this type of task is a folder {path.stem} with {wanted}")
     parts = {part: _read_rows(file, kind.columns[part]) for part, file in files.items()}
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files.values())).hexdigest()
     metadata = TaskMetadata(
@@ -157,7 +157,7 @@ def _part_file(folder: Path, part: str) -> Path:
     for file in (folder / f"{part}.jsonl", folder / f"{part}.parquet"):
         if file.is_file():
             return file
-    raise EvaluationError(f"{folder} holds no {part}.jsonl (nor {part}.parquet)")
+    raise UserError(f"{folder} holds no {part}.jsonl (nor {part}.parquet)")
 
 
 def _read_rows(file: Path, columns: Mapping[str, type]) -> Rows:
@@ -165,7 +165,7 @@ def _read_rows(file: Path, columns: Mapping[str, type]) -> Rows:
     records = _parquet_records(file) if file.suffix == ".parquet" else _json_records(file)
     rows = [_read_row(f"{file}, row {number}", record, columns) for number, record in records]
     if not rows:
-        raise EvaluationError(f"{file} is empty")
+        raise UserError(f"{file} is empty")
     return rows
 
 
@@ -173,7 +173,7 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(pq.read_table(file).to_pylist(), start=1)
     except pa.ArrowInvalid as error:
-        raise EvaluationError(f"{file} is not a readable parquet file: {error}") from error
+        raise UserError(f"{file} is not a readable parquet file: {error}") from error
 
 
 def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -184,12 +184,12 @@ def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise EvaluationError(f"{file}, line {number}: not valid JSON: {error.msg}") from error
+                raise UserError(f"{file}, line {number}: not valid JSON: {error.msg}") from error
 
 
 def _read_row(where: str, record: Any, columns: Mapping[str, type]) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise EvaluationError(f"{where}: a JSON {type(record).__name__} instead of an object")
+        raise UserError(f"{where}: a JSON {type(record).__name__} instead of an object")
     info = record.get("extra_info")
     if isinstance(info, dict) and "positive_example" in info:  # a row of process_data.py
         record = {"query": info["original_query"], "positive": info["positive_example"],
@@ -203,7 +203,7 @@ def _read_row(where: str, record: Any, columns: Mapping[str, type]) -> dict[str,
             value = ""
         if value is None or not isinstance(value, (int, float) if kind is float else kind):
             names = "|".join(_ALIASES.get(column, (column,)))
-            raise EvaluationError(f"{where}: {names} is {value!r}, and must be a {kind.__name__}")
+            raise UserError(f"{where}: {names} is {value!r}, and must be a {kind.__name__}")
         row[column] = value
     return row
 
@@ -267,7 +267,7 @@ def _build_retrieval(parts: Parts) -> dict[str, Any]:
     known = {str(row["id"]) for row in parts["corpus"]}
     for row in parts["queries"]:
         if unknown := {str(document) for document in row["relevant"]} - known:
-            raise EvaluationError(f"query {row['id']}: {', '.join(sorted(unknown))} is not an id of the corpus")
+            raise UserError(f"query {row['id']}: {', '.join(sorted(unknown))} is not an id of the corpus")
     split = RetrievalSplitData(
         corpus=Dataset.from_list([{**row, "id": str(row["id"])} for row in parts["corpus"]]),
         queries=Dataset.from_list([{"id": str(row["id"]), "text": row["text"]} for row in parts["queries"]]),

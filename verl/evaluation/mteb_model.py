@@ -9,7 +9,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
-from verl.embedding.encoder import GraceEncoder
+from verl.encoder.grace_encoder import GraceEncoder
 
 
 class GraceMTEB(AbsEncoder):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from verl.embedding.encoder import GraceEncoder
+from verl.encoder.grace_encoder import GraceEncoder
 from verl.evaluation.local_tasks import LocalTask
 
 ASK_ABOVE_HOURS = 6.0

@@ -9,7 +9,7 @@ from typing import Any
 import mteb
 from mteb.abstasks import AbsTask
 
-from verl.evaluation.errors import EvaluationError
+from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
 
 ENGLISH_V1 = "MTEB(eng, v1)"
@@ -44,10 +44,10 @@ def select_tasks(benchmark: str | None, suite: str | None, names: Sequence[str],
     Tasks of mteb have their English subsets and their own evaluation splits.
 
     Raises:
-        EvaluationError: an unknown name, with the nearest ones; several ways at once; or none.
+        UserError: an unknown name, with the nearest ones; several ways at once; or none.
     """
     if sum([benchmark is not None, suite is not None, bool(names) or task_dir is not None]) > 1:
-        raise EvaluationError("give one of --benchmark, --suite, and --tasks or --task_dir")
+        raise UserError("give one of --benchmark, --suite, and --tasks or --task_dir")
     if benchmark is not None:
         return Selection(benchmark, _benchmark_tasks(benchmark), comparable=True)
     if suite is not None:
@@ -69,14 +69,14 @@ def _suite(name: str) -> Selection:
         return Selection(ENGLISH_V1, _benchmark_tasks(ENGLISH_V1), comparable=True)
     if name == "eng-v2":
         return Selection(ENGLISH_V2, _benchmark_tasks(ENGLISH_V2), comparable=True)
-    raise EvaluationError(f"--suite {name} is not one of {', '.join(SUITES)}")
+    raise UserError(f"--suite {name} is not one of {', '.join(SUITES)}")
 
 
 def _benchmark_tasks(name: str) -> list[Any]:
     try:
         return list(mteb.get_benchmark(name).tasks)
     except KeyError as error:
-        raise EvaluationError(f"--benchmark {name}: {error.args[0]}") from None
+        raise UserError(f"--benchmark {name}: {error.args[0]}") from None
 
 
 def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
@@ -88,7 +88,7 @@ def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
     every = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     if name not in every:
         near = _nearest(name, [*local, *every])
-        raise EvaluationError(f"--tasks: there is no task {name!r}; the nearest names are {', '.join(near)}")
+        raise UserError(f"--tasks: there is no task {name!r}; the nearest names are {', '.join(near)}")
     return mteb.get_task(name, languages=["eng"])
 
 

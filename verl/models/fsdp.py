@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from verl.config import ConfigError, FsdpConfig, OptimConfig
+from verl.config import FsdpConfig, OptimConfig
+from verl.errors import UserError
 from verl.models.policy import PolicyModel
 
 _LM_PREFIX = "lm."
@@ -31,7 +32,7 @@ def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload
     policy.device = device
     group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
     if world_size % group:
-        raise ConfigError(
+        raise UserError(
             f"actor_rollout_ref.actor.fsdp_config.fsdp_size={group} does not divide the {world_size} workers"
         )
     shape, names = (
@@ -56,7 +57,7 @@ def decoder_layers(policy: PolicyModel) -> list[nn.Module]:
     names = set(policy.lm._no_split_modules or [])
     layers = [m for m in policy.lm.modules() if type(m).__name__ in names]
     if not layers:
-        raise ConfigError(
+        raise UserError(
             f"models of type {policy.lm.config.model_type!r} name no decoder layers; they cannot be sharded"
         )
     return layers

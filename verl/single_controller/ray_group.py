@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl.config import ConfigError
+from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, dispatch_mode
 from verl.single_controller.host_memory import HostMemory
@@ -64,7 +64,7 @@ class RayWorkerGroup:
         phase_timeout_s: longest time without a sign of a worker; 0 = for ever.
 
     Raises:
-        ConfigError: the cluster does not have the GPUs or CPUs asked for.
+        UserError: the cluster does not have the GPUs or CPUs asked for.
         WorkerError: a worker did not start.
     """
 
@@ -208,7 +208,7 @@ class RayWorkerGroup:
 
     def _raise_root_cause(self, rank: int, error: RayError) -> None:
         """Raise for what went wrong first: a worker that fails may only have lost another one that died."""
-        if isinstance(error, RayTaskError) and isinstance(error.cause, ConfigError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise error.cause from None
         if isinstance(error, RayTaskError) and (dead := self._find_dead()):
             raise WorkerError(self._describe_death(*dead)) from error
@@ -314,7 +314,7 @@ def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGro
             if node["Alive"]
         ]
         free = ray.available_resources()
-        raise ConfigError(
+        raise UserError(
             f"the cluster has no room for {workers_per_node} workers on {device} (trainer.n_gpus_per_node) on each of "
             f"{num_nodes} nodes (trainer.nnodes), after {_PLACEMENT_TIMEOUT_S} s."
             f" Nodes: {', '.join(nodes)}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "

@@ -15,13 +15,16 @@ import ray
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from verl.config import ConfigError, RunConfig, file_list
+from verl.algorithm.advantage import get_adv_estimator_fn
+from verl.checkpoint.resume import find_resume
+from verl.checkpoint.run_folder import CheckpointError, RunFolder
+from verl.config import RunConfig, file_list
+from verl.data.dataset import PromptDataset
+from verl.errors import UserError
 from verl.single_controller.ray_group import RayWorkerGroup, WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.resume import find_resume
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import (
     CONFIG_DIR,
@@ -32,10 +35,8 @@ from verl.trainer.prepare import (
     sample_roles,
     start_ray,
 )
-from verl.utils.dataset import PromptDataset
+from verl.trainer.signals import Interrupted, StopSignals
 from verl.utils.logging import quiet_libraries
-from verl.utils.run_folder import CheckpointError, RunFolder
-from verl.utils.signals import Interrupted, StopSignals
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager import load_reward_manager
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
             return 0
         run(config)
-    except (ConfigError, HydraException) as error:
+    except (UserError, HydraException) as error:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return EXIT_USER_ERROR
     except WorkerError as error:
@@ -86,17 +87,17 @@ def run(config: RunConfig) -> None:
             validation = Validation(config, held_out, renderer, reward_manager.needs_embeddings)
         # The first sample shows a wrong template or an empty text now rather than after the start of the workers.
         renderer.render(list(dataset[0]["chats"].values()))
-    except ConfigError:
+    except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     world_size = workers_per_node * config.trainer.nnodes
     plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, world_size)
     try:
         folder = RunFolder(config.run_dir.absolute())
         resume = find_resume(config, folder, dataset.sha256)
     except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     with StopSignals() as signals:
         reaper = start_ray(config, world_size)
         # Ray exits on SIGTERM with a code of its own.

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from ray._private import ray_constants
 from transformers import AutoConfig
 
-from verl.config import ConfigError, RunConfig
+from verl.config import RunConfig
 from verl.config_checks import build_config, check_key
 from verl.embedding.prompts import PromptRenderer
+from verl.errors import UserError
 from verl.single_controller.reaper import Reaper
 from verl.utils.tokenizer import load_tokenizer
 
@@ -29,7 +30,7 @@ def compose_config(overrides: list[str], config_name: str = "ppo_trainer", confi
     """Compose YAML and overrides with hydra, and check the result.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a missing file or a bad combination.
+        UserError: an unknown key, a wrong type, a missing file or a bad combination.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
         check_key(override.key_or_group)
@@ -51,17 +52,17 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
     """The device and the number of workers per machine.
 
     Raises:
-        ConfigError: cuda is asked for and not there, or there are fewer devices than workers.
+        UserError: cuda is asked for and not there, or there are fewer devices than workers.
     """
     wanted, gpus = config.trainer.device, torch.cuda.device_count()
     cpus = config.ray_init.num_cpus or os.cpu_count() or 1
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
     if device == "cuda" and not gpus:
-        raise ConfigError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
+        raise UserError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
     available = gpus if device == "cuda" else cpus
     workers = config.trainer.n_gpus_per_node or (gpus if device == "cuda" else 1)
     if workers > available:
-        raise ConfigError(
+        raise UserError(
             f"trainer.n_gpus_per_node={workers}, but this machine has {available} "
             f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
         )
@@ -69,17 +70,17 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
 
 
 def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
-    """Raise ConfigError unless the workers of a machine divide into engines."""
+    """Raise UserError unless the workers of a machine divide into engines."""
     rollout = config.actor_rollout_ref.rollout
     size = rollout.tensor_model_parallel_size
     if size > 1 and rollout.name != "vllm":
-        raise ConfigError(
+        raise UserError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} needs the engine vllm, and this run "
             f"generates with {rollout.name}; set it to 1."
         )
     if workers_per_node % size:
         divisors = [d for d in range(1, workers_per_node + 1) if workers_per_node % d == 0]
-        raise ConfigError(
+        raise UserError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} does not divide the {workers_per_node} "
             f"workers of a machine; use one of {', '.join(map(str, divisors))}."
         )
@@ -89,7 +90,7 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     """The prompt renderer of the model's tokenizer.
 
     Raises:
-        ConfigError: no such model, or prompt and response do not fit its context.
+        UserError: no such model, or prompt and response do not fit its context.
     """
     model, data = config.actor_rollout_ref.model, config.data
     assert model.path is not None
@@ -100,7 +101,7 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     wanted = data.max_prompt_length + data.max_response_length
     if context is not None and wanted > context:
-        raise ConfigError(
+        raise UserError(
             f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length} "
             f"= {wanted} tokens, beyond the model's context of {context}; lower one of them by {wanted - context}."
         )
@@ -115,13 +116,13 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
         try:
             ray.init(logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise ConfigError(
+            raise UserError(
                 f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
                 "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
             ) from error
         return None
     if config.trainer.nnodes > 1:
-        raise ConfigError(
+        raise UserError(
             f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )

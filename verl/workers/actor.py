@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.algorithm.loss import ClipRange, kl_penalty, policy_loss, token_weights
 from verl.config import ActorConfig
 from verl.embedding.pooling import unit
 from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import ClipRange, kl_penalty, policy_loss, token_weights
 from verl.utils.seqlen_balancing import pack_rows
 
 MAX_SKIPPED_STEPS = 3

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from verl.checkpoint.training_state import load_training_state, save_training_state, save_transformers_folder
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.fsdp import full_weights, move_optimizer, shard
@@ -19,7 +20,6 @@ from verl.models.policy import PolicyModel, build_twin, load_causal_lm
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
-from verl.utils.checkpoint import load_training_state, save_training_state, save_transformers_folder
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.actor import Actor, MicroBatchLimit, score

@@ -5,7 +5,8 @@ Imports no torch: it runs before anything heavy starts.
 
 from dataclasses import dataclass
 
-from verl.config import ConfigError, RunConfig
+from verl.config import RunConfig
+from verl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,17 @@ class BatchPlan:
             num_anchors: anchor rows of a sample: 2 with queries and negatives, 1 without negatives, or 0.
 
         Raises:
-            ConfigError: the file is smaller than one step, or an update has fewer rows than there are workers.
+            UserError: the file is smaller than one step, or an update has fewer rows than there are workers.
         """
         data, actor, n = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
         if num_samples < data.train_batch_size:
-            raise ConfigError(
+            raise UserError(
                 f"data.train_batch_size={data.train_batch_size} but data.train_files has {num_samples} samples; "
                 f"set data.train_batch_size to {num_samples} or less."
             )
         rows_per_update = actor.ppo_mini_batch_size * n
         if rows_per_update < world_size:
-            raise ConfigError(
+            raise UserError(
                 f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} x rollout.n={n} = "
                 f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
                 f"{-(-world_size // n)} or more."

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verl.algorithm.groups import group_index, group_mean_std
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import group_index, group_mean_std
 
 # Groups whose rewards spread less than this teach nothing.
 _FLAT_GROUP_STD = 1e-3

@@ -2,8 +2,8 @@
 
 import math
 
+from verl.algorithm.loss import truncated_importance_weights
 from verl.protocol import DataProto, response_mask
-from verl.trainer.ppo.core_algos import truncated_importance_weights
 
 # Healthy runs in bfloat16 stay below this.
 _SUSPICIOUS = 0.01

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from verl.config import ConfigError, RunConfig
+from verl.algorithm.advantage import get_adv_estimator_fn
+from verl.algorithm.groups import group_index
+from verl.algorithm.loss import KlController, kl_penalty, truncated_importance_weights
+from verl.checkpoint.model_card import write_checkpoint_card
+from verl.checkpoint.resume import ResumePoint
+from verl.checkpoint.run_folder import CheckpointError, RunFolder
+from verl.config import RunConfig
+from verl.data.dataset import PromptDataset, StepBatches, prompt_loader
 from verl.embedding.metrics import spread_report
 from verl.embedding.prompts import PromptRenderer, system_prompt_of
 from verl.embedding.settings import EmbedderSettings
+from verl.errors import UserError
 from verl.protocol import DataProto, object_array, response_mask
 from verl.single_controller.ray_group import WorkerError
 from verl.trainer.ppo.batch_plan import BatchPlan
-from verl.trainer.ppo.card import write_checkpoint_card
-from verl.trainer.ppo.core_algos import (
-    KlController,
-    get_adv_estimator_fn,
-    group_index,
-    kl_penalty,
-    truncated_importance_weights,
-)
 from verl.trainer.ppo.metrics import (
     duplicate_share,
     length_metrics,
@@ -37,14 +37,11 @@ from verl.trainer.ppo.metrics import (
     time_metrics,
 )
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
-from verl.trainer.ppo.resume import ResumePoint
 from verl.trainer.ppo.samples import step_samples
 from verl.trainer.ppo.validation import Validation, is_better
-from verl.utils.dataset import PromptDataset, StepBatches, prompt_loader
+from verl.trainer.signals import Interrupted, StopSignals
+from verl.trainer.tracking import Tracking
 from verl.utils.progress import RunDisplay, Stopwatch
-from verl.utils.run_folder import CheckpointError, RunFolder
-from verl.utils.signals import Interrupted, StopSignals
-from verl.utils.tracking import Tracking
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardManager, RewardOutput, trained
 
@@ -372,7 +369,7 @@ class RayPPOTrainer:
         if name is None or step == self.first_step:
             return
         if name not in metrics:
-            raise ConfigError(f"trainer.save_best={name} is not one of the validation's: {', '.join(metrics)}.")
+            raise UserError(f"trainer.save_best={name} is not one of the validation's: {', '.join(metrics)}.")
         best = self.run.best()
         if is_better(name, metrics[name], best.value if best else None):
             self.save(step, metrics[name])

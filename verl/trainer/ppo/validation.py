@@ -9,11 +9,12 @@ import orjson
 import torch
 from torch import Tensor
 
-from verl.config import ConfigError, RunConfig
+from verl.config import RunConfig
+from verl.data.dataset import PromptDataset, Sample, collate
 from verl.embedding.metrics import spearman, spread_report, triplet_report
 from verl.embedding.prompts import PromptRenderer, rationale_messages, system_prompt_of
+from verl.errors import UserError
 from verl.protocol import DataProto
-from verl.utils.dataset import PromptDataset, Sample, collate
 
 # The better, the smaller; everything else that is reported is the better, the larger.
 SMALLER_IS_BETTER = {"val/alignment", "val/uniformity", "val/mean_cosine"}
@@ -29,7 +30,7 @@ class Validation:
         needs_embeddings: False = the reward does not come from embeddings, and only it is reported.
 
     Raises:
-        ConfigError: data.val_sts_file is not there, or a line of it is not a scored pair.
+        UserError: data.val_sts_file is not there, or a line of it is not a scored pair.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Validation:
         self.scores = torch.tensor([pair["score"] for pair in pairs], dtype=torch.float64)
         count = min(len(samples), self.config.val_max_samples)
         if count < 2:
-            raise ConfigError("data.val_files or data.val_max_samples leaves one sample, which compares with nothing.")
+            raise UserError("data.val_files or data.val_max_samples leaves one sample, which compares with nothing.")
         self.parts: dict[str, Sequence[Sample]] = {
             _SAMPLES: [self._used(samples[i]) for i in range(count)],
             _PAIRS: [self._pair_sample(i, pair, system) for i, pair in enumerate(pairs)],
@@ -92,10 +93,10 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     """Pairs of texts with their scores.
 
     Raises:
-        ConfigError: the file is not there, or a line is not such a pair.
+        UserError: the file is not there, or a line is not such a pair.
     """
     if not file.is_file():
-        raise ConfigError(f"data.val_sts_file={file} does not exist; give a file of scored pairs, or null for none.")
+        raise UserError(f"data.val_sts_file={file} does not exist; give a file of scored pairs, or null for none.")
     pairs = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
@@ -103,12 +104,12 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
             texts_are_there = all(pair[name].strip() for name in ("sentence1", "sentence2"))
             pairs.append({**pair, "score": float(pair["score"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(
+            raise UserError(
                 f"data.val_sts_file={file} line {number} is not a scored pair ({error!r}); each line is "
                 '{"sentence1": "...", "sentence2": "...", "score": 3.5}.'
             ) from error
         if not texts_are_there or not math.isfinite(pairs[-1]["score"]):
-            raise ConfigError(f"data.val_sts_file={file} line {number} has an empty text or a score that is no number.")
+            raise UserError(f"data.val_sts_file={file} line {number} has an empty text or a score that is no number.")
     return pairs
 
 

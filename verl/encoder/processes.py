@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from verl.embedding.model import Embedded, EmbeddingModel, ModelSize, ModelSpec, Thought, Work, free_port
+from verl.encoder.backend import Embedded, EmbeddingModel, ModelSize, ModelSpec, Thought, Work, free_port
 from verl.utils.logging import quiet_libraries
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.workers.rollout.base import RolloutError

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from verl.config import ConfigError
+from verl.errors import UserError
 
 
 class Tracker(Protocol):
@@ -68,7 +68,7 @@ class Tracking:
         run_ids: ids of an earlier part of this run, so that a resumed run goes on in the same curves.
 
     Raises:
-        ConfigError: a tracker's package is not installed.
+        UserError: a tracker's package is not installed.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Tracking:
             if "tensorboard" in backends:
                 self.trackers["tensorboard"] = TensorboardTracker(run_dir)
         except ImportError as error:
-            raise ConfigError(f"trainer.logger={backends} needs a package that is not installed: {error}") from error
+            raise UserError(f"trainer.logger={backends} needs a package that is not installed: {error}") from error
 
     @property
     def run_ids(self) -> dict[str, str]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.config import ConfigError, RunConfig
-from verl.utils.run_folder import RunFolder, find_fault, read_state, step_folder
+from verl.checkpoint.run_folder import RunFolder, find_fault, read_state, step_folder
+from verl.config import RunConfig
+from verl.errors import UserError
 
 # A run that goes on with another of these is another run: other samples, other rows, or another model.
 _SAME_RUN = (
@@ -40,7 +41,7 @@ def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePo
         data_sha256: of the training files' bytes.
 
     Raises:
-        ConfigError: trainer.resume_from_path is not a whole checkpoint, or it is one of another run.
+        UserError: trainer.resume_from_path is not a whole checkpoint, or it is one of another run.
         CheckpointError: there are checkpoints, and none is whole.
     """
     mode = config.trainer.resume_mode
@@ -61,7 +62,7 @@ def _given_folder(config: RunConfig) -> Path:
     assert config.trainer.resume_from_path is not None
     folder = Path(config.trainer.resume_from_path).absolute()
     if fault := find_fault(folder):
-        raise ConfigError(
+        raise UserError(
             f"trainer.resume_from_path={config.trainer.resume_from_path}: {fault}; give a whole global_step_N folder, "
             f"such as {step_folder(config.run_dir, 50)}."
         )
@@ -72,7 +73,7 @@ def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder:
     """A line for every setting that is another now.
 
     Raises:
-        ConfigError: with one of them it is another run, and trainer.resume_force is not set.
+        UserError: with one of them it is another run, and trainer.resume_force is not set.
     """
     before, now = (dict(_leaves(values)) for values in (state["config"], config.model_dump(mode="json")))
     changed = {
@@ -85,7 +86,7 @@ def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder:
         other_run.append(f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)")
     if other_run and not config.trainer.resume_force:
         place = "default_local_dir" if config.trainer.default_local_dir else "experiment_name"
-        raise ConfigError(
+        raise UserError(
             f"{folder} is of another run:\n  " + "\n  ".join(other_run) + f"\nGive the same values; or another "
             f"trainer.{place} to start a new run; or trainer.resume_force=True to go on with these."
         )

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from verl.embedding.model import Embedded, EmbeddingModel, Item, Thought, Work
-from verl.embedding.pool import ModelPool
 from verl.embedding.prompts import Prompt
 from verl.embedding.settings import EmbedderSettings
-from verl.embedding.store import EmbeddingStore, Rationale, StoredRationale, row_key
-from verl.embedding.usage import Usage
+from verl.encoder.backend import Embedded, EmbeddingModel, Item, Thought, Work
+from verl.encoder.processes import ModelPool
+from verl.encoder.store import EmbeddingStore, Rationale, StoredRationale, row_key
+from verl.encoder.usage import Usage
 from verl.workers.rollout.base import RolloutError
 
 _NOTHING = Rationale((), False)

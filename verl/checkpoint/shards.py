@@ -2,7 +2,7 @@
 
 Two layouts are read. Neither lets a file run code: shards hold tensors or are refused.
 
-    .metadata, __R_K.distcp             torch DCP shards of verl.utils.checkpoint, by any number of ranks
+    .metadata, __R_K.distcp             torch DCP shards of verl.checkpoint.training_state, by any number of ranks
     model_world_size_W_rank_R.pt        the FSDP shards of verl 0.4, one state dict per rank
 """
 
@@ -25,15 +25,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoModelForCausalLM
 
-from verl.utils.run_folder import STATE, STEP_PREFIX, saved_steps, step_folder
-from verl.utils.safe_dcp import DCP_METADATA, UNREADABLE, DcpError, read_metadata, unreadable_reason
+from verl.checkpoint.run_folder import STATE, STEP_PREFIX, saved_steps, step_folder
+from verl.checkpoint.safe_dcp import DCP_METADATA, UNREADABLE, DcpError, read_metadata, unreadable_reason
+from verl.errors import UserError
 
 _DCP_MODEL, _POLICY = "model.", "lm."
 _FSDP_GLOB, _FSDP_NAME = "model_world_size_*_rank_*.pt", re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-
-
-class MergeError(ValueError):
-    """What was given cannot be merged; the message names it and the way out."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Shards(Protocol):
         """The full tensor of a name, as it was stored.
 
         Raises:
-            MergeError: the shards cannot be read or do not make one tensor of that shape.
+            UserError: the shards cannot be read or do not make one tensor of that shape.
         """
         ...
 
@@ -71,7 +68,7 @@ def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
         The folder, and a line for each step of a run that was passed over.
 
     Raises:
-        MergeError: there are none.
+        UserError: there are none.
     """
     if _has_shards(local_dir):
         return local_dir, []
@@ -85,8 +82,8 @@ def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
             return folder / "actor", skipped
         skipped.append(f"{folder.name} is not whole (no trainer_state.json, nor the FSDP shards of all ranks)")
     if skipped:
-        raise MergeError(f"--local_dir={local_dir} holds no complete step: {'; '.join(skipped)}; give another folder")
-    raise MergeError(
+        raise UserError(f"--local_dir={local_dir} holds no complete step: {'; '.join(skipped)}; give another folder")
+    raise UserError(
         f"--local_dir={local_dir} holds no checkpoint; give a run folder, a global_step_N folder, or a folder with "
         f"{DCP_METADATA} or model_world_size_W_rank_R.pt files"
     )
@@ -101,7 +98,7 @@ def _is_complete(step: Path) -> bool:
         return True
     try:
         return bool(_fsdp_files(step / "actor"))
-    except MergeError:
+    except UserError:
         return False
 
 
@@ -110,14 +107,14 @@ def _fsdp_files(folder: Path) -> list[Path]:
     found = [match for path in folder.glob(_FSDP_GLOB) if (match := _FSDP_NAME.fullmatch(path.name))]
     sizes = sorted({int(match[1]) for match in found})
     if len(sizes) != 1:
-        raise MergeError(
+        raise UserError(
             f"{folder} holds FSDP shards of world sizes {sizes}; leave those of one, and move the others away"
         )
     present = {int(match[2]) for match in found}
     missing = [rank for rank in range(sizes[0]) if rank not in present]
     files = [folder / f"model_world_size_{sizes[0]}_rank_{rank}.pt" for rank in range(sizes[0])]
     if missing:
-        raise MergeError(
+        raise UserError(
             f"{folder} lacks {_listed([files[rank].name for rank in missing])}; copy the files of all "
             f"{sizes[0]} ranks there"
         )
@@ -128,15 +125,15 @@ def open_shards(folder: Path) -> Shards:
     """The shards of a folder, of whichever layout.
 
     Raises:
-        MergeError: a file is missing, damaged, or refused because it could run code.
+        UserError: a file is missing, damaged, or refused because it could run code.
     """
     if (folder / DCP_METADATA).is_file():
         if any(folder.glob(_FSDP_GLOB)):
-            raise MergeError(f"{folder} holds both {DCP_METADATA} and model_world_size_W_rank_R.pt; move one set away")
+            raise UserError(f"{folder} holds both {DCP_METADATA} and model_world_size_W_rank_R.pt; move one set away")
         return DcpShards(folder)
     if any(folder.glob(_FSDP_GLOB)):
         return FsdpShards(folder)
-    raise MergeError(
+    raise UserError(
         f"{folder} holds neither {DCP_METADATA} nor model_world_size_W_rank_R.pt; its checkpoint was not written to "
         "the end: give another step"
     )
@@ -151,7 +148,7 @@ class DcpShards:
         try:
             self._metadata = read_metadata(folder / DCP_METADATA)
         except DcpError as error:
-            raise MergeError(str(error)) from error
+            raise UserError(str(error)) from error
         self._keys = {
             key.removeprefix(_DCP_MODEL).removeprefix(_POLICY): key
             for key in self._metadata.state_dict_metadata
@@ -175,20 +172,20 @@ class DcpShards:
         for name, end in sorted(ends.items()):
             file = self.folder / name
             if Path(name).name != name:
-                raise MergeError(f"{self.folder / DCP_METADATA} points out of its folder, to {name!r}; it is refused")
+                raise UserError(f"{self.folder / DCP_METADATA} points out of its folder, to {name!r}; it is refused")
             if not file.is_file():
-                raise MergeError(f"{self.folder} lacks {name}; copy the files of all ranks there")
+                raise UserError(f"{self.folder} lacks {name}; copy the files of all ranks there")
             if file.stat().st_size < end:
-                raise MergeError(f"{file} is cut off: {file.stat().st_size} of {end} bytes; copy it again")
+                raise UserError(f"{file} is cut off: {file.stat().st_size} of {end} bytes; copy it again")
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         key = self._keys[name]
         stored = self._metadata.state_dict_metadata[key]
         if not isinstance(stored, TensorStorageMetadata):
-            raise MergeError(f"{self.folder}: {name} is not a tensor")
+            raise UserError(f"{self.folder}: {name} is not a tensor")
         _check_shape(self.folder, name, stored.size, shape)
         if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != stored.size.numel():
-            raise MergeError(f"{self.folder}: the shards hold {name} in part only; give another step")
+            raise UserError(f"{self.folder}: the shards hold {name} in part only; give another step")
         state: dict[str, Any] = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
         # What torch.distributed.checkpoint.load does around these calls needs, or stands in for, other ranks.
         planner = DefaultLoadPlanner()
@@ -196,7 +193,7 @@ class DcpShards:
         try:
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         except UNREADABLE as error:
-            raise MergeError(f"{self.folder}: {name} cannot be read: {unreadable_reason(error)}") from error
+            raise UserError(f"{self.folder}: {name} cannot be read: {unreadable_reason(error)}") from error
         return state[key]
 
 
@@ -211,7 +208,7 @@ class FsdpShards:
         self.names = frozenset(self._ranks[0])
         for file, held in zip(files, self._ranks, strict=True):
             if differing := sorted(self.names ^ held.keys()):
-                raise MergeError(
+                raise UserError(
                     f"{file} and {files[0].name} hold different keys: {_listed(differing)}; copy the files of one "
                     "checkpoint there"
                 )
@@ -227,7 +224,7 @@ class FsdpShards:
                 raise ValueError("only some ranks say how it is sharded")
             tensor = join_sharded(sharded) if sharded else join_plain(parts, shape)
         except ValueError as error:
-            raise MergeError(f"{self.folder}: {name} cannot be put together: {error}") from error
+            raise UserError(f"{self.folder}: {name} cannot be put together: {error}") from error
         _check_shape(self.folder, name, tensor.shape, shape)
         return tensor
 
@@ -235,13 +232,13 @@ class FsdpShards:
 def _load_tensors(file: Path) -> dict[str, Tensor]:
     """A rank's tensors, mapped from its file and not yet read."""
     if not zipfile.is_zipfile(file):
-        raise MergeError(f"{file} is cut off, or not a file of torch.save; copy it again")
+        raise UserError(f"{file} is cut off, or not a file of torch.save; copy it again")
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except UNREADABLE as error:
-        raise MergeError(f"{file} is refused: {unreadable_reason(error)}") from error
+        raise UserError(f"{file} is refused: {unreadable_reason(error)}") from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise MergeError(f"{file} is refused: it is not a dictionary of tensors")
+        raise UserError(f"{file} is refused: it is not a dictionary of tensors")
     return held
 
 
@@ -321,12 +318,12 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
         dtype: of the floating-point tensors; None = as they were stored.
 
     Raises:
-        MergeError: a key is missing, unexpected, of another shape, or not tied although the config says so.
+        UserError: a key is missing, unexpected, of another shape, or not tied although the config says so.
     """
     missing = sorted(keys.shapes.keys() - shards.names)
     unexpected = sorted(shards.names - keys.shapes.keys() - keys.tied.keys())
     if missing or unexpected:
-        raise MergeError(
+        raise UserError(
             f"{shards.folder} does not fit the config of a {keys.architecture}: missing {_listed(missing)}, "
             f"unexpected {_listed(unexpected)}; give the config that the checkpoint was trained with"
         )
@@ -334,7 +331,7 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
         if name in shards.names:
             shape = keys.shapes[owner]
             if not same_bits(shards.read(name, shape), shards.read(owner, shape)):
-                raise MergeError(
+                raise UserError(
                     f"{shards.folder}: {name} and {owner} differ, and the config ties them; set "
                     "tie_word_embeddings to false in config.json"
                 )
@@ -353,7 +350,7 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
 
 def _check_shape(folder: Path, name: str, found: torch.Size, expected: torch.Size) -> None:
     if found != expected:
-        raise MergeError(
+        raise UserError(
             f"{folder}: {name} has shape {list(found)}, the model of the config {list(expected)}; give the config "
             "that the checkpoint was trained with"
         )

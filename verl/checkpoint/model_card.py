@@ -2,15 +2,36 @@
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from verl.config import RunConfig, file_list
+from verl.embedding.settings import EmbedderSettings
 
 FILE_NAME = "README.md"
 _SCORES = "## Scores"
 _NO_SCORES = "Not evaluated yet (`bash eval.sh`)."
 _BAR = "&#124;"
 _END = "<!-- end of scores -->"
+
+
+def write_checkpoint_card(
+    folder: Path, config: RunConfig, settings: EmbedderSettings, num_samples: int, step: int,
+    versions: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write the card of the model folder of step `step`.
+
+    Args:
+        num_samples: samples in the training data.
+    """
+    arguments = ["python3", "-m", "verl.trainer.main_ppo", *sys.argv[1:]]
+    name = f"{config.trainer.experiment_name}, step {step}"
+    write_card(
+        folder, name, settings.model_dump(), _training(config, num_samples, step), shlex.join(arguments), versions
+    )
 
 
 def write_card(
@@ -34,7 +55,7 @@ def write_card(
         *front, "", f"# {name}", "",
         f"{base or 'A language model'}, trained by reinforcement learning to embed text through the rationales it "
         "writes (GRACE, arXiv 2510.04506). It still generates text like any causal language model.", "",
-        "```python", "from verl.embedding.encoder import GraceEncoder", "",
+        "```python", "from verl import GraceEncoder", "",
         'encoder = GraceEncoder.from_pretrained("this folder")',
         'vectors, rationales = encoder.encode(["a text"], return_rationales=True)', "```", "",
         _SCORES, "", _NO_SCORES, "", _END, "",
@@ -73,3 +94,21 @@ def _table(values: Mapping[str, Any]) -> list[str]:
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         rows.append(f"| {name} | {shown.replace('|', _BAR)} |")
     return rows
+
+
+def _training(config: RunConfig, num_samples: int, step: int) -> dict[str, Any]:
+    """What a reader of the weights wants to know of the run, by name."""
+    data, section, algorithm = config.data, config.actor_rollout_ref, config.algorithm
+    reward = config.reward_model
+    return {
+        "data": f"{config.train_mode}, {num_samples:,} samples of {', '.join(file_list(data.train_files))}",
+        "steps": f"{step} of {data.train_batch_size} samples x {section.rollout.n} rationales",
+        "reward": f"{reward.reward_manager} {dict(reward.reward_kwargs)}",
+        "advantage": f"{algorithm.adv_estimator}, divided by the group's standard deviation: "
+        f"{algorithm.norm_adv_by_std_in_grpo}",
+        "optimizer": f"AdamW, learning rate {section.actor.optim.lr:g}, mini-batches of "
+        f"{section.actor.ppo_mini_batch_size} samples",
+        "rationales": f"{section.rollout.name}, at most {data.max_response_length} tokens, temperature "
+        f"{section.rollout.temperature:g} (anchors {section.rollout.anchor_temperature:g})",
+        "seeds": f"data {data.seed}, rollout {section.rollout.seed}",
+    }

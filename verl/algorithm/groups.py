@@ -1,0 +1,42 @@
+"""Groups: the trained rows of one sample, whose rewards GRPO compares with each other.
+
+Shapes: N rows, G groups.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def group_index(uid: Iterable[Any]) -> Tensor:
+    """[N] int64: groups numbered 0..G-1 by first appearance of their uid."""
+    seen: dict[Any, int] = {}
+    return torch.tensor([seen.setdefault(u, len(seen)) for u in uid], dtype=torch.int64)
+
+
+def group_sum(values: Tensor, group: Tensor) -> Tensor:
+    """[G]: sum of `values` [N] over each group."""
+    return values.new_zeros(int(group.max()) + 1).index_add(0, group, values)
+
+
+def group_size(group: Tensor) -> Tensor:
+    """[G] float32: rows of each group."""
+    return torch.bincount(group).float()
+
+
+def group_mean_std(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each row's group, both [N]; a group of one has mean 0 and std 1.
+
+    Computed in float64: in float32 the mean of equal scores can miss them by a rounding, which a division by
+    their tiny standard deviation would blow up to a real advantage.
+    """
+    size = group_size(group).double()
+    exact = scores.double()
+    mean = group_sum(exact, group) / size
+    squares = group_sum((exact - mean[group]) ** 2, group)
+    std = (squares / (size - 1).clamp(min=1)).sqrt()
+    alone = size == 1
+    mean, std = mean.masked_fill(alone, 0.0)[group], std.masked_fill(alone, 1.0)[group]
+    return mean.to(scores.dtype), std.to(scores.dtype)

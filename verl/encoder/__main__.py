@@ -1,0 +1,122 @@
+"""Embed a file: python3 -m verl.encoder --model FOLDER --input texts.jsonl --output vectors.parquet
+
+The input is text (one text a line), JSON lines, CSV or parquet with a column `text` (or `sentence`); blank lines of a
+text file are skipped. The output has a row per text, in order: text, rationale, vector. Whatever is made is kept in
+--store at once, so a run that was killed goes on where it was; without --store a store beside the output is used and
+removed when the output is whole.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.data.readers import open_source
+from verl.data.samples import BadSample, read_sample
+from verl.encoder.grace_encoder import GraceEncoder
+from verl.encoder.store import StoreError
+from verl.errors import UserError
+from verl.utils.console import complain, say
+from verl.utils.logging import quiet_libraries
+from verl.workers.rollout.base import RolloutError
+
+# Texts read, embedded and written at a time.
+_CHUNK = 10_000
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder or hub name")
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="a .parquet file")
+    parser.add_argument("--store", type=Path, help="folder of rationales and vectors to re-use and add to")
+    parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
+    parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
+    parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")
+    parser.add_argument("--temperature", type=float, help="default: the model's settings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--pooling", choices=("mean", "last", "eos"))
+    parser.add_argument("--span", choices=("input+rationale", "rationale"))
+    parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".parquet":
+        parser.error(f"--output {args.output} must end in .parquet")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    quiet_libraries()
+    try:
+        run(args)
+    except (UserError, StoreError, ValueError, OSError) as error:
+        return complain("encode", error)
+    except RolloutError as error:
+        complain("encode", error)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    with open_source(args.input, "unsupervised"):
+        pass  # a missing or empty input is told before a model is loaded
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    store = args.store or args.output.with_suffix(".store")
+    written = args.output.with_name(f".{args.output.name}.writing")
+    with GraceEncoder(
+        args.model, engine=args.engine, device=args.device, pooling=args.pooling, span=args.span, store=store,
+        max_prompt_length=args.max_prompt_length, max_new_tokens=args.max_new_tokens,
+    ) as encoder:  # fmt: skip
+        write_vectors(args, encoder, written)
+        usage = encoder.usage
+    written.replace(args.output)
+    if args.store is None:
+        shutil.rmtree(store)
+    say(
+        f"{args.output}: {usage.texts:,} texts, {usage.generated_tokens:,} rationale tokens made; {usage.hit_rate:.0%} "
+        f"came from the store; {usage.shortened:,} texts were cut to fit, {usage.truncated:,} rationales hit the limit"
+    )
+
+
+def write_vectors(args: argparse.Namespace, encoder: GraceEncoder, path: Path) -> None:
+    """Embed the input chunk by chunk, one row group each."""
+    vector = pa.list_(pa.float32(), encoder.embedding_dim)
+    schema = pa.schema([("text", pa.large_string()), ("rationale", pa.large_string()), ("vector", vector)])
+    with pq.ParquetWriter(path, schema) as writer:
+        texts_left = read_texts(args.input)
+        while texts := list(islice(texts_left, _CHUNK)):
+            vectors, rationales = encoder.encode(
+                texts, batch_size=args.batch_size, think=not args.no_thinking, temperature=args.temperature,
+                seed=args.seed, return_rationales=True,
+            )  # fmt: skip
+            cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), encoder.embedding_dim)
+            writer.write_table(pa.table([pa.array(texts), pa.array(rationales), cells], schema=schema))
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file.
+
+    Raises:
+        UserError: a line holds none; the message has its number.
+    """
+    with open_source(path, "unsupervised") as source:
+        for record in source.records:
+            if record.problem:
+                raise UserError(f"{path}, line {record.line_idx + 1}: {record.problem}")
+            if record.fields is None:
+                continue
+            try:
+                yield read_sample(record.fields, "unsupervised").texts[0]
+            except BadSample as error:
+                raise UserError(f"{path}, line {record.line_idx + 1}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
