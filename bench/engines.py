@@ -105,7 +105,7 @@ def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
         {
             "prompts": torch.tensor(padded),
             "prompt_length": torch.tensor([len(p) for p in prompts[:4] * 4]),
-            "text_start": torch.zeros(16, dtype=torch.int64),
+            "pool_start": torch.zeros(16, dtype=torch.int64),
             "responses": torch.tensor([r.ids for r in responses]),
             "response_length": torch.full((16,), NEW_TOKENS),
             "advantages": torch.randn(16, 1).expand(16, NEW_TOKENS).clone(),

@@ -7,7 +7,9 @@ from verl.config import ActorConfig
 from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
-from verl.workers.actor import Actor, MicroBatchLimit, score
+from verl.workers.actor import Actor
+from verl.workers.micro_batches import MicroBatchLimit
+from verl.workers.scoring import score
 
 TEMPERATURE = 0.9
 MAX_RESPONSE = 24
@@ -33,7 +35,7 @@ def trained_rows(seed: int = 0, groups: int = 4, n: int = 3) -> DataProto:
         {
             "prompts": torch.stack(prompts),
             "prompt_length": torch.tensor(lengths),
-            "text_start": torch.full((count,), 15),
+            "pool_start": torch.full((count,), 15),
             "responses": torch.stack([ids(MAX_RESPONSE) for _ in range(count)]),
             "response_length": response_length,
             "advantages": torch.randn(count, 1, generator=generator).repeat(1, MAX_RESPONSE),

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The message names the setting or the line, its value, and a way out.
     """
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed, died or hangs.
+
+    The message names the worker and the phase, and ends with the worker's own traceback where it has one.
+    """

@@ -5,33 +5,36 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 
 | key | shape, dtype | written by | read by |
 |---|---|---|---|
-| prompts | [N,P] int64, left-padded | dataset.collate | rollout, actor |
-| prompt_length | [N] int64 | dataset.collate | rollout, actor, metrics |
-| text_start | [N] int64, in the unpadded prompt | dataset.collate | actor (pooling) |
-| temperature | [N] float32, sampling | trainer.expand | rollout |
-| responses | [N,R] int64, right-padded | rollout | actor, metrics |
-| response_length | [N] int64, end token included | rollout | actor, rewards, metrics |
-| rollout_log_probs | [N,R] float32, 0 past the end | rollout | metrics |
-| truncated | [N] bool, hit the length limit | rollout | rewards, metrics |
-| embeddings | [N,H] float32, unit norm | actor.score | rewards |
-| old_log_probs | [N,R] float32, trained rows only | actor.score | update, metrics |
-| entropy | [N] float32, mean over the response | actor.score | metrics |
-| ref_log_prob | [N,R] float32, trained rows only | reference.score | update, KL in reward |
-| advantages | [N,R] float32 | trainer.advantage | update |
-| mini_batch | [N] int64 | trainer.update | update |
+| prompts | [N,P] int64, left-padded | data.dataset | engine, actor |
+| prompt_length | [N] int64 | data.dataset | engine, actor, metrics |
+| pool_start | [N] int64, first pooled position of prompt and response | data.dataset | actor |
+| temperature | [N] float32, of sampling | step_rows.expand | engine |
+| responses | [N,R] int64, right-padded | engine | actor, metrics |
+| response_length | [N] int64, end token included | engine | actor, rewards, metrics |
+| rollout_log_probs | [N,R] float32, 0 past the end | engine | importance weights, metrics |
+| truncated | [N] bool, hit the length limit | engine | rewards, metrics |
+| embeddings | [N,H] float32, unit length | scoring | rewards |
+| old_log_probs | [N,R] float32, trained rows only | scoring | update, metrics |
+| entropy | [N] float32, mean over the response | scoring | metrics |
+| ref_log_prob | [N,R] float32, trained rows only | scoring, by the reference | update, KL in the reward |
+| advantages | [N,R] float32 | step_rows.advantages | update |
+| mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
 
 Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`
 (decoded response), `data_source`, `reward_model`, `extra_info`. Padding is never recognised by its
 token id: lengths say where a row ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict
+
+TRAINED_ROLE = "positive"
+"""The role of the rows that are rewarded and trained."""
 
 Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -95,6 +98,24 @@ class DataProto:
         columns = {name: self.non_tensor_batch[name] for name in non_tensor_batch_keys}
         return DataProto(self.batch.select(*batch_keys), columns, self.meta_info)
 
+    def only(self, names: Iterable[str]) -> "DataProto":
+        """Those of the named columns that the rows have, tensors and objects alike, without copying."""
+        wanted = set(names)
+        return self.select(
+            [name for name in self.batch.keys() if name in wanted],
+            [name for name in self.non_tensor_batch if name in wanted],
+        )
+
+    def with_tensors(self, **tensors: torch.Tensor) -> "DataProto":
+        """The same rows with these tensor columns, added or in place of those of the same name."""
+        columns = TensorDict({**dict(self.batch.items()), **tensors}, batch_size=[len(self)])
+        return DataProto(columns, self.non_tensor_batch, self.meta_info)
+
+    def renamed(self, old: str, new: str) -> "DataProto":
+        """The same rows with the tensor column `old` called `new`."""
+        tensors = {new if name == old else name: tensor for name, tensor in self.batch.items()}
+        return DataProto(TensorDict(tensors, batch_size=[len(self)]), self.non_tensor_batch, self.meta_info)
+
     def union(self, other: "DataProto") -> "DataProto":
         """A batch with the columns of both.
 
@@ -155,3 +176,29 @@ def response_mask(rows: DataProto) -> torch.Tensor:
     """[N,R] bool: True on the tokens of each response, its end token included."""
     width = rows.batch["responses"].shape[1]
     return torch.arange(width) < rows.batch["response_length"].unsqueeze(1)
+
+
+def is_trained(rows: DataProto) -> np.ndarray:
+    """[N] bool: the rows that are rewarded and trained; the others are anchors."""
+    return rows.non_tensor_batch["role"] == TRAINED_ROLE
+
+
+def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """[N,P] int64, as wide as the longest row."""
+    width = max(len(row) for row in ids)
+    padded = torch.full((len(ids), width), pad_id)
+    for i, row in enumerate(ids):
+        padded[i, width - len(row) :] = torch.tensor(row)
+    return padded
+
+
+def prompt_ids(rows: DataProto) -> list[list[int]]:
+    """The token ids of each prompt, without padding."""
+    prompts, lengths = rows.batch["prompts"].tolist(), rows.batch["prompt_length"].tolist()
+    return [prompt[len(prompt) - length :] for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+def response_ids(rows: DataProto) -> list[list[int]]:
+    """The token ids of each response, without padding."""
+    responses, lengths = rows.batch["responses"].tolist(), rows.batch["response_length"].tolist()
+    return [response[:length] for response, length in zip(responses, lengths, strict=True)]

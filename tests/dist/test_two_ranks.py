@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
+
+from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import FsdpConfig
 from verl.models.fsdp import full_weights, shard
-from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.utils.seqlen_balancing import partition_rows
-from verl.workers.actor import MicroBatchLimit, score
+from verl.workers.micro_batches import MicroBatchLimit
+from verl.workers.scoring import score
 
-# Ranks get rows by tokens; in the second split, rank 1 gets nothing of mini-batch 1 and only keeps company.
+# Ranks get rows by tokens; in the second split, rank 1 gets no row of mini-batch 1 and runs dummy rows.
 SPLITS = {"balanced": None, "one rank idles": [list(range(6)), list(range(6, 12))]}
 
 

@@ -1,13 +1,18 @@
-"""Running the programs as a user does, on the tiny model."""
+"""Running the programs as a user does, on the tiny model: in processes of their own, or faster in this one."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import verl.trainer.main_ppo
 
 REPO = Path(__file__).parents[2]
 WORDS = "river stone paper cloud engine garden winter bottle window copper violin market island shadow".split()
@@ -44,8 +49,25 @@ def prepare(mode: str, input_file: Path, folder: Path) -> Path:
     return folder
 
 
+@dataclass
+class Ended:
+    """What a program left behind, as `subprocess.CompletedProcess` has it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def train_here(*overrides: str) -> Ended:
+    """Train without Ray, in this process: for tests whose subject is neither Ray nor processes."""
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        code = verl.trainer.main_ppo.main([*overrides, "trainer.use_ray=False"])
+    return Ended(code, out.getvalue(), errors.getvalue())
+
+
 def main_ppo(*overrides: str, program: Sequence[str] = ("-m", "verl.trainer.main_ppo"), **environment: str):
-    """Run the training program, or a script that stands in for it."""
+    """Run the training program in a process of its own, on Ray; or a script that stands in for it."""
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")} | environment
     command = [sys.executable, *program, *overrides]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=REPO, timeout=400)

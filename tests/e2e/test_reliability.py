@@ -17,14 +17,25 @@ import numpy as np
 import psutil
 import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
-from runs import REPO, main_ppo, message, numbers, prepare, recipe, start_main_ppo, weights_sha256, write_triplets
+from runs import (
+    REPO,
+    main_ppo,
+    message,
+    numbers,
+    prepare,
+    recipe,
+    start_main_ppo,
+    train_here,
+    weights_sha256,
+    write_triplets,
+)
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory, tiny_folder, triplets) -> Path:
     """Four steps, a checkpoint at each second one."""
     run_dir = tmp_path_factory.mktemp("runs") / "short"
-    done = main_ppo(*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=4", "trainer.save_freq=2")
+    done = train_here(*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=4", "trainer.save_freq=2")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -75,8 +86,8 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number, errors
-    assert f"ended by {signal.Signals(number).name}" in message(errors)
-    assert re.search(r"the same command goes on from step [1-3]\b", output)
+    assert f"stopped by {signal.Signals(number).name}" in message(errors)
+    assert re.search(r"the same command resumes from step [1-3]\b", output)
     assert left_after(mark) == []
     done = main_ppo(*recipe(tiny_folder, triplets, run_dir), *more)
     assert done.returncode == 0, done.stderr
@@ -117,11 +128,11 @@ def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_tha
     _, errors = process.communicate(timeout=90)
     said = message(errors)
     assert process.returncode == 1, errors
-    assert re.search(r"no sign of a worker for \d+ s in phase \w+ \(trainer.phase_timeout_s=8", said), said
-    assert re.search(rf"rank \d \(pid {workers[1]} on .*\): has not, and wrote no stacks: it is stopped", said), said
-    assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (has done its part|has not; it stands here:\nT)", said), (
+    assert re.search(r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=8", said), (
         said
     )
+    assert re.search(rf"rank \d \(pid {workers[1]} on .*\): no answer and no stacks; it is stopped", said), said
+    assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (finished|still running; its stacks:\nT)", said), said
     assert left_after(mark) == []
 
 
@@ -137,19 +148,19 @@ def test_a_full_disk_is_said_with_what_to_do_and_costs_no_earlier_checkpoint(cop
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr}")
     try:
-        done = main_ppo(
+        done = train_here(
             *recipe(tiny_folder, triplets, small / "run"), "trainer.total_training_steps=20", "trainer.save_freq=1"
         )
         said = message(done.stderr)
         assert done.returncode == 1, done.stderr
         assert "could not be saved in" in said and "No space left on device" in said, said
-        last = re.search(r"it goes on from step (\d+)\.", said)
+        last = re.search(r"it resumes from step (\d+)\.", said)
         assert last, said
         assert (small / "run" / f"global_step_{last[1]}" / "trainer_state.json").is_file()
         assert not list((small / "run").glob(".global_step_*"))
         for step in sorted((small / "run").glob("global_step_*"))[:-1]:
             shutil.rmtree(step)
-        again = main_ppo(
+        again = train_here(
             *recipe(tiny_folder, triplets, small / "run"), "trainer.save_freq=0",
             f"trainer.total_training_steps={int(last[1]) + 1}",
         )  # fmt: skip
@@ -162,12 +173,12 @@ def test_a_truncated_shard_is_passed_over_and_named(copied_run, tiny_folder, tri
     shard = next((copied_run / "global_step_4/actor").glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size // 2)
     run = [*recipe(tiny_folder, triplets, copied_run), "trainer.total_training_steps=4", "trainer.save_freq=2"]
-    given = main_ppo(*run, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={copied_run}/global_step_4")
+    given = train_here(*run, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={copied_run}/global_step_4")
     assert given.returncode == 2
-    assert f"{shard} has" in message(given.stderr) and "give a whole global_step_N folder" in message(given.stderr)
-    done = main_ppo(*run)
+    assert f"{shard} has" in message(given.stderr) and "give a complete global_step_N folder" in message(given.stderr)
+    done = train_here(*run)
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"passed over: {shard} has \d+ bytes instead of \d+", done.stdout)
+    assert re.search(rf"skipped: {shard} has \d+ bytes instead of \d+", done.stdout)
     assert "2 steps done" in done.stdout and "set_aside_1" in done.stdout
     assert numbers(copied_run) == numbers(short_run)
 
@@ -194,13 +205,13 @@ def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_f
     other = prepare("supervised", write_triplets(tmp_path / "raw.jsonl", 30), tmp_path / "data")
     changes = ["actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.optim.lr=1e-4"]
     changes.append(f"data.train_files={other}/train.parquet")
-    refused = main_ppo(*run, *changes)
+    refused = train_here(*run, *changes)
     said = message(refused.stderr)
     assert refused.returncode == 2
     assert "actor_rollout_ref.rollout.n: 3 before, 2 now" in said
     assert "data.train_files: other contents" in said and "trainer.resume_force=True" in said and "optim.lr" not in said
     assert "another trainer.default_local_dir to start a new run" in said
-    forced = main_ppo(*run, *changes, "trainer.resume_force=True")
+    forced = train_here(*run, *changes, "trainer.resume_force=True")
     assert forced.returncode == 0, forced.stderr
     for line in ("FORCED: actor_rollout_ref.rollout.n", "changed: actor_rollout_ref.actor.optim.lr: 0.001 before"):
         assert line in forced.stdout
@@ -208,7 +219,7 @@ def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_f
 
 def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, triplets):
     run_dir = tmp_path / "run"
-    done = main_ppo(
+    done = train_here(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=6", "trainer.save_freq=1",
         "trainer.test_freq=1", "trainer.save_best=val/sts_spearman", "trainer.max_actor_ckpt_to_keep=1",
         "actor_rollout_ref.actor.optim.lr=1e-2",

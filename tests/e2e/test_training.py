@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import MEASURED, main_ppo, prepare, read_metrics, read_samples, recipe, write_texts
+from runs import (
+    MEASURED,
+    main_ppo,
+    numbers,
+    prepare,
+    read_metrics,
+    read_samples,
+    recipe,
+    train_here,
+    weights_sha256,
+    write_texts,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import GraceEncoder
@@ -22,7 +33,7 @@ GOLDEN_METRICS = ("reward/mean", "group/std_median", "actor/pg_loss", "actor/gra
 def whole_run(tmp_path_factory, tiny_folder, triplets) -> Path:
     """Five steps with validation, a checkpoint at step 3 and one at the end."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    done = main_ppo(
+    done = train_here(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3",
         "trainer.test_freq=5", "trainer.val_before_train=True", 'trainer.logger=["console","tensorboard"]',
     )  # fmt: skip
@@ -65,7 +76,8 @@ def test_samples_show_texts_rationales_and_rewards(whole_run):
     for s in scored:
         parts = {k: v for k, v in s["reward_parts"].items() if k != "before_penalty"}
         assert sum(parts.values()) == pytest.approx(s["reward"], abs=1e-4)
-        assert s["finish_reason"] == ("length" if s["tokens"] == 10 else "stop") or s["tokens"] == 10
+        # A rationale of 10 tokens may end with an end token, or be cut.
+        assert s["tokens"] == 10 if s["finish_reason"] == "length" else s["finish_reason"] == "stop"
     for uid in {s["uid"] for s in scored}:
         group = [s for s in scored if s["uid"] == uid]
         mean = np.mean([s["reward"] for s in group])
@@ -92,7 +104,7 @@ def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, tripl
     run_dir = tmp_path / "resumed"
     base = [*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5"]
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole_run}/global_step_3"]
-    done = main_ppo(*base, *resume)
+    done = train_here(*base, *resume)
     assert done.returncode == 0, done.stderr
     assert "3 steps done" in done.stdout
     resumed = {m["step"]: m for m in steps_of(run_dir)}
@@ -137,22 +149,20 @@ def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
     AutoModelForCausalLM.from_pretrained(run_dir / "global_step_2" / "huggingface")
 
 
-def test_two_workers_take_the_steps_of_one(tmp_path, whole_run, tiny_folder, triplets):
-    """Greedy-like sampling differs between worlds by its seeds, so only the data and the sizes are compared."""
+def test_workers_on_ray_compute_what_one_in_this_process_does(tmp_path, whole_run, tiny_folder, triplets):
     run_dir = tmp_path / "run"
     done = main_ppo(
-        *recipe(tiny_folder, triplets, run_dir), "trainer.n_gpus_per_node=2", "trainer.total_training_steps=5",
-        "trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole_run}/global_step_3",
+        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3",
+        "trainer.test_freq=5", "trainer.val_before_train=True",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for step in (4, 5):
-        one, two = ({(s["uid"], s["role"], s["text"]) for s in read_samples(r, step)} for r in (whole_run, run_dir))
-        assert one == two
+    assert numbers(run_dir) == numbers(whole_run)
+    assert weights_sha256(run_dir, 5) == weights_sha256(whole_run, 5)
 
 
 def test_kl_in_loss_and_reward_start_at_zero(tmp_path, tiny_folder, triplets):
     run_dir = tmp_path / "run"
-    done = main_ppo(
+    done = train_here(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=2", "trainer.save_freq=0",
         "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.1",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.use_kl_in_reward=True",
@@ -170,7 +180,7 @@ def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, tr
     run_dir = tmp_path / "run"
     overrides = [o for o in recipe(tiny_folder, triplets, run_dir) if "reward_kwargs" not in o]
     example = repo / "examples/custom_reward.py"
-    done = main_ppo(
+    done = train_here(
         *overrides, f"reward_model.reward_manager={example}:MarginReward", "+reward_model.reward_kwargs.margin=0.3",
         "trainer.total_training_steps=1",
     )  # fmt: skip
@@ -188,7 +198,7 @@ def test_naive_rewards_need_no_anchors(tmp_path, tiny_folder, triplets):
     )
     run_dir = tmp_path / "run"
     overrides = [o for o in recipe(tiny_folder, triplets, run_dir) if "reward_kwargs" not in o]
-    done = main_ppo(
+    done = train_here(
         *overrides, "reward_model.reward_manager=naive", f"custom_reward_function.path={score}",
         "custom_reward_function.name=vowels", "+custom_reward_function.reward_kwargs.weight=2",
         "trainer.total_training_steps=1",
@@ -207,7 +217,6 @@ def test_an_exception_in_a_reward_ends_the_run_with_its_own_traceback(tmp_path, 
         "    def __call__(self, rows):\n        raise ZeroDivisionError('the reward is broken')\n"
     )
     overrides = [o for o in recipe(tiny_folder, triplets, tmp_path / "run") if "reward_kwargs" not in o]
-    done = main_ppo(*overrides, f"reward_model.reward_manager={reward}:Broken")
-    assert done.returncode == 1
-    assert "ZeroDivisionError: the reward is broken" in done.stderr
+    with pytest.raises(ZeroDivisionError, match="the reward is broken"):
+        train_here(*overrides, f"reward_model.reward_manager={reward}:Broken")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

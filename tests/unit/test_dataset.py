@@ -8,8 +8,9 @@ import pytest
 from tiny import tiny_tokenizer
 
 from verl.config import DataConfig
-from verl.data.dataset import PromptDataset, StepBatches, collate
+from verl.data.dataset import PromptCollator, PromptDataset, StepBatches
 from verl.embedding.prompts import PromptRenderer, rationale_messages
+from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 
 ROLES = ("positive", "query", "negative")
@@ -36,6 +37,10 @@ def renderer(limit: int | None = None) -> PromptRenderer:
     return PromptRenderer(tiny_tokenizer(), limit)
 
 
+def collator(limit: int | None = None) -> PromptCollator:
+    return PromptCollator(renderer(limit), EmbedderSettings(), "data_source")
+
+
 def test_every_epoch_visits_each_sample_at_most_once_in_an_order_of_its_own():
     batches = list(StepBatches(num_samples=10, batch_size=3, first_step=0, num_steps=9, seed=1))
     epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
@@ -45,7 +50,7 @@ def test_every_epoch_visits_each_sample_at_most_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("first_step", range(9))
-def test_a_run_that_goes_on_sees_the_samples_the_whole_run_saw(first_step):
+def test_a_resumed_run_sees_the_samples_the_whole_run_saw(first_step):
     whole = list(StepBatches(10, 3, 0, 9, seed=1))
     assert list(StepBatches(10, 3, first_step, 9, seed=1)) == whole[first_step:]
 
@@ -68,11 +73,11 @@ def test_anchors_get_the_system_turn_of_their_own_sample(parquet):
 def test_rows_hold_the_rendered_prompts_left_padded(parquet):
     dataset = PromptDataset([parquet], DataConfig(), ROLES, renderer())
     tokenizer = tiny_tokenizer()
-    rows = collate([dataset[0], dataset[1]], renderer(), tokenizer.pad_token_id, DataConfig())
+    rows = collator()([dataset[0], dataset[1]])
     assert list(rows.non_tensor_batch["role"]) == [*ROLES, *ROLES]
     assert list(rows.non_tensor_batch["uid"]) == [0, 0, 0, 1, 1, 1]
     for i in range(len(rows)):
-        length, start = int(rows.batch["prompt_length"][i]), int(rows.batch["text_start"][i])
+        length, start = int(rows.batch["prompt_length"][i]), int(rows.batch["pool_start"][i])
         ids = rows.batch["prompts"][i, -length:]
         assert (rows.batch["prompts"][i, :-length] == tokenizer.pad_token_id).all()
         text = rows.non_tensor_batch["text"][i]
@@ -84,7 +89,7 @@ def test_over_long_samples_are_dropped_or_cut(parquet):
     limit = renderer().lengths([chat])[0] + 5
     cutting = PromptDataset([parquet], DataConfig(), ROLES, renderer(limit))
     assert len(cutting) == 5
-    rows = collate([cutting[2]], renderer(limit), 0, DataConfig())
+    rows = collator(limit)([cutting[2]])
     assert rows.meta_info["num_shortened"] == 1 and int(rows.batch["prompt_length"].max()) <= limit
     config = DataConfig(filter_overlong_prompts=True, max_prompt_length=limit)
     dropping = PromptDataset([parquet], config, ROLES, renderer(limit))

@@ -13,13 +13,13 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from verl import GraceEncoder
-from verl.config import DataConfig
-from verl.data.dataset import collate
+from verl.data.dataset import PromptCollator
 from verl.embedding.settings import EmbedderSettings
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
-from verl.workers.actor import MicroBatchLimit, score
+from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.rollout.base import RolloutError, finish
+from verl.workers.scoring import score
 
 TEXTS = [
     "a card",
@@ -65,7 +65,7 @@ def test_vectors_equal_those_of_the_training_pass(encoder, tiny_folder, tmp_path
         }
         for i, t in enumerate(TEXTS)
     ]
-    rows = collate(samples, encoder.renderer, pad_id=0, config=DataConfig())
+    rows = PromptCollator(encoder.renderer, encoder.settings, "data_source")(samples)
     width = max(map(len, responses))
     padded = torch.tensor([r + [0] * (width - len(r)) for r in responses])
     lengths = torch.tensor([len(r) for r in responses])

@@ -85,7 +85,8 @@ def test_when_no_step_is_whole_it_is_said_rather_than_started_over(tmp_path):
     run = RunFolder(tmp_path)
     for step in (5, 10):
         (write_step(run, step) / "actor/weights").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole(.|\n)*global_step_10(.|\n)*step_5"):
+    said = r"no checkpoint of this run is complete(.|\n)*global_step_10(.|\n)*step_5"
+    with pytest.raises(CheckpointError, match=said):
         run.newest_whole()
 
 

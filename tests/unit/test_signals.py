@@ -21,7 +21,7 @@ def test_the_first_is_noted_and_the_second_interrupts(number, code, capfd):
     assert second.value.at_once and not first.value.at_once
     assert first.value.exit_code == second.value.exit_code == code
     assert signal.getsignal(number) is former
-    assert "once more ends at once" in capfd.readouterr().err
+    assert "signal again to exit without saving" in capfd.readouterr().err
 
 
 def test_an_interruption_is_not_an_exception_that_code_may_swallow():

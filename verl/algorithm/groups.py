@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl.protocol import DataProto
+
 
 def group_index(uid: Iterable[Any]) -> Tensor:
     """[N] int64: groups numbered 0..G-1 by first appearance of their uid."""
@@ -40,3 +42,8 @@ def group_mean_std(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     alone = size == 1
     mean, std = mean.masked_fill(alone, 0.0)[group], std.masked_fill(alone, 1.0)[group]
     return mean.to(scores.dtype), std.to(scores.dtype)
+
+
+def groups_of(rows: DataProto) -> Tensor:
+    """[N] int64: the group of each row, by the uid of its sample."""
+    return group_index(rows.non_tensor_batch["uid"])

@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest whole checkpoint, and whether the run is still the same one."""
+"""Which checkpoint a run resumes from, and whether it is a checkpoint of the same run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from verl.checkpoint.run_folder import RunFolder, find_fault, read_state, step_f
 from verl.config import RunConfig
 from verl.errors import UserError
 
-# A run that goes on with another of these is another run: other samples, other rows, or another model.
+# With another value of one of these it is another run: other samples, other rows, or another model.
 _SAME_RUN = (
     "actor_rollout_ref.model.path",
     "actor_rollout_ref.model.override_config",
@@ -21,7 +21,7 @@ _SAME_RUN = (
     "data.shuffle",
     "data.seed",
 )
-# These say how to go on, and where; not what is trained.
+# These say how and from where to resume, not what is trained.
 _NOT_COMPARED = ("trainer.resume_mode", "trainer.resume_from_path", "trainer.resume_force")
 
 
@@ -31,18 +31,18 @@ class ResumePoint:
     state: dict[str, Any]
     """Its trainer_state.json."""
     notes: list[str]
-    """What a person should know: checkpoints passed over, settings that are others now."""
+    """For the log: checkpoints that were skipped, and settings that changed."""
 
 
 def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePoint | None:
-    """The checkpoint to go on from, or None.
+    """The checkpoint to resume from, or None.
 
     Args:
         data_sha256: of the training files' bytes.
 
     Raises:
-        UserError: trainer.resume_from_path is not a whole checkpoint, or it is one of another run.
-        CheckpointError: there are checkpoints, and none is whole.
+        UserError: trainer.resume_from_path is not a complete checkpoint; or the checkpoint is of another run.
+        CheckpointError: there are checkpoints, and none is complete.
     """
     mode = config.trainer.resume_mode
     if mode == "disable":
@@ -54,7 +54,7 @@ def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePo
     else:
         folder, skipped = _given_folder(config), []
     state = read_state(folder)
-    notes = [f"passed over: {reason}" for reason in skipped]
+    notes = [f"skipped: {reason}" for reason in skipped]
     return ResumePoint(folder, state, notes + _compare(state, config, data_sha256, folder))
 
 
@@ -63,23 +63,24 @@ def _given_folder(config: RunConfig) -> Path:
     folder = Path(config.trainer.resume_from_path).absolute()
     if fault := find_fault(folder):
         raise UserError(
-            f"trainer.resume_from_path={config.trainer.resume_from_path}: {fault}; give a whole global_step_N folder, "
-            f"such as {step_folder(config.run_dir, 50)}."
+            f"trainer.resume_from_path={config.trainer.resume_from_path}: {fault}; give a complete global_step_N "
+            f"folder, such as {step_folder(config.run_dir, 50)}."
         )
     return folder
 
 
 def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder: Path) -> list[str]:
-    """A line for every setting that is another now.
+    """A line for every setting that changed since the checkpoint was written.
 
     Raises:
-        UserError: with one of them it is another run, and trainer.resume_force is not set.
+        UserError: with one of the changes it is another run, and trainer.resume_force is not set.
     """
     before, now = (dict(_leaves(values)) for values in (state["config"], config.model_dump(mode="json")))
     changed = {
-        key: f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _NOT_COMPARED
+        key: f"{key}: {before[key]!r} before, {now[key]!r} now"
+        # A key that only one version of the program has was not changed by anybody.
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key] and key not in _NOT_COMPARED
     }
     other_run = [line for key, line in changed.items() if key.startswith(_SAME_RUN)]
     if state["data_sha256"] != data_sha256:
@@ -88,7 +89,7 @@ def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder:
         place = "default_local_dir" if config.trainer.default_local_dir else "experiment_name"
         raise UserError(
             f"{folder} is of another run:\n  " + "\n  ".join(other_run) + f"\nGive the same values; or another "
-            f"trainer.{place} to start a new run; or trainer.resume_force=True to go on with these."
+            f"trainer.{place} to start a new run; or trainer.resume_force=True to resume with these."
         )
     lines = [line for line in changed.values() if line not in other_run]
     return [f"changed: {line}" for line in lines] + [f"FORCED: {line}" for line in other_run]

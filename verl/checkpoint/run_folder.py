@@ -1,14 +1,14 @@
-"""The step folders of a run: written aside, made durable, named, checked, removed.
+"""The step folders of a run: written under a temporary name, made durable, renamed, checked, removed.
 
     <run>/latest_checkpointed_iteration.txt      the newest step
     <run>/best_checkpointed_iteration.txt        the best step and its value, with trainer.save_best
-    <run>/global_step_N/                         a whole step; trainer_state.json lists its files
+    <run>/global_step_N/                         a complete step; trainer_state.json lists its files
     <run>/.global_step_N.writing                 a step that is being written
     <run>/.global_step_N.removing                one that is being removed
-    <run>/set_aside_K/global_step_N              steps after the one that a run went on from
+    <run>/set_aside_K/global_step_N              steps after the one that a run resumed from
 
-A process may be killed, and a machine lose power, between any two lines here: what a step's name stands for is whole,
-and on the disk.
+A process may be killed, or a machine lose power, between any two lines here: a folder that has a step's name is
+complete, and on the disk.
 """
 
 import json
@@ -67,7 +67,7 @@ class RunFolder:
         return saved_steps(self.path)
 
     def remove_leftovers(self) -> list[str]:
-        """Remove what a killed run was writing or removing; return the names."""
+        """Remove what a killed run left half written or half removed; return the names."""
         found = [*self.path.glob(f".{STEP_PREFIX}*.writing"), *self.path.glob(f".{STEP_PREFIX}*.removing")]
         for folder in found:
             shutil.rmtree(folder)
@@ -81,11 +81,11 @@ class RunFolder:
         return folder
 
     def abandon(self, step: int) -> None:
-        """Give the room of a step back that could not be written."""
+        """Delete the partial files of a failed save."""
         shutil.rmtree(self._writing(step), ignore_errors=True)
 
     def publish(self, step: int, state: dict[str, Any], best_value: float | None = None) -> Path:
-        """Give a written step its name and make it the latest, once it is on the disk.
+        """Rename a written step to its final name and make it the latest, once it is on the disk.
 
         Args:
             state: of the trainer; `files` and `best_value` are added to it.
@@ -105,7 +105,7 @@ class RunFolder:
         return final
 
     def mark_best(self, step: int) -> None:
-        """Mark a step that was published as the best: at once, and again when a run goes on that was killed over it."""
+        """Mark a published step as the best if its state says so: after a save, and when a run resumes from it."""
         value = read_state(self.step(step)).get("best_value")
         if value is not None:
             _write_durably(self.path / BEST, json.dumps({"step": step, "value": value}) + "\n")
@@ -115,20 +115,20 @@ class RunFolder:
         return Best(**json.loads(file.read_text())) if file.is_file() else None
 
     def keep_newest(self, count: int) -> None:
-        """Remove whole steps, the oldest first, until `count` are left; never the best one."""
+        """Remove steps, the oldest first, until `count` are left; never the best one."""
         best = self.best()
         kept = [step for step in self.steps() if best is None or step != best.step]
         for step in kept[:-count]:
             self._remove(step)
 
     def set_aside_after(self, step: int) -> Path | None:
-        """Move the steps after one that the run goes on from out of the way; return where to, if there are any."""
+        """Move the steps after the one that the run resumes from to another folder; return it, if there are any."""
         if (best := self.best()) and best.step > step:
             (self.path / BEST).unlink()
         later = [found for found in self.steps() if found > step]
         if not later:
             return None
-        # First: were the run killed now, it would go on from the same step again.
+        # First: a run that is killed now resumes from the same step again.
         _write_durably(self.path / LATEST, f"{step}\n")
         number = 1 + max((int(p.name.rsplit("_", 1)[1]) for p in self.path.glob("set_aside_*")), default=0)
         aside = self.path / f"set_aside_{number}"
@@ -138,14 +138,14 @@ class RunFolder:
         return aside
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest step that can be gone on from, and for each newer one why it cannot.
+        """The newest step that can be resumed from, and for each newer one why it cannot.
 
         Raises:
-            CheckpointError: there are steps, or there were, and none is whole.
+            CheckpointError: there are steps, or there were, and none is complete.
         """
         steps, latest, skipped = self.steps(), self._latest(), list[str]()
         if latest is not None:
-            # A step beyond it was about to be set aside, or the run was killed before the tracker was written.
+            # A later step was about to be set aside, or the run was killed before the tracker was written.
             steps = [step for step in steps if step <= latest]
             if latest > 0 and latest not in steps:
                 skipped.append(f"{self.step(latest)} is missing, but {LATEST} names it")
@@ -155,8 +155,9 @@ class RunFolder:
             skipped.append(reason)
         if skipped:
             raise CheckpointError(
-                "no checkpoint of this run is whole:\n  " + "\n  ".join(skipped) + "\nSet trainer.resume_mode=disable "
-                "to start over, or put the files back."
+                "no checkpoint of this run is complete:\n  "
+                + "\n  ".join(skipped)
+                + "\nSet trainer.resume_mode=disable to start over, or put the files back."
             )
         return None, []
 
@@ -174,7 +175,7 @@ class RunFolder:
         return self.path / f".{STEP_PREFIX}{step}.writing"
 
     def _remove(self, step: int) -> None:
-        """Take the name away first: half a step must not be taken for a whole one."""
+        """Rename it first: half a step must not have the name of a complete one."""
         doomed = self.path / f".{STEP_PREFIX}{step}.removing"
         self.step(step).rename(doomed)
         shutil.rmtree(doomed)
@@ -196,7 +197,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why nothing can go on from a step's folder, or None."""
+    """Why a step's folder cannot be resumed from, or None."""
     if not folder.is_dir():
         return f"{folder} is not a folder"
     try:
@@ -208,7 +209,7 @@ def find_fault(folder: Path) -> str | None:
     for name, size in files.items():
         file = folder / name
         if file.name == model_card.FILE_NAME:
-            continue  # of the model: people write in it, and an evaluation adds its scores
+            continue  # people edit the model card, and an evaluation adds scores to it
         if not file.is_file():
             return f"{file} is missing"
         if (found := file.stat().st_size) != size:

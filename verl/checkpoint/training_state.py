@@ -1,4 +1,4 @@
-"""What a checkpoint holds: torch DCP shards to go on from, and a transformers folder to use.
+"""What a checkpoint holds: torch DCP shards to resume from, and a transformers folder to use.
 
 global_step_N/actor/                       DCP shards: weights (float32), optimizer
 global_step_N/actor/extra_rank_R.pt        learning-rate schedule, RNG
@@ -36,7 +36,7 @@ def save_training_state(
     except CheckpointException as error:
         raise _cause(error) from error
     extra = {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
-    # Through a file of Python's, whose errors say what is wrong with the disk.
+    # Opened by Python, whose errors say what is wrong with the disk.
     with (folder / f"extra_rank_{rank}.pt").open("wb") as file:
         torch.save(extra, file)
 
@@ -44,7 +44,7 @@ def save_training_state(
 def load_training_state(
     folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
 ) -> None:
-    """Read what `save_training_state` wrote, on any number of ranks.
+    """Load what `save_training_state` wrote, on any number of ranks.
 
     Raises:
         DcpError: a file is damaged or could run code.
@@ -57,7 +57,7 @@ def load_training_state(
         raise _cause(error) from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     own = folder / f"extra_rank_{rank}.pt"
-    # On more ranks than before, the new ones take over rank 0's schedule and keep their own RNG.
+    # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
     scheduler.load_state_dict(extra["scheduler"])
     if own.is_file():
@@ -65,7 +65,7 @@ def load_training_state(
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What happened on the first rank that failed, in place of torch's list of tracebacks."""
+    """The error of the first rank that failed, in place of torch's list of tracebacks."""
     rank = min(error.failures)
     return error.failures[rank][0]
 

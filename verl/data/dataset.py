@@ -1,11 +1,12 @@
-"""The training data: parquet rows of process_data.py become prompt rows of one batch.
+"""The training data: rows of a parquet file of process_data.py become the prompt rows of a step.
 
-Which samples make up a step follows from the seed and the step number alone, so a resumed run needs no
-loader state to see the same samples, on any number of workers.
+Which samples make up a step follows from the seed and the step number alone. So a resumed run sees the same samples
+without any saved loader state, on any number of workers.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
 from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
+from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
-from verl.protocol import DataProto
+from verl.protocol import DataProto, left_padded
 
 Sample = dict[str, Any]
 
@@ -121,36 +123,44 @@ class StepBatches:
         return len(self.steps)
 
 
+@dataclass(frozen=True)
+class PromptCollator:
+    """Renders samples to prompt rows: a row per sample and role, samples in order, the trained row first.
+
+    Args:
+        settings: where pooling starts in a row; the same settings are written for the encoder.
+        reward_fn_key: the column that `data_source` is taken from.
+    """
+
+    renderer: PromptRenderer
+    settings: EmbedderSettings
+    reward_fn_key: str
+
+    def __call__(self, samples: Sequence[Sample]) -> DataProto:
+        """See verl/protocol.py for the columns."""
+        owners = [(sample, role) for sample in samples for role in sample["chats"]]
+        prompts = self.renderer.render([sample["chats"][role] for sample, role in owners])
+        tensors = {
+            "prompts": left_padded([prompt.ids for prompt in prompts], self.renderer.tokenizer.pad_token_id),
+            "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
+            "pool_start": torch.tensor([self.settings.pool_start(prompt, response_length=0) for prompt in prompts]),
+        }
+        columns = {
+            "uid": [sample["uid"] for sample, _ in owners],
+            "role": [role for _, role in owners],
+            "text": [prompt.text for prompt in prompts],
+            "data_source": [sample[self.reward_fn_key] for sample, _ in owners],
+            "reward_model": [sample["reward_model"] for sample, _ in owners],
+            "extra_info": [sample["extra_info"] for sample, _ in owners],
+        }
+        return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+
+
 def prompt_loader(
-    dataset: PromptDataset, batches: Any, renderer: PromptRenderer, pad_id: int, num_workers: int
+    dataset: PromptDataset, batches: StepBatches, collate: PromptCollator, num_workers: int
 ) -> DataLoader:
-    """Batches of prompt rows: one row per sample and role, samples in order, `positive` first."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=lambda samples: collate(samples, renderer, pad_id, dataset.config),
-    )
-
-
-def collate(samples: Sequence[Sample], renderer: PromptRenderer, pad_id: int, config: DataConfig) -> DataProto:
-    """Render the samples' chats; see verl/protocol.py for the columns."""
-    owners = [(sample, role) for sample in samples for role in sample["chats"]]
-    prompts = renderer.render([sample["chats"][role] for sample, role in owners])
-    tensors = {
-        "prompts": left_padded([prompt.ids for prompt in prompts], pad_id),
-        "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
-        "text_start": torch.tensor([prompt.text_start for prompt in prompts]),
-    }
-    columns = {
-        "uid": [sample["uid"] for sample, _ in owners],
-        "role": [role for _, role in owners],
-        "text": [prompt.text for prompt in prompts],
-        "data_source": [sample[config.reward_fn_key] for sample, _ in owners],
-        "reward_model": [sample["reward_model"] for sample, _ in owners],
-        "extra_info": [sample["extra_info"] for sample, _ in owners],
-    }
-    return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+    """The prompt rows of each step."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
 
 
 def _sha256(files: Sequence[str]) -> str:
@@ -159,12 +169,3 @@ def _sha256(files: Sequence[str]) -> str:
         with Path(name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """[N,P] int64."""
-    width = max(len(row) for row in ids)
-    padded = torch.full((len(ids), width), pad_id)
-    for i, row in enumerate(ids):
-        padded[i, width - len(row) :] = torch.tensor(row)
-    return padded

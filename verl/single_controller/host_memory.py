@@ -1,4 +1,4 @@
-"""What memory a machine and some of its processes had, watched while they live: afterwards it cannot be asked."""
+"""Memory of this machine and of some of its processes, sampled while they live: of a dead process it cannot be read."""
 
 from collections.abc import Iterable
 from pathlib import Path

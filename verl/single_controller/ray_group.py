@@ -1,7 +1,7 @@
-"""Worker processes on Ray: starting them on every node, calling them, collecting their results.
+"""Worker processes on Ray: starting them on every node, calling them, and explaining what made them fail.
 
-With main_ppo the only code that knows Ray. One bundle of a placement group holds a node's workers, and bundles
-lie on different nodes; each worker owns one GPU, or one CPU slot.
+A placement group has one bundle per node, on different nodes, which holds that node's workers; each worker owns one
+GPU, or one CPU slot.
 """
 
 import os
@@ -18,19 +18,18 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl.errors import UserError
-from verl.protocol import DataProto
-from verl.single_controller.dispatch import Dispatch, dispatch_mode
+from verl.errors import UserError, WorkerError
 from verl.single_controller.host_memory import HostMemory
 from verl.single_controller.stacks import stack_file
 from verl.single_controller.worker import Worker, WorkerPlace
+from verl.single_controller.worker_group import WorkerGroup
 
 _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
-# A worker that fails may do so because another one died; so long it takes until Ray knows, of a process on this machine
-# and of another machine.
+# A worker may fail because another one died. Seconds that Ray needs to notice a dead process on this machine, and a
+# machine that is gone.
 _DEATH_NOTICE_S, _NODE_DEATH_NOTICE_S = 5, 60
-# So much later than the workers write their stacks, the driver reads them.
+# Seconds after the workers' own timeout at which the driver reads the stacks that they wrote.
 _STACKS_S = 3
 
 # glibc gives the pages of a large tensor back when it is freed, and the kernel clears new ones for the next: a fifth of
@@ -40,10 +39,6 @@ _KEEP_FREED_MEMORY = {
 }
 
 
-class WorkerError(RuntimeError):
-    """A worker failed, died or hangs; the message names it, and ends with its own traceback where it has one."""
-
-
 @dataclass(frozen=True)
 class _Node:
     """A machine of the cluster."""
@@ -51,17 +46,17 @@ class _Node:
     address: str
     host: str
     here: bool
-    """Whether this process runs there; two machines may have one name."""
+    """Whether the driver runs on it. Names do not tell: two machines may have the same one."""
 
 
-class RayWorkerGroup:
+class RayWorkerGroup(WorkerGroup):
     """`num_nodes * workers_per_node` processes of one worker class.
 
     Args:
         worker_class: a `Worker`; constructed with its `WorkerPlace` and then `args`.
         device: cuda or cpu.
         stack_folder: where workers that hang or crash write their stacks, on their machines.
-        phase_timeout_s: longest time without a sign of a worker; 0 = for ever.
+        phase_timeout_s: longest time without a result or progress from any worker; 0 = for ever.
 
     Raises:
         UserError: the cluster does not have the GPUs or CPUs asked for.
@@ -78,12 +73,10 @@ class RayWorkerGroup:
         stack_folder: Path,
         phase_timeout_s: int,
     ) -> None:
-        self.phase = "start"
         self._stack_folder, self._timeout_s = stack_folder, phase_timeout_s
         self._memory, self._last_sign = HostMemory(), time.monotonic()
         self._pids: list[int] = []  # by rank, once they have reported in
         self.world_size = num_nodes * workers_per_node
-        self.bytes_moved = 0
         self._placement = _reserve(num_nodes, workers_per_node, device)
         self._nodes = [node for node in _nodes_of(self._placement) for _ in range(workers_per_node)]  # by rank
         threads = max(1, (os.cpu_count() or 1) // workers_per_node)
@@ -101,37 +94,20 @@ class RayWorkerGroup:
             ]
         )
 
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        """Call a registered method with the same arguments on every rank; return rank 0's result."""
-        assert dispatch_mode(method) is Dispatch.ONE_TO_ALL, method
-        return self._results([getattr(worker, method.__name__).remote(*args) for worker in self._workers])[0]
+    def _call_all(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._results(
+            [
+                getattr(worker, method.__name__).remote(*own)
+                for worker, own in zip(self._workers, arguments, strict=True)
+            ]
+        )
 
-    def map_rows(self, method: Callable[..., Any], rows: DataProto, parts: list[list[int]], *args: Any) -> list[Any]:
-        """Call a registered method with each rank's part of the rows; return the ranks' results.
-
-        Args:
-            parts: for each rank, positions in `rows`.
-        """
-        assert dispatch_mode(method) is Dispatch.DP_COMPUTE_PROTO, method
-        refs = [
-            getattr(worker, method.__name__).remote(self._send(rows[part]), *args)
-            for worker, part in zip(self._workers, parts, strict=True)
-        ]
-        return [self._receive(result) for result in self._results(refs)]
-
-    def stream_rows(
-        self,
-        method: Callable[..., Any],
-        rows: DataProto,
-        parts: list[list[int]],
-        on_progress: Callable[[int], None],
-        *args: Any,
+    def _stream_all(
+        self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], on_progress: Callable[[int], None]
     ) -> list[Any]:
-        """As `map_rows`, for a method that yields progress counts and, last, its result."""
-        assert dispatch_mode(method) is Dispatch.DP_STREAM_PROTO, method
         streams = [
-            getattr(worker, method.__name__).options(num_returns="streaming").remote(self._send(rows[part]), *args)
-            for worker, part in zip(self._workers, parts, strict=True)
+            getattr(worker, method.__name__).options(num_returns="streaming").remote(*own)
+            for worker, own in zip(self._workers, arguments, strict=True)
         ]
         results: dict[int, Any] = {}
         open_streams = {stream: rank for rank, stream in enumerate(streams)}
@@ -149,14 +125,14 @@ class RayWorkerGroup:
                     if isinstance(item, int):
                         on_progress(item)
                     else:
-                        results[rank] = self._receive(item)
+                        results[rank] = item
         return [results[rank] for rank in range(self.world_size)]
 
     def shutdown(self) -> None:
-        """End the workers and give their slots back."""
+        """End the workers and free their slots."""
         for worker in self._workers:
             ray.kill(worker)
-        # A process that is stopped, or stuck in the kernel, does not listen to Ray.
+        # A process that is stopped, or stuck in the kernel, does not react to Ray.
         for pid in self._pids_here():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -192,7 +168,7 @@ class RayWorkerGroup:
         return ray.get(list(references))
 
     def _next_signs(self, waiting: dict[Any, int]) -> list[Any]:
-        """Those of the references (and their ranks) that are ready; maybe none yet.
+        """Those of the references (and their ranks) that are ready; possibly none yet.
 
         Raises:
             WorkerError: nothing has been ready for too long.
@@ -207,7 +183,7 @@ class RayWorkerGroup:
         return ready
 
     def _raise_root_cause(self, rank: int, error: RayError) -> None:
-        """Raise for what went wrong first: a worker that fails may only have lost another one that died."""
+        """Raise for what failed first: a worker may only have failed because another one died."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise error.cause from None
         if isinstance(error, RayTaskError) and (dead := self._find_dead()):
@@ -218,7 +194,7 @@ class RayWorkerGroup:
         raise WorkerError(self._describe_death(rank, error)) from error
 
     def _find_dead(self) -> tuple[int, RayError] | None:
-        """A rank whose process is gone, with what Ray knows of it."""
+        """A rank whose process is dead, with Ray's error for it."""
         pings = {worker.ping.remote(): rank for rank, worker in enumerate(self._workers)}
         here = all(node.here for node in self._nodes)
         end = time.monotonic() + (_DEATH_NOTICE_S if here else _NODE_DEATH_NOTICE_S)
@@ -258,19 +234,19 @@ class RayWorkerGroup:
     def _describe_hang(self, waiting: set[int]) -> str:
         seconds = time.monotonic() - self._last_sign
         lines = [
-            f"no sign of a worker for {seconds:.0f} s in phase {self.phase} (trainer.phase_timeout_s="
+            f"no worker returned or made progress for {seconds:.0f} s in phase {self.phase} (trainer.phase_timeout_s="
             f"{self._timeout_s}; raise it if the phase takes so long)."
         ]
         for rank, node in enumerate(self._nodes):
             file = stack_file(self._stack_folder, rank)
             if rank not in waiting:
-                lines.append(f"{self._name(rank)}: has done its part")
+                lines.append(f"{self._name(rank)}: finished")
             elif not node.here and not file.is_file():
-                lines.append(f"{self._name(rank)}: has not; its stacks are there, in {file}")
+                lines.append(f"{self._name(rank)}: still running; its stacks are in {file} on that machine")
             elif stacks := file.read_text().strip():
-                lines.append(f"{self._name(rank)}: has not; it stands here:\n{stacks}")
+                lines.append(f"{self._name(rank)}: still running; its stacks:\n{stacks}")
             else:
-                lines.append(f"{self._name(rank)}: has not, and wrote no stacks: it is stopped, or its machine is gone")
+                lines.append(f"{self._name(rank)}: no answer and no stacks; it is stopped, or its machine is gone")
         return "\n".join(lines)
 
     def _name(self, rank: int) -> str:
@@ -279,24 +255,6 @@ class RayWorkerGroup:
 
     def _pids_here(self) -> Iterable[int]:
         return [pid for pid, node in zip(self._pids, self._nodes, strict=False) if node.here]
-
-    def _send(self, rows: DataProto) -> DataProto:
-        self.bytes_moved += rows.num_bytes()
-        return rows
-
-    def _receive(self, result: Any) -> Any:
-        self.bytes_moved += result.num_bytes() if isinstance(result, DataProto) else 0
-        return result
-
-
-def restore_order(results: Sequence[DataProto], parts: list[list[int]]) -> DataProto:
-    """Put the rows of the ranks' results back where `parts` took them from."""
-    order = [row for part in parts for row in part]
-    inverse = [0] * len(order)
-    for place, row in enumerate(order):
-        inverse[row] = place
-    filled = [result for result, part in zip(results, parts, strict=True) if part]
-    return DataProto.concat(filled)[inverse]
 
 
 def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGroup:

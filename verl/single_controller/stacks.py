@@ -34,14 +34,14 @@ class StackDump:
     @contextmanager
     def call(self) -> Iterator[None]:
         """Watch what happens inside."""
-        self.still_going()
+        self.restart()
         try:
             yield
         finally:
             if self._file:
                 faulthandler.cancel_dump_traceback_later()
 
-    def still_going(self) -> None:
-        """The call made progress: its time starts anew."""
+    def restart(self) -> None:
+        """The call made progress: its time starts again from zero."""
         if self._file and self._timeout_s:
             faulthandler.dump_traceback_later(self._timeout_s, file=self._file)

@@ -1,4 +1,4 @@
-"""The base of a worker: one process of the group, with its rank, its device and its process group."""
+"""The base class of a worker: its rank, its device and its process group."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from verl.single_controller.stacks import StackDump
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Where a worker stands in its group."""
+    """A worker's rank and device."""
 
     rank: int
     world_size: int
@@ -41,13 +41,18 @@ class Worker:
         return os.getpid()
 
     def ping(self) -> None:
-        """Return when the calls before are done; fails at once in a process that is gone."""
+        """Return once earlier calls are done; fails at once when the process is dead."""
 
     def open_port(self, address: str) -> int:
-        """Listen at an address of this machine alone, where the group will meet; return the port."""
+        """Listen at one address of this machine, where the process group will be formed; return the port."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._meeting_place = socket.create_server((address, 0), family=family)
         return self._meeting_place.getsockname()[1]
+
+    def close_port(self) -> None:
+        """Stop listening; for a worker that ends before its process does."""
+        if self._meeting_place:
+            self._meeting_place.close()
 
     def join_process_group(self, own_address: str, master_address: str, port: int) -> None:
         """Start torch.distributed over the whole group: nccl on CUDA, gloo on a CPU.
@@ -67,7 +72,7 @@ class Worker:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(self.place.num_threads)
-        # gloo would take the interface that the machine's name stands for, and that is often loopback.
+        # By default gloo takes the interface that the machine's name resolves to, which is often loopback.
         if interface := _interface_of(own_address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"

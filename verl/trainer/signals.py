@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGINT and SIGTERM."""
+"""Stopping a run from outside: SIGINT and SIGTERM."""
 
 import os
 import signal
@@ -7,19 +7,19 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """The run was asked to end. A BaseException, as KeyboardInterrupt is: nothing may take it for a failure."""
+    """The run was asked to stop. A BaseException, like KeyboardInterrupt: handlers of failures must not catch it."""
 
     def __init__(self, number: int, at_once: bool) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
         self.at_once = at_once
-        """Raised wherever the process stood, maybe in the middle of a change: nothing may be saved."""
+        """Raised at any point, possibly in the middle of an update: nothing may be saved."""
 
 
 class StopSignals:
-    """The first signal is noted and heard by `check`; the second ends the process where it stands.
+    """The first signal is recorded, and raised by the next `check`; the second one raises at once.
 
-    Used in a `with`, which puts the former handlers back. Only in the main thread.
+    Used in a `with`, which restores the former handlers. Only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
         return self
 
     def listen(self) -> None:
-        """Take the signals over, also from whoever did so meanwhile."""
+        """Install the handlers, also over those that another library installed meanwhile."""
         for number in self._former:
             signal.signal(number, self._note)
 
@@ -50,5 +50,5 @@ class StopSignals:
             raise Interrupted(number, at_once=True)
         self._received = number
         # Not through sys.stderr: a handler may run in the middle of one of its writes.
-        line = f"\n{signal.Signals(number).name}: saving the last whole step, then ending; once more ends at once\n"
-        os.write(2, line.encode())
+        text = "saving the last finished step, then stopping; signal again to exit without saving"
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())

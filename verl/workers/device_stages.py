@@ -1,4 +1,4 @@
-"""What a worker is using its GPU for: free memory at every stage, and out-of-memory errors that name a way out."""
+"""The stages of a worker's GPU use: free memory after each, and out-of-memory errors that name a setting to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

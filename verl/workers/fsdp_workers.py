@@ -1,7 +1,7 @@
-"""The worker process of a training run: it joins policy, reference and rollout engine on one device.
+"""The worker process of a training run: policy, reference and rollout engine on one device.
 
-Thin on purpose: the maths is in `actor`, the sharding in `models.fsdp`, decoding in `rollout`. What is
-here is the order in which they take turns on the device.
+The maths is in `actor`, the sharding in `models.fsdp`, decoding in `rollout`. This file holds the order in which they
+use the device.
 """
 
 import resource
@@ -12,37 +12,40 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from verl.batch_plan import BatchPlan
 from verl.checkpoint.training_state import load_training_state, save_training_state, save_transformers_folder
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.fsdp import full_weights, move_optimizer, shard
 from verl.models.policy import PolicyModel, build_twin, load_causal_lm
-from verl.protocol import DataProto
+from verl.protocol import DataProto, prompt_ids
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
-from verl.workers.actor import Actor, MicroBatchLimit, score
+from verl.workers.actor import Actor
 from verl.workers.device_stages import DeviceStages
-from verl.workers.rollout.base import Response, Responses, Rollout, row_seeds
+from verl.workers.micro_batches import MicroBatchLimit
+from verl.workers.rollout.base import Response, Responses, Rollout, step_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
+from verl.workers.scoring import score
 from verl.workers.weight_sync import CANARY, WeightSync
+
+# What a packed forward needs, and what generation needs.
+_ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "role")
+_PROMPT = ("prompts", "prompt_length", "temperature")
 
 
 class ActorRolloutRefWorker(Worker):
-    """One rank of the trained policy, the rollout engine and (if any KL has weight) the reference.
+    """One rank of the trained policy, the rollout engine and (if any KL has weight) the reference."""
 
-    Args:
-        total_steps: training steps of the run.
-    """
-
-    def __init__(self, place: WorkerPlace, config: RunConfig, total_steps: int) -> None:
+    def __init__(self, place: WorkerPlace, config: RunConfig, plan: BatchPlan) -> None:
         super().__init__(place)
         quiet_libraries()
         self.run_config = config
         self.config = config.actor_rollout_ref
-        self.total_steps = total_steps
+        self.plan = plan
         self.stages = DeviceStages(self.device)
 
     @register(Dispatch.ONE_TO_ALL)
@@ -54,7 +57,7 @@ class ActorRolloutRefWorker(Worker):
         policy = PolicyModel(self.lm)
         if model.enable_gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        # The engine measures the memory that is free, so it comes first and then gives way.
+        # The engine measures the memory that is free, so it starts first; then it sleeps.
         with self.stages.stage("starting the engine", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             self.rollout = self._build_rollout()
         self.weight_sync = WeightSync(
@@ -67,7 +70,7 @@ class ActorRolloutRefWorker(Worker):
         policy = shard(policy, self.device, fsdp, self._uses_offload_policy(fsdp))
         self.actor = Actor(
             policy, self.config.actor, self.config.rollout.temperature,
-            self.run_config.data.max_response_length, self.total_steps,
+            self.run_config.data.max_response_length, self.plan.total_steps,
             one_update=self.run_config.data.train_batch_size == self.config.actor.ppo_mini_batch_size,
         )  # fmt: skip
         self._offload_params()
@@ -82,10 +85,10 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.ONE_TO_ALL)
     def sync_rollout_weights(self) -> dict[str, float]:
-        """Make the engine ready to generate with the policy's weights; return what a sync took and proved.
+        """Make the engine ready to generate with the policy's weights; return the sync's seconds and what was compared.
 
-        On a GPU the order decides the peak: the optimizer is out already, the engine's weights come, the policy
-        goes, and only then the cache comes.
+        On a GPU the order decides the peak of memory: the optimizer is in host memory already, the engine's weights are
+        allocated, the policy moves out, and only then the cache is allocated.
         """
         if not self.weight_sync.is_due():
             return self.weight_sync.wake_engine()
@@ -97,23 +100,21 @@ class ActorRolloutRefWorker(Worker):
         proven = self.weight_sync.wake_engine()
         return {**found, **proven, "proof_s": found["proof_s"] + proven.get("proof_s", 0.0)}
 
-    @register(Dispatch.DP_STREAM_PROTO)
-    def generate(self, rows: DataProto, seed: int, max_new_tokens: int) -> Iterator[int | DataProto]:
+    @register(Dispatch.DP_STREAM_PROTO, columns=_PROMPT)
+    def generate(self, rows: DataProto, step: int, max_new_tokens: int) -> Iterator[int | DataProto]:
         """Write a rationale for every row: yields finished counts, then the response columns.
 
-        The ranks that share an engine get the same rows; the first of them answers for all.
+        The ranks that share an engine get the same rows; the first of them returns the responses.
+
+        Args:
+            step: training step, for the seeds of the draws.
         """
-        prompts = rows.batch["prompts"]
-        lengths = rows.batch["prompt_length"].tolist()
-        width = prompts.shape[1]
         engine, rank_in_engine = divmod(self.rank, self.config.rollout.ranks_per_engine)
         with self.stages.stage("generating", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             generation = self.rollout.generate(
-                [prompt[width - length :].tolist() for prompt, length in zip(prompts, lengths, strict=True)],
-                rows.batch["temperature"].tolist(),
-                max_new_tokens,
-                row_seeds(seed + engine, len(rows)),
-            )
+                prompt_ids(rows), rows.batch["temperature"].tolist(), max_new_tokens,
+                step_seeds(self.config.rollout.seed, step, engine, len(rows)),
+            )  # fmt: skip
             responses: Responses = {}
             for ended in generation:
                 responses |= ended
@@ -123,7 +124,7 @@ class ActorRolloutRefWorker(Worker):
         columns = _response_columns([responses[row] for row in range(len(rows))], self.tokenizer.pad_token_id)
         yield columns if rank_in_engine == 0 else columns[:0]
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
     def compute_log_prob(self, rows: DataProto, embed: bool, for_update: bool) -> DataProto:
         """One forward: `log_probs` of the trained rows, and `embeddings` where asked for.
 
@@ -141,7 +142,7 @@ class ActorRolloutRefWorker(Worker):
         self._offload_params()
         return columns
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         """`log_probs` [N,R] of the reference model."""
         assert self.reference is not None
@@ -157,7 +158,11 @@ class ActorRolloutRefWorker(Worker):
             self.reference.to("cpu")
         return columns
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(
+        Dispatch.DP_COMPUTE_PROTO,
+        columns=(*_ROW, "old_log_probs", "advantages", "mini_batch"),
+        optional_columns=("ref_log_prob",),
+    )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""
         self._load_params()
@@ -173,9 +178,8 @@ class ActorRolloutRefWorker(Worker):
         return metrics
 
     @register(Dispatch.ONE_TO_ALL)
-    def end_step(self) -> dict[str, float]:
-        """Advance the schedule; return rank 0's memory in GiB: peaks, and what was free after each stage."""
-        self.actor.end_step()
+    def memory(self) -> dict[str, float]:
+        """Rank 0's memory in GiB since the last call: peaks, and what was free after each stage."""
         # Linux counts ru_maxrss in KiB.
         memory = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         if self.device.type == "cuda":
@@ -197,7 +201,7 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: Path) -> None:
-        """Continue from `folder`."""
+        """Load the state that `save_checkpoint` wrote."""
         self._load_params()
         actor = self.actor
         load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
@@ -216,14 +220,13 @@ class ActorRolloutRefWorker(Worker):
 
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""
-        model, rollout, data = self.config.model, self.config.rollout, self.run_config.data
+        model, rollout = self.config.model, self.config.rollout
         stop_ids = stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config)
         if rollout.name == "hf":
             engine_lm = build_twin(self.lm, self._engine_dtype, self.device, model.trust_remote_code)
             return HFRollout(engine_lm, stop_ids, rollout.max_num_seqs, rollout.ignore_eos)
-        # A group is never larger than the trained rows and two anchors of each sample.
         ranks = rollout.ranks_per_engine
-        most_rows = -(-data.train_batch_size * (rollout.n + 2) * ranks // self.world_size)
+        most_rows = -(-self.plan.rows_per_step * ranks // self.world_size)
         return load_vllm_adapter().VLLMRollout(
             model, rollout, self.device, stop_ids,
             weight_names=[name for name, _ in self.lm.named_parameters()],
@@ -274,7 +277,7 @@ class ActorRolloutRefWorker(Worker):
         )
 
     def _limit(self, dynamic: bool | None, max_tokens: int | None, max_rows: int | None) -> MicroBatchLimit:
-        """A pass's own limit, with the actor's where it sets none."""
+        """The limit of a pass, with the actor's values where it has none of its own."""
         actor = self.config.actor
         if actor.use_dynamic_bsz if dynamic is None else dynamic:
             return MicroBatchLimit(max_tokens or actor.ppo_max_token_len_per_gpu, None)

@@ -1,4 +1,4 @@
-"""The driver's handle on the workers: their methods by name, with rows spread by cost and put back in order."""
+"""The driver's handle on the workers: their methods by name, with rows spread over ranks by cost."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,22 +6,19 @@ from typing import Any
 
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto
-from verl.single_controller.ray_group import RayWorkerGroup, restore_order
+from verl.single_controller.worker_group import WorkerGroup, restore_order
 from verl.utils.seqlen_balancing import partition_rows
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
-
-_PROMPT = ("prompts", "prompt_length", "text_start")
-_RESPONSE = ("responses", "response_length")
 
 
 class ActorRolloutRefGroup:
     """`ActorRolloutRefWorker` on every rank; see there for what each method does.
 
     Args:
-        ranks_per_engine: neighbouring ranks that generate as one.
+        ranks_per_engine: neighbouring ranks that share one rollout engine.
     """
 
-    def __init__(self, group: RayWorkerGroup, ranks_per_engine: int) -> None:
+    def __init__(self, group: WorkerGroup, ranks_per_engine: int) -> None:
         self._group = group
         self._ranks_per_engine = ranks_per_engine
 
@@ -29,13 +26,8 @@ class ActorRolloutRefGroup:
     def world_size(self) -> int:
         return self._group.world_size
 
-    @property
-    def phase(self) -> str:
-        """What the run is doing, in messages about workers that fail or hang."""
-        return self._group.phase
-
-    @phase.setter
-    def phase(self, name: str) -> None:
+    def enter_phase(self, name: str) -> None:
+        """Name what the run does next, for messages about workers that fail or hang."""
         self._group.phase = name
 
     def take_bytes_moved(self) -> int:
@@ -47,19 +39,18 @@ class ActorRolloutRefGroup:
         return self._group.call(ActorRolloutRefWorker.init_model)
 
     def generate(
-        self, rows: DataProto, seed: int, max_new_tokens: int, on_progress: Callable[[int], None]
+        self, rows: DataProto, step: int, max_new_tokens: int, on_progress: Callable[[int], None]
     ) -> DataProto:
         """Responses for every row. A row's cost is its prompt and a full-length response."""
         costs = (rows.batch["prompt_length"] + max_new_tokens).tolist()
         size = self._ranks_per_engine
         parts = partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size // size)
-        sent = rows.select([*_PROMPT, "temperature"])
         results = self._group.stream_rows(
             ActorRolloutRefWorker.generate,
-            sent,
+            rows,
             [parts[rank // size] for rank in range(self.world_size)],
             on_progress,
-            seed,
+            step,
             max_new_tokens,
         )
         return restore_order(results[::size], parts)
@@ -72,18 +63,15 @@ class ActorRolloutRefGroup:
 
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Each mini-batch (column `mini_batch`) is spread over all ranks by its tokens."""
-        columns = [*_PROMPT, *_RESPONSE, "old_log_probs", "advantages", "mini_batch"]
-        columns += ["ref_log_prob"] if "ref_log_prob" in rows.batch.keys() else []
         parts: list[list[int]] = [[] for _ in range(self.world_size)]
         for mini_batch in range(num_mini_batches):
             members = (rows.batch["mini_batch"] == mini_batch).nonzero().flatten().tolist()
             for rank, part in enumerate(self._partition(rows[members])):
                 parts[rank] += [members[i] for i in part]
-        sent = rows.select(columns, ["role"])
-        return self._group.map_rows(ActorRolloutRefWorker.update_actor, sent, parts, num_mini_batches)[0]
+        return self._group.map_rows(ActorRolloutRefWorker.update_actor, rows, parts, num_mini_batches)[0]
 
-    def end_step(self) -> dict[str, float]:
-        return self._group.call(ActorRolloutRefWorker.end_step)
+    def memory(self) -> dict[str, float]:
+        return self._group.call(ActorRolloutRefWorker.memory)
 
     def sync_rollout_weights(self) -> dict[str, float]:
         return self._group.call(ActorRolloutRefWorker.sync_rollout_weights)
@@ -98,9 +86,8 @@ class ActorRolloutRefGroup:
         self._group.shutdown()
 
     def _score(self, method: Callable[..., Any], rows: DataProto, *args: Any) -> DataProto:
-        sent = rows.select([*_PROMPT, *_RESPONSE], ["role"])
         parts = self._partition(rows)
-        return restore_order(self._group.map_rows(method, sent, parts, *args), parts)
+        return restore_order(self._group.map_rows(method, rows, parts, *args), parts)
 
     def _partition(self, rows: DataProto) -> list[list[int]]:
         costs = (rows.batch["prompt_length"] + rows.batch["response_length"]).tolist()

@@ -1,6 +1,6 @@
-"""Giving the rollout engine the policy's weights, and proving that it computes with them.
+"""Sending the policy's weights to the rollout engine, and proving that it computes with them.
 
-An engine that runs old or half-loaded weights trains on without an error, so every sync ends with a proof:
+With old or half-loaded weights in the engine training continues without an error, so every sync ends with a proof:
 weights are read back from the engine and must be equal, and a few fixed sentences must get the
 log-probs that the policy gives them.
 """
@@ -30,8 +30,8 @@ CANARY = (
 # `sample` reads back this many weights of each sync, in turn, and this many columns of each.
 _SAMPLED_WEIGHTS = 8
 _SAMPLED_COLUMNS = 64
-# Largest difference of a token's log-prob in float32 (CPU), and the mean one in bfloat16 (CUDA), where single tokens
-# lie far apart; as a share of the log-prob where that is beyond -1, since rounding grows with it.
+# Limits of the difference in log-prob: of the largest in float32 (CPU), and of the mean in bfloat16 (CUDA), where
+# single tokens differ a lot. Relative to the log-prob where that is below -1, since rounding grows with it.
 _CANARY_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
 
 CheckMode = Literal["full", "sample", "off"]
@@ -47,8 +47,8 @@ class WeightSync:
     Args:
         dtype: of the engine's weights.
         check: full = read every weight back, sample = some in turn, off = trust the engine.
-        canary: token ids of sentences that the policy and the engine must score alike.
-        stages: what device memory is watched with.
+        canary: token ids of sentences that must get the same log-probs from policy and engine.
+        stages: watches device memory.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class WeightSync:
         }
 
     def wake_engine(self) -> dict[str, float]:
-        """Give the engine its cache, and let it score the canary as the policy did in `send`.
+        """Allocate the engine's cache, and compare its log-probs of the canary with those of the policy in `send`.
 
         Returns:
-            Seconds of the proof, and the relative difference of the log-probs; nothing where there is nothing to prove.
+            Seconds of the proof, and the relative difference of the log-probs; empty when there was no sync to prove.
 
         Raises:
             WeightSyncError: the engine's log-probs are not the policy's.
@@ -128,7 +128,7 @@ class WeightSync:
         return len(names)
 
     def _names_to_check(self) -> set[str]:
-        """All, none, or the next few in turn and the vocabulary's, of which an engine may keep two copies."""
+        """All, none, or the next few in turn and always the vocabulary's, of which an engine may keep two copies."""
         if self._check == "off":
             return set()
         names = sorted(self._rollout.weight_names)

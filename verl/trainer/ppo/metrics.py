@@ -1,26 +1,52 @@
-"""What a step reports: rewards, lengths, groups, engine mismatch, throughput."""
+"""What a step reports: rewards, groups, lengths, embeddings, throughput."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from verl.algorithm.groups import group_index, group_mean_std
+from verl.algorithm.groups import group_mean_std, groups_of
+from verl.embedding.metrics import spread_report
 from verl.protocol import DataProto
+from verl.workers.reward_manager.base import RewardOutput
 
 # Groups whose rewards spread less than this teach nothing.
 _FLAT_GROUP_STD = 1e-3
 
 
-def reward_metrics(scores: Tensor, uid: np.ndarray, parts: dict[str, float]) -> dict[str, float]:
-    """Scores [N] and the reward manager's own metrics, and how the groups spread."""
-    group = group_index(uid)
-    _, std = group_mean_std(scores, group)
+def prefixed(**parts: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of several parts under `part/name`."""
+    return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput) -> dict[str, float]:
+    """Figures of a step's rows.
+
+    Args:
+        rows: all N rows.
+        batch: the trained ones, in the order of the reward.
+    """
+    metrics = {
+        **reward_metrics(reward.scores, groups_of(batch), reward.metrics),
+        "group/duplicate_share": duplicate_share(batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]),
+        "actor/entropy": float(batch.batch["entropy"].mean()),
+        **length_metrics(rows, rows.meta_info["num_shortened"]),
+    }
+    if "embeddings" in rows.batch.keys():
+        metrics |= prefixed(embedding=spread_report(rows.batch["embeddings"]))
+    return metrics
+
+
+def reward_metrics(rewards: Tensor, group: Tensor, parts: Mapping[str, float]) -> dict[str, float]:
+    """Rewards [B] of the trained rows, the reward manager's own metrics, and how the groups [B] spread."""
+    _, std = group_mean_std(rewards, group)
     first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
     spread = std[first_of_group]
     return {
-        "reward/mean": float(scores.mean()),
-        "reward/max": float(scores.max()),
-        "reward/min": float(scores.min()),
+        "reward/mean": float(rewards.mean()),
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
         **{f"reward/{name}": value for name, value in parts.items()},
         "group/std_median": float(spread.median()),
         "group/flat_share": float((spread < _FLAT_GROUP_STD).float().mean()),
@@ -45,7 +71,7 @@ def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:
 
 
 def duplicate_share(rationales: np.ndarray, uid: np.ndarray) -> float:
-    """Share of trained rationales whose text another one of their group has too."""
+    """Share of trained rationales that occur more than once in their group."""
     pairs = list(zip(uid, rationales, strict=True))
     counts: dict[tuple[object, str], int] = {}
     for pair in pairs:
@@ -54,7 +80,7 @@ def duplicate_share(rationales: np.ndarray, uid: np.ndarray) -> float:
 
 
 def time_metrics(seconds: dict[str, float], rows: DataProto, bytes_moved: int) -> dict[str, float]:
-    """Seconds by phase, tokens per second, and what crossed process borders."""
+    """Seconds by phase, tokens per second, and bytes sent between processes."""
     step = sum(seconds.values())
     generated = int(rows.batch["response_length"].sum())
     return {

@@ -1,4 +1,4 @@
-"""Engine and trainer give the same token different probabilities: how far apart they are, and when that ends a run."""
+"""How far the engine's and the trainer's probabilities of the same tokens differ, and when that ends a run."""
 
 import math
 
@@ -14,7 +14,7 @@ _STEPS_IN_A_ROW = 2
 
 
 class StaleEngineError(RuntimeError):
-    """The engine's probabilities left the trainer's as they do when it generates with old weights."""
+    """The engine's probabilities differ from the trainer's as they do when it generates with old weights."""
 
 
 class MismatchGuard:
@@ -42,7 +42,7 @@ class MismatchGuard:
             raise StaleEngineError(
                 f"rollout/probs_diff_mean is {probs_diff_mean:.3g}, in the first step it was {self.first}: the "
                 "rollout engine appears to run old weights. Set actor_rollout_ref.rollout.check_weight_sync=full to "
-                "find the weight, or actor_rollout_ref.rollout.name=hf to go on without the engine."
+                "find the weight, or actor_rollout_ref.rollout.name=hf to continue without the engine."
             )
         if not probs_diff_mean <= _SUSPICIOUS:
             return (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from verl.protocol import DataProto
+from verl.protocol import TRAINED_ROLE, DataProto
 from verl.workers.reward_manager.base import RewardOutput
 
 
@@ -18,7 +18,7 @@ def step_samples(rows: DataProto, batch: DataProto, reward: RewardOutput, num_sa
     lines = []
     for i in range(len(rows)):
         columns = {name: rows.non_tensor_batch[name][i] for name in ("uid", "role", "text", "rationale")}
-        place = next(trained_rows) if columns["role"] == "positive" else None
+        place = next(trained_rows) if columns["role"] == TRAINED_ROLE else None
         if columns["uid"] not in chosen:
             continue
         line = {

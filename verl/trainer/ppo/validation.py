@@ -1,7 +1,7 @@
-"""Validation while training: held-out samples and scored pairs, embedded as training embeds, and their figures."""
+"""Validation while training: held-out samples and scored pairs are embedded as in training, and figures reported."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +10,87 @@ import torch
 from torch import Tensor
 
 from verl.config import RunConfig
-from verl.data.dataset import PromptDataset, Sample, collate
+from verl.data.dataset import PromptCollator, PromptDataset, Sample
 from verl.embedding.metrics import spearman, spread_report, triplet_report
-from verl.embedding.prompts import PromptRenderer, rationale_messages, system_prompt_of
+from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.protocol import DataProto
+from verl.workers.reward_manager.base import RewardManager
 
-# The better, the smaller; everything else that is reported is the better, the larger.
+# Smaller values of these are better; of all other figures, larger ones.
 SMALLER_IS_BETTER = {"val/alignment", "val/uniformity", "val/mean_cosine"}
 
 _SAMPLES, _PAIRS = "samples", "pairs"
 
 
 class Validation:
-    """What is embedded, and what is made of it.
+    """What is embedded, and what is reported of it.
 
     Args:
         samples: held-out samples of the training's kind.
-        needs_embeddings: False = the reward does not come from embeddings, and only it is reported.
+        needs_embeddings: False = the reward does not come from embeddings, and the reward alone is reported.
 
     Raises:
-        UserError: data.val_sts_file is not there, or a line of it is not a scored pair.
+        UserError: data.val_sts_file does not exist, or a line of it is not a scored pair.
     """
 
     def __init__(
-        self, config: RunConfig, samples: PromptDataset, renderer: PromptRenderer, needs_embeddings: bool
+        self, config: RunConfig, samples: PromptDataset, collate: PromptCollator, needs_embeddings: bool
     ) -> None:
-        self.config = config.data
-        self.renderer = renderer
-        system = system_prompt_of(samples[0]["chats"]["positive"])
-        file = self.config.val_sts_file if needs_embeddings else None
+        self.config = config
+        self.collate = collate
+        self.needs_embeddings = needs_embeddings
+        file = config.data.val_sts_file if needs_embeddings else None
         pairs = read_pairs(Path(file)) if file else []
         self.scores = torch.tensor([pair["score"] for pair in pairs], dtype=torch.float64)
-        count = min(len(samples), self.config.val_max_samples)
+        count = min(len(samples), config.data.val_max_samples)
         if count < 2:
             raise UserError("data.val_files or data.val_max_samples leaves one sample, which compares with nothing.")
         self.parts: dict[str, Sequence[Sample]] = {
             _SAMPLES: [self._used(samples[i]) for i in range(count)],
-            _PAIRS: [self._pair_sample(i, pair, system) for i, pair in enumerate(pairs)],
+            _PAIRS: [self._pair_sample(i, pair) for i, pair in enumerate(pairs)],
         }
 
     @property
     def num_texts(self) -> int:
         return sum(len(sample["chats"]) for part in self.parts.values() for sample in part)
 
+    def run(self, embed: Callable[[DataProto], DataProto], reward_manager: RewardManager) -> dict[str, float]:
+        """The figures, as val/<name>.
+
+        Args:
+            embed: gives every prompt row a rationale, and an embedding.
+        """
+        embedded = [(part, embed(prompts)) for part, prompts in self.batches()]
+        if self.needs_embeddings:
+            return self.report(embedded)
+        return {"val/reward": float(torch.cat([reward_manager(rows).scores for _, rows in embedded]).mean())}
+
     def batches(self) -> Iterator[tuple[str, DataProto]]:
         """Prompt rows with the part they belong to, in a fixed order."""
-        size = self.config.val_batch_size or self.config.train_batch_size
-        pad_id = self.renderer.tokenizer.pad_token_id
+        val = self.config.actor_rollout_ref.rollout.val_kwargs
+        size = self.config.data.val_batch_size or self.config.data.train_batch_size
         for name, part in self.parts.items():
             for start in range(0, len(part), size):
-                yield name, collate(part[start : start + size], self.renderer, pad_id, self.config)
+                prompts = self.collate(part[start : start + size])
+                temperature = torch.full((len(prompts),), val.temperature if val.do_sample else 0.0)
+                yield name, prompts.with_tensors(temperature=temperature)
+
+    def line(self, step: int, metrics: Mapping[str, float], seconds: float, step_seconds: float | None) -> str:
+        """What the display says of a validation.
+
+        Args:
+            step_seconds: of a training step, for the share of the run that validation takes; None = not known yet.
+        """
+        figures = ", ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items())
+        cost, frequency = f"{self.num_texts} texts in {seconds:.1f} s", self.config.trainer.test_freq
+        if step_seconds is not None:
+            share = seconds / (seconds + frequency * step_seconds)
+            cost += f": {share:.0%} of the run at every {frequency} steps"
+        return f"step {step} held-out: {figures}  ({cost})"
 
     def report(self, embedded: Sequence[tuple[str, DataProto]]) -> dict[str, float]:
-        """Figures of all batches, each with `embeddings` of its rows."""
+        """The figures of all batches, whose rows have `embeddings`."""
         vectors = {role: _vectors(embedded, _SAMPLES, role) for role in ("query", "positive", "negative")}
         found = (
             triplet_report(vectors["query"], vectors["positive"], vectors["negative"])
@@ -80,12 +107,13 @@ class Validation:
         chats = sample["chats"]
         return sample if "negative" in chats else {**sample, "chats": {"positive": chats["positive"]}}
 
-    def _pair_sample(self, index: int, pair: dict[str, Any], system: str | None) -> Sample:
+    def _pair_sample(self, index: int, pair: dict[str, Any]) -> Sample:
+        system = self.collate.settings.system_prompt
         chats = {
             "positive": rationale_messages(pair["sentence1"], system),
             "query": rationale_messages(pair["sentence2"], system),
         }
-        others = {self.config.reward_fn_key: "sts", "reward_model": None, "extra_info": None}
+        others = {self.config.data.reward_fn_key: "sts", "reward_model": None, "extra_info": None}
         return {"uid": index, "chats": chats, **others}
 
 

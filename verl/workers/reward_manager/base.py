@@ -1,13 +1,12 @@
-"""What a reward manager is: the whole step in, one score per trained row out.
+"""The interface of a reward manager: all rows of a step in, one reward per trained row out.
 
-A manager of your own is a class with this interface in any Python file, named by
+Your own manager is a class with this interface in any Python file, selected by
 `reward_model.reward_manager=path/to/file.py:ClassName`; its constructor takes reward_model.reward_kwargs.
 """
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from verl.protocol import DataProto
@@ -16,11 +15,11 @@ from verl.protocol import DataProto
 @dataclass
 class RewardOutput:
     scores: Tensor
-    """[N] float32, one per row whose role is `positive`, in their order."""
+    """[B] float32, the reward of each trained row (role `positive`), in their order."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Logged as reward/<name>."""
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """[N] each, parts of the score to be shown beside it in samples/step_N.jsonl."""
+    """[B] each, parts of the reward, shown beside it in samples/step_N.jsonl."""
 
 
 class RewardManager(Protocol):
@@ -31,14 +30,9 @@ class RewardManager(Protocol):
     """Where pooling starts: at the user's text (True) or at the first token of the prompt."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
-        """Score a step.
+        """Reward the trained rows of a step.
 
         Args:
             rows: every row of the step; see verl/protocol.py for the columns.
         """
         ...
-
-
-def trained(rows: DataProto) -> np.ndarray:
-    """[N] bool: the rows that are rewarded and trained."""
-    return rows.non_tensor_batch["role"] == "positive"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.algorithm.groups import group_index, group_size, group_sum
+from verl.algorithm.groups import group_size, group_sum, groups_of
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
-from verl.protocol import DataProto
-from verl.workers.reward_manager.base import RewardOutput, trained
+from verl.protocol import DataProto, is_trained
+from verl.workers.reward_manager.base import RewardOutput
 
 CUT_OFF_REWARD = -1.0
 
@@ -175,9 +175,9 @@ class HiddenRewardManager:
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         rows.require("embeddings", "truncated", "uid", "role", "text")
-        main = rows[trained(rows)]
+        main = rows[is_trained(rows)]
         uids = list(dict.fromkeys(main.non_tensor_batch["uid"]))
-        g = group_index(main.non_tensor_batch["uid"])
+        g = groups_of(main)
         m = main.batch["embeddings"]
         anchors = {role: _anchor_rows(rows, role, uids) for role in ("query", "negative")}
         query, negative = anchors["query"], anchors["negative"]

@@ -1,7 +1,7 @@
-"""What a rollout engine is: prompts in, rationales and their log-probs out, weights from an iterator.
+"""The interface of a rollout engine: prompts in, rationales and their log-probs out, weights from an iterator.
 
-Engines know neither FSDP nor Ray. What they share is here: which weights they hold, and that nothing is
-generated with any but the policy's.
+Engines know neither FSDP nor Ray. The state that they share is here: which weights an engine holds, and that it
+generates with the policy's only.
 """
 
 from abc import ABC, abstractmethod
@@ -71,7 +71,7 @@ def held_by_product(
 class EngineState(Enum):
     AWAKE = "it holds the policy's weights and may generate"
     WEIGHTS_ONLY = "it holds the policy's weights, but no memory for a cache"
-    ASLEEP = "the policy's weights are kept aside, and its device memory is given back"
+    ASLEEP = "the policy's weights are in host memory, and its device memory is free"
     STALE = "its weights are not the policy's"
 
 
@@ -103,8 +103,8 @@ class Rollout(ABC):
             prompts: token ids; equal prompts are computed once.
             temperatures: one per prompt; 0 is greedy.
             max_new_tokens: length limit of a response.
-            seeds: one per prompt, below 2**63. A row draws from its own, so what it gets does not hang on its
-                neighbours.
+            seeds: one per prompt, below 2**63. Each row draws from its own, so its response does not depend on the
+                other rows.
 
         Raises:
             RolloutError: the engine is not AWAKE, or a request failed.
@@ -137,7 +137,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def wake_weights(self) -> None:
-        """Take device memory for the weights, whatever they are."""
+        """Allocate device memory for the weights; their values do not matter."""
 
     def wake_up(self) -> None:
         """Make ready to generate.
@@ -153,7 +153,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give device memory back, where the engine can; weights that find no room elsewhere are dropped."""
+        """Free device memory, where the engine can; weights that do not fit in host memory are dropped."""
 
     def mark_stale(self) -> None:
         """The policy has new weights: no generation before the next `update_weights`."""
@@ -161,7 +161,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
-        """What the engine computes with for the weight `name`, beside the part of `tensor` that should be there.
+        """The values that the engine computes with for the weight `name`, and those that it should have.
 
         Args:
             tensor: the full weight.
@@ -182,7 +182,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def _wake_cache(self) -> None:
-        """Take device memory for the cache."""
+        """Allocate device memory for the cache."""
 
     def _require_awake(self) -> None:
         if self.state is not EngineState.AWAKE:
@@ -191,7 +191,7 @@ class Rollout(ABC):
             )
 
     def _count_off(self, weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterable[tuple[str, Tensor]]:
-        """Pass `weights` on, and take each from `missing`."""
+        """Yield `weights`, and remove each from `missing`."""
         for name, tensor in weights:
             if name not in missing:
                 what = "was sent twice" if name in self.weight_names else "is not one of the engine's"
@@ -201,8 +201,18 @@ class Rollout(ABC):
 
 
 def row_seeds(seed: int, count: int) -> list[int]:
-    """A seed for each of `count` rows; those of different `seed`s never meet."""
+    """A seed for each of `count` rows; those of different `seed`s, below 2**31, never coincide."""
     return [seed * 2**20 + row for row in range(count)]
+
+
+def step_seeds(seed: int, step: int, engine: int, count: int) -> list[int]:
+    """A seed for each row that an engine generates in a training step.
+
+    Args:
+        seed: actor_rollout_ref.rollout.seed.
+        engine: number of the engine, below 2048: engines draw from disjoint seeds in every step.
+    """
+    return [own + engine * 2**52 for own in row_seeds(seed + 1000 * step, count)]
 
 
 def finish(generation: Iterator[Responses]) -> list[Response]:

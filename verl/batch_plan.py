@@ -25,6 +25,10 @@ class BatchPlan:
     steps_per_epoch: int
     total_steps: int
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.trained_rows_per_step + self.anchor_rows_per_step
+
     @classmethod
     def from_config(cls, config: RunConfig, num_samples: int, num_anchors: int, world_size: int) -> "BatchPlan":
         """Work out the plan.

@@ -1,0 +1,75 @@
+"""The rows of a step on their way through it: copies, advantages, mini-batches. Pure functions of batches.
+
+Shapes: N rows of a step, B trained rows among them, R response tokens.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.algorithm.advantage import get_adv_estimator_fn
+from verl.algorithm.groups import groups_of
+from verl.algorithm.loss import KlController, kl_penalty, truncated_importance_weights
+from verl.config import AlgorithmConfig, RolloutConfig
+from verl.protocol import DataProto, is_trained, response_mask
+
+
+def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
+    """Prompt rows to the N rows of a step: n copies of each trained prompt, one of each anchor, with temperatures."""
+    trained = is_trained(prompts)
+    temperature = np.where(trained, rollout.temperature, rollout.anchor_temperature)
+    prompts = prompts.with_tensors(temperature=torch.tensor(temperature, dtype=torch.float32))
+    return prompts.repeat(np.where(trained, rollout.n, 1).tolist())
+
+
+def add_advantages(
+    batch: DataProto, rewards: Tensor, algorithm: AlgorithmConfig, kl_controller: KlController
+) -> tuple[DataProto, dict[str, float]]:
+    """Rewards [B] of the trained rows to advantages [B,R], with the KL to the reference subtracted where configured.
+
+    Args:
+        kl_controller: an adaptive one is moved by this step's KL.
+
+    Returns:
+        The rows with `advantages` [B,R] float32, and metrics of the KL in the reward.
+    """
+    mask, metrics = response_mask(batch), {}
+    token_rewards = torch.zeros(mask.shape)
+    token_rewards[torch.arange(len(batch)), batch.batch["response_length"] - 1] = rewards.float()
+    if algorithm.use_kl_in_reward and kl_controller.coef != 0:
+        kl = kl_penalty(batch.batch["old_log_probs"], batch.batch["ref_log_prob"], algorithm.kl_penalty) * mask
+        token_rewards = token_rewards - kl_controller.coef * kl
+        metrics = {"kl": float(kl.sum() / mask.sum()), "kl_coef": kl_controller.coef}
+        kl_controller.update(metrics["kl"], len(batch))
+    estimate = get_adv_estimator_fn(algorithm.adv_estimator)
+    advantages = estimate(
+        token_rewards, mask, groups_of(batch), norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
+    )
+    return batch.with_tensors(advantages=advantages), metrics
+
+
+def assign_mini_batches(batch: DataProto, mini_batch_size: int, shuffle_seed: int | None) -> DataProto:
+    """The rows with `mini_batch` [B] int64, so that whole groups are trained together.
+
+    Args:
+        mini_batch_size: groups per mini-batch.
+        shuffle_seed: draws which groups are together; None = the order of the rows.
+    """
+    group = groups_of(batch)
+    order = torch.arange(int(group.max()) + 1)
+    if shuffle_seed is not None:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
+    return batch.with_tensors(mini_batch=order[group] // mini_batch_size)
+
+
+def weigh_by_importance(batch: DataProto, cap: float | None) -> DataProto:
+    """The rows with advantages multiplied by min(p_trainer / p_engine, cap); None = as they are.
+
+    Every term of the clipped loss is proportional to its advantage, so this weighs the loss; see
+    `truncated_importance_weights` for the source.
+    """
+    if cap is None:
+        return batch
+    old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
+    weights = truncated_importance_weights(old, engine, cap)
+    return batch.with_tensors(advantages=batch.batch["advantages"] * weights)

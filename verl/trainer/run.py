@@ -1,0 +1,111 @@
+"""Everything that a training run starts from, built and checked before Ray or a device is touched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from verl.algorithm.advantage import get_adv_estimator_fn
+from verl.batch_plan import BatchPlan
+from verl.checkpoint.resume import ResumePoint, find_resume
+from verl.checkpoint.run_folder import CheckpointError, RunFolder
+from verl.config import RunConfig, file_list
+from verl.data.dataset import PromptCollator, PromptDataset
+from verl.embedding.prompts import PromptRenderer, system_prompt_of
+from verl.embedding.settings import EmbedderSettings
+from verl.errors import UserError
+from verl.trainer.ppo.validation import Validation
+from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
+from verl.workers.reward_manager import load_reward_manager
+from verl.workers.reward_manager.base import RewardManager
+from verl.workers.rollout.choose import choose_engine
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    config: RunConfig
+    """With the engine's name resolved."""
+    plan: BatchPlan
+    dataset: PromptDataset
+    collate: PromptCollator
+    validation: Validation | None
+    """None when the config does not validate."""
+    reward_manager: RewardManager
+    folder: RunFolder
+    resume: ResumePoint | None
+    """The checkpoint to resume from; None for a new run."""
+    device: str
+    """cuda or cpu."""
+    workers_per_node: int
+    engine_reason: str
+    """Why this rollout engine, in words."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What the run will do, as (what, how much) lines."""
+        engine = self.config.actor_rollout_ref.rollout.name
+        lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        if engine == "vllm" and self.device == "cpu":
+            lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
+            lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
+        return lines
+
+
+def prepare_run(config: RunConfig) -> TrainingRun:
+    """Build the parts of a run, and check the config against data, model, machine and run folder.
+
+    Raises:
+        UserError: something given cannot work.
+    """
+    device, workers_per_node = find_devices(config)
+    engine, engine_reason = choose_engine(config.actor_rollout_ref.rollout.name)
+    config = config.with_engine(engine)
+    check_engine_groups(config, workers_per_node)
+    with _for_the_user(ValueError):
+        get_adv_estimator_fn(config.algorithm.adv_estimator)
+        reward_manager = load_reward_manager(config)
+        renderer = build_renderer(config)
+        roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
+        dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
+        collate = build_collate(config, dataset, renderer, reward_manager)
+        validation = None
+        if config.validates:
+            held_out = PromptDataset(file_list(config.data.val_files), config.data, roles, renderer)
+            validation = Validation(config, held_out, collate, reward_manager.needs_embeddings)
+        # A wrong template or an empty text in the first sample is found here rather than after the workers' start.
+        collate([dataset[0]])
+    plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, workers_per_node * config.trainer.nnodes)
+    with _for_the_user(CheckpointError):
+        folder = RunFolder(config.run_dir.absolute())
+        resume = find_resume(config, folder, dataset.sha256)
+    return TrainingRun(
+        config, plan, dataset, collate, validation, reward_manager, folder, resume, device, workers_per_node,
+        engine_reason,
+    )  # fmt: skip
+
+
+def build_collate(
+    config: RunConfig, dataset: PromptDataset, renderer: PromptRenderer, reward_manager: RewardManager
+) -> PromptCollator:
+    """The collator, with the settings by which training embeds; checkpoints hand them to the encoder."""
+    data, rollout = config.data, config.actor_rollout_ref.rollout
+    settings = EmbedderSettings(
+        system_prompt=system_prompt_of(dataset[0]["chats"]["positive"]),
+        pool_system_prompt=not reward_manager.exclude_system_prompt,
+        max_prompt_length=data.max_prompt_length,
+        max_new_tokens=data.max_response_length,
+        # An encoder that stops at a long text is of no use.
+        truncation="right" if data.truncation == "error" else data.truncation,
+        temperature=rollout.temperature,
+        base_model=config.actor_rollout_ref.model.path,
+    )
+    return PromptCollator(renderer, settings, data.reward_fn_key)
+
+
+@contextmanager
+def _for_the_user(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds come from what the user gave."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(str(error)) from error

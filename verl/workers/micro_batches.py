@@ -1,0 +1,69 @@
+"""Cutting a rank's rows into micro-batches: packed lines of tokens, each one forward."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from verl.models.packing import PackedBatch, Row, pack
+from verl.models.policy import PolicyModel
+from verl.protocol import DataProto, is_trained, prompt_ids, response_ids
+from verl.utils.seqlen_balancing import pack_rows
+
+_DUMMY_ROW = Row(prompt=(0,), response=(), pool_start=0, scored=True)
+
+
+@dataclass(frozen=True)
+class MicroBatchLimit:
+    """How many rows one forward takes: by tokens, or by rows."""
+
+    max_tokens: int | None
+    max_rows: int | None
+
+
+@dataclass
+class MicroBatch:
+    rows: list[int]
+    """Positions in the rank's rows, in packed order; empty when the micro-batch is a dummy row."""
+    packed: PackedBatch
+
+
+def token_rows(rows: DataProto) -> list[Row]:
+    """The unpadded token ids of each row; log-probs are wanted for trained rows."""
+    return [
+        Row(tuple(prompt), tuple(response), start, scored)
+        for prompt, response, start, scored in zip(
+            prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) -> Iterator[MicroBatch]:
+    """Pack a rank's rows into micro-batches: the same number of them on every rank.
+
+    FSDP gathers weights in every forward, and every rank must take part. So a rank that has no rows left runs a dummy
+    row of one token, whose result is ignored.
+    """
+    tokens = token_rows(rows)
+    prompts, responses = [row.prompt for row in tokens], [len(row.response) for row in tokens]
+    parts = pack_rows(prompts, [len(prompt) for prompt in prompts], responses, limit.max_tokens, limit.max_rows)
+    count = torch.tensor(len(parts), device=collective_device())
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    for i in range(int(count)):
+        part = parts[i] if i < len(parts) else []
+        packed = pack([tokens[row] for row in part] or [_DUMMY_ROW], policy.shares_prompts)
+        yield MicroBatch(part, packed.to(policy.device))
+
+
+def collective_device() -> torch.device:
+    """Where tensors of a collective must lie."""
+    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a CPU tensor over all ranks."""
+    moved = values.to(collective_device())
+    dist.all_reduce(moved)
+    return moved.cpu()

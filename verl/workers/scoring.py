@@ -1,0 +1,65 @@
+"""Log-probs, entropies and embeddings of rows by one packed forward; no gradient.
+
+Shapes: N rows, R response tokens, H hidden size.
+"""
+
+import torch
+
+from verl.embedding.pooling import unit
+from verl.models.policy import PolicyModel, PolicyOutput
+from verl.protocol import DataProto
+from verl.workers.micro_batches import MicroBatch, MicroBatchLimit, micro_batches
+
+
+@torch.no_grad()
+def score(
+    policy: PolicyModel, rows: DataProto, limit: MicroBatchLimit, temperature: float, embed: bool, entropy: bool
+) -> DataProto:
+    """One packed forward over a rank's rows.
+
+    Args:
+        temperature: divides the logits, as it did when the responses were sampled.
+
+    Returns:
+        Rows in the same order with `log_probs` [N,R] float32 (0 outside the responses of trained rows), and
+        where asked for `embeddings` [N,H] float32 and `entropy` [N] float32 (mean over the response).
+    """
+    policy.eval()
+    columns = ScoreColumns(rows, policy, embed, entropy)
+    for micro in micro_batches(rows, limit, policy):
+        columns.fill(micro, policy(micro.packed, temperature, entropy=entropy, embeddings=embed))
+    return columns.to_rows()
+
+
+class ScoreColumns:
+    """The columns that scoring returns, filled micro-batch by micro-batch."""
+
+    def __init__(self, rows: DataProto, policy: PolicyModel, embed: bool, entropy: bool) -> None:
+        num_rows, width = rows.batch["responses"].shape
+        hidden_size = policy.lm.config.get_text_config().hidden_size
+        self._length = rows.batch["response_length"].clamp(min=1)
+        self._log_probs = torch.zeros(num_rows, width)
+        self._entropies = torch.zeros(num_rows, width) if entropy else None
+        self._embeddings = torch.zeros(num_rows, hidden_size) if embed else None
+
+    def fill(self, micro: MicroBatch, out: PolicyOutput) -> None:
+        """Take over what the policy returned for a micro-batch of these rows."""
+        if not micro.rows:
+            return
+        position = torch.tensor(micro.rows)
+        where = (position[micro.packed.score_row.cpu()], micro.packed.score_column.cpu())
+        if out.log_probs is not None:
+            self._log_probs[where] = out.log_probs.detach().cpu()
+        if self._entropies is not None and out.entropy is not None:
+            self._entropies[where] = out.entropy.detach().cpu()
+        if self._embeddings is not None and out.embeddings is not None:
+            self._embeddings[position] = unit(out.embeddings.detach()).cpu()
+
+    def to_rows(self) -> DataProto:
+        """The columns, in the order of the rows."""
+        tensors = {"log_probs": self._log_probs}
+        if self._entropies is not None:
+            tensors["entropy"] = self._entropies.sum(1) / self._length
+        if self._embeddings is not None:
+            tensors["embeddings"] = self._embeddings
+        return DataProto.from_dict(tensors)
