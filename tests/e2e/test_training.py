@@ -25,8 +25,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl import GraceEncoder
 
 GOLDEN = Path(__file__).parent / "golden.json"
-GOLDEN_METRICS = ("reward/mean", "group/std_median", "actor/pg_loss", "actor/grad_norm", "actor/entropy",
-                  "embedding/mean_cosine", "rationale/positive_tokens_mean")  # fmt: skip
+# How far a metric may be from its golden value: about ten times what other instruction sets and numbers of threads
+# change by rounding, and less than the value itself, so that a wrong sign is found.
+GOLDEN_TOLERANCE = {
+    "reward/mean": 5e-5,
+    "group/std_median": 2e-5,
+    "actor/pg_loss": 1e-6,
+    "actor/ppo_kl": 5e-6,
+    "actor/grad_norm": 1e-4,
+    "actor/entropy": 5e-5,
+    "embedding/mean_cosine": 5e-6,
+    "rationale/positive_tokens_mean": 0,
+}
+# With the recipe's own learning rate, rounding changes weights within a step, and then the rationales that are drawn.
+GOLDEN_LR = "actor_rollout_ref.actor.optim.lr=1e-4"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def whole_run(tmp_path_factory, tiny_folder, triplets) -> Path:
     """Five steps with validation, a checkpoint at step 3 and one at the end."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     done = train_here(
-        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3",
+        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3", GOLDEN_LR,
         "trainer.test_freq=5", "trainer.val_before_train=True", 'trainer.logger=["console","tensorboard"]',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -102,7 +114,7 @@ def test_the_model_folder_loads_with_transformers_and_has_been_trained(whole_run
 
 def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, triplets, tmp_path):
     run_dir = tmp_path / "resumed"
-    base = [*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5"]
+    base = [*recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", GOLDEN_LR]
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole_run}/global_step_3"]
     done = train_here(*base, *resume)
     assert done.returncode == 0, done.stderr
@@ -117,7 +129,7 @@ def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, tripl
 
 def test_the_numbers_are_the_golden_ones(whole_run):
     """A change of maths must change golden.json knowingly: delete it, run this test, explain it in CHANGELOG.md."""
-    steps = [{name: m[name] for name in GOLDEN_METRICS} for m in steps_of(whole_run)]
+    steps = [{name: m[name] for name in GOLDEN_TOLERANCE} for m in steps_of(whole_run)]
     environment = {
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -128,9 +140,9 @@ def test_the_numbers_are_the_golden_ones(whole_run):
         pytest.fail(f"wrote {GOLDEN.name}; look at it and commit it")
     golden = json.loads(GOLDEN.read_text())
     for step, (got, expected) in enumerate(zip(steps, golden["steps"], strict=True), start=1):
-        for name in GOLDEN_METRICS:
+        for name, tolerance in GOLDEN_TOLERANCE.items():
             message = f"step {step} {name}; golden environment {golden['environment']}, here {environment}"
-            assert got[name] == pytest.approx(expected[name], rel=2e-2, abs=2e-3), message
+            assert got[name] == pytest.approx(expected[name], rel=0, abs=tolerance), message
 
 
 def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
@@ -152,7 +164,7 @@ def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
 def test_workers_on_ray_compute_what_one_in_this_process_does(tmp_path, whole_run, tiny_folder, triplets):
     run_dir = tmp_path / "run"
     done = main_ppo(
-        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3",
+        *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3", GOLDEN_LR,
         "trainer.test_freq=5", "trainer.val_before_train=True",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

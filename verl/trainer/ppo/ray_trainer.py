@@ -20,6 +20,7 @@ from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_loader
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
+from verl.trainer.display import RunDisplay
 from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
 from verl.trainer.ppo.samples import step_samples
@@ -28,7 +29,6 @@ from verl.trainer.ppo.validation import is_better
 from verl.trainer.run import TrainingRun
 from verl.trainer.signals import Interrupted, StopSignals
 from verl.trainer.tracking import Tracking
-from verl.utils.progress import RunDisplay
 from verl.utils.versions import installed_versions
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardOutput

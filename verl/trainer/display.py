@@ -1,0 +1,70 @@
+"""What a person sees of a run: a bar for the steps, a bar for the rationales, one line per step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PHASES = ("gen", "score", "ref", "reward", "update", "sync")
+
+
+class RunDisplay:
+    """Bars on a terminal; plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int, show_steps: bool) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.total_steps = total_steps
+        self.show_steps = show_steps
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._run = self._progress.add_task("training", total=total_steps, completed=first_step)
+        self._rationales = self._progress.add_task("rationales", total=None, visible=False)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, lines: list[tuple[str, str]]) -> None:
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for what, value in lines:
+            table.add_row(what, value)
+        self.console.print(table)
+
+    @contextmanager
+    def generating(self, count: int) -> Iterator[Callable[[int], None]]:
+        """A bar for `count` rationales; yields what advances it."""
+        self._progress.reset(self._rationales, total=count, visible=True)
+        yield lambda finished: self._progress.advance(self._rationales, finished)
+        self._progress.update(self._rationales, visible=False)
+
+    def step_done(self, step: int, metrics: dict[str, float]) -> None:
+        self._progress.update(self._run, completed=step)
+        if self.show_steps:
+            self.say(step_line(step, self.total_steps, metrics))
+
+
+def step_line(step: int, total: int, m: dict[str, float]) -> str:
+    """One step in one line: what is learned first, the loss last (near 0 is normal on policy)."""
+    parts = [
+        f"{name.split('/')[1]} {value:+.2f}"
+        for name, value in m.items()
+        if name.startswith("reward/") and name.endswith("/weighted")
+    ]
+    phases = [f"{phase} {m[f'time/{phase}_s']:.1f}" for phase in _PHASES if m.get(f"time/{phase}_s", 0) >= 0.05]
+    return (
+        f"step {step}/{total}  reward {m['reward/mean']:+.3f}"
+        + (f" ({', '.join(parts)})" if parts else "")
+        + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
+        + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
+        + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
+        + f"  {m['time/step_s']:.1f} s: {', '.join(phases)}  loss {m['actor/pg_loss']:+.4f}"
+    )
