@@ -33,10 +33,11 @@ from verl.encoder.store import StoreError
 from verl.errors import UserError
 from verl.evaluation.mteb_model import GraceMTEB
 from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs, plan_table, sample_texts
-from verl.evaluation.records import installed_versions, name_of
-from verl.evaluation.report import VERSIONS, Summary, TaskReport, timing_lines
+from verl.evaluation.records import name_of
+from verl.evaluation.report import Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
 from verl.utils.logging import quiet_libraries
+from verl.utils.versions import installed_versions
 from verl.workers.rollout.base import RolloutError
 
 EXIT_TASK_FAILED = 1
@@ -126,7 +127,7 @@ class Evaluation:
             wanted=[task.metadata.name for task in self.selection.tasks],
             model={"name": name, "path": str(args.model_path), "revision": self.encoder.revision},
             settings=self.encoder.describe(**self.options),
-            versions=installed_versions(VERSIONS),
+            versions=installed_versions(),
             command=shlex.join([Path(sys.executable).name, *sys.argv]),
         )
         earlier = Summary.read(self.folder)

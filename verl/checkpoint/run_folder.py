@@ -12,7 +12,6 @@ complete, and on the disk.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.checkpoint import model_card
+from verl.utils.files import flush_to_disk, replace_file
 
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
@@ -95,12 +95,12 @@ class RunFolder:
         files = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}
         (written / STATE).write_text(json.dumps({**state, "best_value": best_value, "files": files}, indent=1) + "\n")
         for path in (*_files(written), *_folders(written)):
-            _sync(path)
+            flush_to_disk(path)
         if final.exists():
             self._remove(step)
         written.rename(final)
-        _sync(self.path)
-        _write_durably(self.path / LATEST, f"{step}\n")
+        flush_to_disk(self.path)
+        replace_file(self.path / LATEST, f"{step}\n", durable=True)
         self.mark_best(step)
         return final
 
@@ -108,7 +108,7 @@ class RunFolder:
         """Mark a published step as the best if its state says so: after a save, and when a run resumes from it."""
         value = read_state(self.step(step)).get("best_value")
         if value is not None:
-            _write_durably(self.path / BEST, json.dumps({"step": step, "value": value}) + "\n")
+            replace_file(self.path / BEST, json.dumps({"step": step, "value": value}) + "\n", durable=True)
 
     def best(self) -> Best | None:
         file = self.path / BEST
@@ -129,7 +129,7 @@ class RunFolder:
         if not later:
             return None
         # First: a run that is killed now resumes from the same step again.
-        _write_durably(self.path / LATEST, f"{step}\n")
+        replace_file(self.path / LATEST, f"{step}\n", durable=True)
         number = 1 + max((int(p.name.rsplit("_", 1)[1]) for p in self.path.glob("set_aside_*")), default=0)
         aside = self.path / f"set_aside_{number}"
         aside.mkdir()
@@ -224,20 +224,3 @@ def _files(folder: Path) -> Iterator[Path]:
 def _folders(folder: Path) -> Iterable[Path]:
     """Subfolders before the folders they are in."""
     return (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_durably(file: Path, text: str) -> None:
-    """Replace a file's text as a whole."""
-    aside = file.with_name(f".{file.name}.writing")
-    aside.write_text(text)
-    _sync(aside)
-    aside.replace(file)
-    _sync(file.parent)

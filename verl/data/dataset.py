@@ -4,7 +4,6 @@ Which samples make up a step follows from the seed and the step number alone. So
 without any saved loader state, on any number of workers.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, 
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.protocol import DataProto, left_padded
+from verl.utils.files import sha256_of_all
 
 Sample = dict[str, Any]
 
@@ -43,8 +43,8 @@ class PromptDataset(Dataset):
         self.roles = roles
         self.supervised = (config.train_mode or "supervised") == "supervised"
         self.table = pa.concat_tables([self._read(name) for name in files], promote_options="permissive")
-        self.sha256 = _sha256(files)
-        """Hex, of the files' bytes one after the other."""
+        self.sha256 = sha256_of_all(map(Path, files))
+        """Hex, over the training files."""
         self.num_dropped = 0
         if config.filter_overlong_prompts:
             self._drop_overlong(renderer)
@@ -161,11 +161,3 @@ def prompt_loader(
 ) -> DataLoader:
     """The prompt rows of each step."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
-
-
-def _sha256(files: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for name in files:
-        with Path(name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

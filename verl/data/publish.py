@@ -1,26 +1,18 @@
-"""Finished files: their description, their move into place, and their copy to another file system."""
+"""Finished output files: their description, moving them into a folder, and copying them to another file system."""
 
-import hashlib
-import platform
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from verl.errors import UserError
+from verl.utils.files import sha256_of
 
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def library_versions(*packages: str) -> dict[str, str]:
-    """Version of Python and of each package."""
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def move_into(folder: Path, files: Iterable[Path]) -> None:

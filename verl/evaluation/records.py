@@ -1,8 +1,5 @@
-"""What the records of every evaluation share: the model's name, the versions, and files that are whole."""
+"""The name of a model in the records of an evaluation."""
 
-import platform
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -14,21 +11,3 @@ def name_of(path: str) -> str:
     if parts[-1] == "huggingface" and len(parts) >= 3:
         return f"{parts[-3]}-{parts[-2]}"
     return parts[-1]
-
-
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Version of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Readers see the old file or the new one."""
-    written = file.with_name(f".{file.name}.writing")
-    written.write_text(text)
-    written.replace(file)

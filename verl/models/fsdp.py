@@ -23,8 +23,18 @@ from verl.models.policy import PolicyModel
 _LM_PREFIX = "lm."
 
 
-def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool) -> PolicyModel:
-    """Shard the decoder layers and the root over all ranks: float32 masters, bfloat16 compute on CUDA."""
+def shard(
+    policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool, section: str = "actor"
+) -> PolicyModel:
+    """Shard the decoder layers and the root over all ranks: float32 master weights, bfloat16 compute on CUDA.
+
+    Args:
+        offload_policy: keep the shards in host memory by torch's CPUOffloadPolicy.
+        section: of the config, for messages: actor or ref.
+
+    Raises:
+        UserError: config.fsdp_size does not divide the number of workers, or the model names no decoder layers.
+    """
     world_size = dist.get_world_size()
     if device.type == "cpu" and world_size == 1:
         return policy
@@ -33,7 +43,8 @@ def shard(policy: PolicyModel, device: torch.device, config: FsdpConfig, offload
     group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
     if world_size % group:
         raise UserError(
-            f"actor_rollout_ref.actor.fsdp_config.fsdp_size={group} does not divide the {world_size} workers"
+            f"actor_rollout_ref.{section}.fsdp_config.fsdp_size={group} does not divide the {world_size} workers; "
+            "use a divisor, or -1 for all"
         )
     shape, names = (
         ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import orjson
 
 from verl.errors import UserError
+from verl.utils.files import replace_file
 
 
 class Tracker(Protocol):
@@ -107,9 +108,7 @@ class Tracking:
         if file.is_file():
             # A run that was killed while it wrote may have left half a last line.
             whole = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            aside = self.run_dir / ".metrics.jsonl.writing"
-            aside.write_bytes(b"".join(line for line in whole if orjson.loads(line)["step"] <= step))
-            aside.replace(file)
+            replace_file(file, b"".join(line for line in whole if orjson.loads(line)["step"] <= step))
 
     def start_over(self) -> None:
         """Set the metrics of an earlier run in the same folder aside, so that every step occurs once."""

@@ -215,7 +215,7 @@ class ActorRolloutRefWorker(Worker):
     def _build_reference(self) -> PolicyModel:
         reference = PolicyModel(self._load()).requires_grad_(False)
         fsdp = self.config.ref.fsdp_config
-        reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp))
+        reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp), section="ref")
         return reference.to("cpu") if fsdp.param_offload else reference
 
     def _build_rollout(self) -> Rollout:

@@ -35,7 +35,6 @@ from verl.workers.reward_manager.base import RewardOutput
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
 _BEFORE_THE_UPDATE = ("sync", "gen", "score", "val")
-_VERSIONS = ("torch", "transformers", "ray", "verl")
 
 
 class RayPPOTrainer:
@@ -279,7 +278,7 @@ class RayPPOTrainer:
 
     def write_checkpoint(self, step: int, folder: Path) -> dict[str, Any]:
         """Write everything of a step but the trainer's own state, which is returned."""
-        run, versions = self.run, installed_versions(_VERSIONS)
+        run, versions = self.run, installed_versions()
         self.workers.save_checkpoint(folder, run.collate.settings)
         write_checkpoint_card(
             folder / "huggingface", self.config, run.collate.settings, len(run.dataset), step, versions

@@ -1,0 +1,46 @@
+"""Files as a whole: replaced in one moment, and known by their hashes."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def replace_file(file: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write a file so that readers see the old content or the new one, never a part.
+
+    Args:
+        content: text is written as UTF-8.
+        durable: also after a power cut: the content and the name are on the disk when this returns.
+    """
+    written = file.with_name(f".{file.name}.writing")
+    written.write_bytes(content.encode() if isinstance(content, str) else content)
+    if durable:
+        flush_to_disk(written)
+    written.replace(file)
+    if durable:
+        flush_to_disk(file.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(file: Path) -> str:
+    """Hex sha256 of a file."""
+    return _digest(file).hex()
+
+
+def sha256_of_all(files: Iterable[Path]) -> str:
+    """Hex sha256 over the sha256 digests of several files, in their order."""
+    return hashlib.sha256(b"".join(map(_digest, files))).hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
