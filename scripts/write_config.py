@@ -1,4 +1,4 @@
-"""Write verl/trainer/config/ppo_trainer.yaml from the dataclasses of verl/config.py.
+"""Write verl/trainer/config/ppo_trainer.yaml from the models of verl/config.py.
 
     python3 scripts/write_config.py [--check]
 
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from verl.config import RunConfig
+from verl.config_checks import limits_of
 
 TARGET = Path(__file__).parent.parent / "verl/trainer/config/ppo_trainer.yaml"
 HEADER = "# All keys with their defaults. Generated from verl/config.py by scripts/write_config.py.\n"
@@ -30,7 +31,9 @@ def yaml_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
             yield from yaml_lines(field.annotation, indent + "  ")
         else:
             about = (field.description or "").replace("\n", " ")
-            yield f"{indent}# {about} [{type_name(field.annotation)}]"
+            limits = limits_of(field)
+            kind = type_name(field.annotation) + (f", {limits}" if limits else "")
+            yield f"{indent}# {about} [{kind}]"
             yield f"{indent}{name}: {json.dumps(field.default)}"
 
 
@@ -40,6 +43,8 @@ def type_name(annotation: Any) -> str:
         return "|".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join(type_name(a) for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_name(typing.get_args(annotation)[0])
     return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 

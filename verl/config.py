@@ -1,20 +1,34 @@
 """The configuration: every key, its default and its meaning.
 
-The composed hydra config is merged into the frozen models below once, at start (`config_checks.build_config`);
-nothing else in the project has defaults of its own. `trainer/config/ppo_trainer.yaml` is generated from
-here (`make config`), so a key's documentation is its docstring.
+The composed hydra config is merged into the frozen models below once, at start (`config_checks.build_config`).
+`trainer/config/ppo_trainer.yaml` is generated from here (`make config`): a key's documentation is its docstring, and
+its range is the constraint of its type. Combinations of keys are checked in `config_checks`.
 
 Key names follow verl 0.4. Imports neither torch, ray nor transformers.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+PROJECT = Path(__file__).parents[1]
+"""The folder of the checkout."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -28,28 +42,38 @@ class DataConfig(_Section):
     """Column that holds the chat messages of the trained text."""
     reward_fn_key: str = "data_source"
     """Column that tells the naive reward manager which rule scores a row."""
-    train_batch_size: int = 64
+    train_batch_size: PositiveInt = 64
     """Samples (prompts) per training step."""
-    val_batch_size: int | None = None
+    val_batch_size: PositiveInt | None = None
     """Samples per validation step; null = data.train_batch_size."""
-    val_max_samples: int = 200
+    val_max_samples: PositiveInt = 200
     """Most held-out samples a validation uses, taken from the front."""
     val_sts_file: str | None = "examples/eval/ExampleSTS.sts.jsonl"
-    """Scored pairs that a validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none."""
-    max_prompt_length: int = 1024
+    """Scored pairs that a validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none.
+    A relative path is looked for in the working directory, then in the project's folder."""
+    max_prompt_length: PositiveInt = 1024
     """Most tokens of a rendered prompt; over-long user text is cut by data.truncation."""
-    max_response_length: int = 2048
+    max_response_length: PositiveInt = 2048
     """Most tokens of a rationale."""
     truncation: Literal["left", "right", "middle", "error"] = "right"
-    """Part of an over-long user text that is cut: right keeps its beginning; error stops."""
+    """Part of an over-long user text that is cut: right keeps its beginning; error ends the run."""
     filter_overlong_prompts: bool = False
     """Drop samples with an over-long text at start instead of cutting the text."""
     shuffle: bool = True
     """Shuffle the training samples each epoch."""
     seed: int = 1
     """Seed of the shuffling."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: NonNegativeInt = 0
     """Processes that render prompts; 0 = in the driver."""
+
+    @property
+    def sts_path(self) -> Path | None:
+        """`val_sts_file`, found from any working directory."""
+        if self.val_sts_file is None:
+            return None
+        given = Path(self.val_sts_file).expanduser()
+        shipped = PROJECT / given
+        return given if given.exists() or not shipped.exists() else shipped
 
 
 class ModelConfig(_Section):
@@ -66,21 +90,21 @@ class ModelConfig(_Section):
 
 
 class OptimConfig(_Section):
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW betas."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay."""
     lr_warmup_steps: int = -1
     """Training steps of linear warm-up; negative = lr_warmup_steps_ratio of all steps."""
-    lr_warmup_steps_ratio: float = 0.0
+    lr_warmup_steps_ratio: Share = 0.0
     """Share of all training steps spent in warm-up."""
     warmup_style: Literal["constant", "cosine"] = "constant"
     """Schedule after warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Cosine: final learning rate as a share of lr."""
-    num_cycles: float = 0.5
+    num_cycles: NonNegativeFloat = 0.5
     """Cosine: number of waves; 0.5 falls once to the minimum."""
 
 
@@ -90,7 +114,7 @@ class FsdpConfig(_Section):
     optimizer_offload: bool = False
     """Keep the optimizer state in host memory outside the update (CUDA)."""
     offload_policy: bool = False
-    """strategy=fsdp2 only: torch's CPUOffloadPolicy, which makes the two flags above void."""
+    """strategy=fsdp2 only: torch's CPUOffloadPolicy; the two flags above then have no effect."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward."""
     fsdp_size: int = -1
@@ -100,27 +124,27 @@ class FsdpConfig(_Section):
 class ActorConfig(_Section):
     strategy: Literal["fsdp", "fsdp2"] = "fsdp"
     """Both run torch FSDP2; they differ in fsdp_config.offload_policy alone."""
-    ppo_mini_batch_size: int = 16
+    ppo_mini_batch_size: PositiveInt = 16
     """Samples (prompts) per optimizer step."""
-    ppo_epochs: int = 1
+    ppo_epochs: PositiveInt = 1
     """Passes over a step's rows."""
     shuffle: bool = False
     """Draw the mini-batches of an epoch in a random order of samples."""
     use_dynamic_bsz: bool = True
     """Micro-batches by token budget; false = by ppo_micro_batch_size_per_gpu rows."""
-    ppo_max_token_len_per_gpu: int = 16384
+    ppo_max_token_len_per_gpu: PositiveInt = 16384
     """Token budget of a micro-batch in the update."""
-    ppo_micro_batch_size_per_gpu: int | None = None
+    ppo_micro_batch_size_per_gpu: PositiveInt | None = None
     """Rows of a micro-batch when use_dynamic_bsz is false."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient."""
-    clip_ratio: float = 0.2
+    grad_clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """Largest norm of the gradient; inf = no clipping."""
+    clip_ratio: PositiveFloat = 0.2
     """PPO clip range of the probability ratio."""
-    clip_ratio_low: float | None = None
+    clip_ratio_low: PositiveFloat | None = None
     """Lower clip range; null = clip_ratio."""
-    clip_ratio_high: float | None = None
+    clip_ratio_high: PositiveFloat | None = None
     """Upper clip range; null = clip_ratio."""
-    clip_ratio_c: float = 3.0
+    clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
     """Dual-clip bound for negative advantages, above 1."""
     tis_imp_ratio_cap: float | None = None
     """Cap of the importance weight that corrects each token for engine and trainer disagreeing on its
@@ -145,16 +169,16 @@ class RefConfig(_Section):
     fsdp_config: FsdpConfig = FsdpConfig()
     log_prob_use_dynamic_bsz: bool | None = None
     """Null = actor.use_dynamic_bsz."""
-    log_prob_max_token_len_per_gpu: int | None = None
+    log_prob_max_token_len_per_gpu: PositiveInt | None = None
     """Null = actor.ppo_max_token_len_per_gpu."""
-    log_prob_micro_batch_size_per_gpu: int | None = None
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
     """Null = actor.ppo_micro_batch_size_per_gpu."""
 
 
 class ValKwargs(_Section):
     do_sample: bool = False
     """False = greedy rationales in validation."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Temperature when do_sample is true."""
 
 
@@ -163,11 +187,11 @@ class RolloutConfig(_Section):
     """Engine that writes the rationales: hf = transformers, vllm; auto = vllm where it imports, else hf."""
     mode: Literal["sync"] = "sync"
     """Generation and training take turns."""
-    n: int = 8
+    n: PositiveInt = 8
     """Rationales per trained text (group size); GRPO needs 2 or more."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Sampling temperature of the trained rationales."""
-    anchor_temperature: float = 0.5
+    anchor_temperature: PositiveFloat = 0.5
     """Sampling temperature of the query's and the negative's single rationale."""
     top_p: float = 1.0
     """Must be 1: training needs the full distribution."""
@@ -176,39 +200,39 @@ class RolloutConfig(_Section):
     do_sample: bool = True
     """Must be true: a greedy group has no spread to learn from."""
     ignore_eos: bool = False
-    """Go on after an end token, to max_response_length (for measurements)."""
+    """Continue after an end token, to max_response_length (for measurements)."""
     seed: int = 0
-    """Base seed; each step and rank draws from a seed of its own."""
+    """Base seed; each row of a step draws from a seed of its own."""
     calculate_log_probs: bool = True
-    """The engine's log-probs are always compared with the trainer's (rollout/probs_diff_*)."""
-    max_num_seqs: int = 1024
+    """Must be true: the engine's log-probs are always compared with the trainer's (rollout/probs_diff_*)."""
+    max_num_seqs: PositiveInt = 1024
     """Most sequences decoded at once."""
     log_prob_use_dynamic_bsz: bool | None = None
     """Scoring pass; null = actor.use_dynamic_bsz."""
-    log_prob_max_token_len_per_gpu: int | None = None
+    log_prob_max_token_len_per_gpu: PositiveInt | None = None
     """Scoring pass; null = actor.ppo_max_token_len_per_gpu."""
-    log_prob_micro_batch_size_per_gpu: int | None = None
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
     """Scoring pass; null = actor.ppo_micro_batch_size_per_gpu."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the engine on CUDA; on a CPU it is float32, as the trainer's."""
     check_weight_sync: Literal["full", "sample", "off"] = "sample"
-    """Proof after every weight sync: sample = read a few weights back in turn and compare log-probs of fixed
-    sentences, full = read every weight back, off = none."""
-    tensor_model_parallel_size: int = 1
+    """Proof after every weight sync: sample = read a few weights back, in turn, and compare log-probs of fixed
+    sentences; full = read every weight back; off = none."""
+    tensor_model_parallel_size: PositiveInt = 1
     """vllm: neighbouring workers that share one engine."""
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """vllm: share of GPU memory the engine may use; on a CPU, of the free host memory for the KV cache."""
     enforce_eager: bool = True
     """vllm: no CUDA graphs and no compilation."""
     enable_chunked_prefill: bool = True
     """vllm on CUDA: split long prompts over engine steps."""
     free_cache_engine: bool = True
-    """vllm on CUDA: give weights and KV cache back between generations (sleep mode)."""
+    """vllm on CUDA: free the memory of weights and KV cache between generations (sleep mode)."""
     load_format: str = "dummy_dtensor"
     """vllm: dummy* = start with random weights, as the trainer's replace them anyway; or a format of vLLM's."""
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: PositiveInt = 8192
     """vllm: most tokens of one engine step."""
-    max_model_len: int | None = None
+    max_model_len: PositiveInt | None = None
     """vllm: longest prompt and response together; null = max_prompt_length + max_response_length."""
     engine_kwargs: dict[str, Any] = {}
     """vllm: further arguments of vllm.LLM, under the key `vllm`."""
@@ -245,7 +269,7 @@ class HiddenRewardConfig(_Section):
 
     objective: Literal["grace", "infonce"] = "grace"
     """grace = the paper's sum of similarities; infonce = a softmax over in-batch candidates."""
-    temperature: float = 0.7
+    temperature: PositiveFloat = 0.7
     """T: similarities are divided by it (grace: when with_scale)."""
     with_scale: bool = True
     """grace: divide every term by T."""
@@ -257,7 +281,7 @@ class HiddenRewardConfig(_Section):
     """grace: weight of the similarity to other groups."""
     enable_length_penalty: bool = True
     """Penalise rationales that hit data.max_response_length."""
-    length_penalty: float = 1.0
+    length_penalty: NonNegativeFloat = 1.0
     """infonce: how far below its group's lowest reward a cut-off rationale is put. (grace gives -1.)"""
     exclude_system_prompt: bool = True
     """Pool from the first token of the user's text; false = from the first token of the prompt."""
@@ -277,9 +301,9 @@ class KlCtrlConfig(_Section):
     """Whether kl_coef follows target_kl."""
     kl_coef: float = 0.001
     """Weight of the KL in the reward (at start, when adaptive)."""
-    horizon: int = 10000
+    horizon: PositiveInt = 10000
     """adaptive: samples over which the coefficient moves."""
-    target_kl: float = 0.1
+    target_kl: PositiveFloat = 0.1
     """adaptive: KL to hold."""
 
 
@@ -288,7 +312,7 @@ class AlgorithmConfig(_Section):
     """grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, opo or grpo_passk."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide the advantages of a group by its standard deviation."""
-    gamma: float = 1.0
+    gamma: NonNegativeFloat = 1.0
     """Discount of reinforce_plus_plus."""
     use_kl_in_reward: bool = False
     """Subtract kl_coef x KL(policy, reference) from the rewards, token by token."""
@@ -302,13 +326,13 @@ class TrainerConfig(_Section):
     """auto = cuda where there is one."""
     use_ray: bool = True
     """False = one worker inside the driver's own process, without Ray: for debugging (breakpoints work) and tests."""
-    nnodes: int = 1
+    nnodes: PositiveInt = 1
     """Machines; join them with ray start and set RAY_ADDRESS."""
-    n_gpus_per_node: int | None = None
+    n_gpus_per_node: PositiveInt | None = None
     """Worker processes per machine; null = the visible GPUs, or 1 on a CPU."""
-    total_epochs: int = 2
+    total_epochs: PositiveInt = 2
     """Passes over the training file."""
-    total_training_steps: int | None = None
+    total_training_steps: PositiveInt | None = None
     """Stop after this many steps; null = total_epochs."""
     project_name: str = "GRACE"
     """Name of the project in trackers and paths."""
@@ -318,27 +342,27 @@ class TrainerConfig(_Section):
     """Run folder; null = checkpoints/<project_name>/<experiment_name>."""
     logger: list[Literal["console", "wandb", "tensorboard"]] = ["console"]
     """Where metrics go besides metrics.jsonl, which is always written."""
-    samples_per_step: int = 8
+    samples_per_step: NonNegativeInt = 8
     """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""
     save_freq: int = -1
     """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = never."""
-    max_actor_ckpt_to_keep: int | None = None
+    max_actor_ckpt_to_keep: PositiveInt | None = None
     """Keep this many newest checkpoints, and the best one; null = all."""
     save_best: str | None = None
-    """A metric of the validation, such as val/triplet_accuracy: whenever it is better than ever, that step is
-    saved, named in best_checkpointed_iteration.txt and never removed."""
+    """A metric of the validation, such as val/triplet_accuracy: a step with the best value so far is saved, named in
+    best_checkpointed_iteration.txt, and not removed until a better one is."""
     test_freq: int = -1
     """Steps between validations; -1 = none."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
-    """auto = go on from the run folder's newest whole checkpoint if there is one."""
+    """auto = resume from the run folder's newest complete checkpoint if there is one."""
     resume_from_path: str | None = None
     """A global_step_N folder, for resume_mode=resume_path."""
     resume_force: bool = False
-    """Go on from a checkpoint of another model, other data, batch size or n all the same."""
-    phase_timeout_s: int = 3600
-    """The run ends with the workers' stacks when nothing has come from them for so long; 0 = wait for ever."""
+    """Resume even if the model, data, batch size or n differ from the checkpoint's."""
+    phase_timeout_s: NonNegativeInt = 3600
+    """Seconds without a result or progress from any worker after which the run ends with their stacks; 0 = never."""
     critic_warmup: int = 0
     """Must be 0: there is no critic."""
     balance_batch: bool = True
@@ -346,7 +370,7 @@ class TrainerConfig(_Section):
 
 
 class RayInitConfig(_Section):
-    num_cpus: int | None = None
+    num_cpus: PositiveInt | None = None
     """CPUs Ray may use when it is started here; null = all."""
 
 

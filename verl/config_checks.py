@@ -1,4 +1,4 @@
-"""Building a checked configuration: unknown keys, wrong types, missing files and bad combinations end here.
+"""Building a checked configuration: unknown keys, wrong values, missing files and bad combinations are errors.
 
 Every message names the key, its value and a way out. Imports neither torch, ray nor transformers.
 """
@@ -6,77 +6,16 @@ Every message names the key, its value and a way out. Imports neither torch, ray
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from verl.config import HiddenRewardConfig, RunConfig, file_list
 from verl.errors import UserError
-
-# Keys of verl 0.4 that mean nothing here. The longest matching prefix wins.
-NO_COUNTERPART = {
-    "critic": "GRPO has no critic",
-    "data.tokenizer": "the tokenizer is the model's",
-    "data.image_key": "only text is embedded",
-    "data.video_key": "only text is embedded",
-    "data.custom_cls": "the dataset is fixed; write its parquet columns instead",
-    "data.return_raw_chat": "rows always carry their text",
-    "data.return_full_prompt": "rows always carry their text",
-    "data.return_raw_input_ids": "rows always carry their ids",
-    "data.filter_overlong_prompts_workers": "lengths are measured in batches by the fast tokenizer",
-    "data.gen_batch_size": "generation uses data.train_batch_size",
-    "data.validation_shuffle": "validation keeps the file's order, so that runs compare",
-    "data.use_shm": "files are memory-mapped",
-    "data.trust_remote_code": "set actor_rollout_ref.model.trust_remote_code",
-    "actor_rollout_ref.model.lora_rank": "full weights are trained",
-    "actor_rollout_ref.model.lora_alpha": "full weights are trained",
-    "actor_rollout_ref.model.target_modules": "full weights are trained",
-    "actor_rollout_ref.model.use_liger": "the packed forward has its own chunked log-probs",
-    "actor_rollout_ref.model.use_fused_kernels": "the packed forward has its own chunked log-probs",
-    "actor_rollout_ref.model.fused_kernel_options": "the packed forward has its own chunked log-probs",
-    "actor_rollout_ref.model.enable_activation_offload": "use enable_gradient_checkpointing",
-    "actor_rollout_ref.model.external_lib": "install the package and use trust_remote_code",
-    "actor_rollout_ref.model.custom_chat_template": "edit chat_template.jinja in the model's folder",
-    "actor_rollout_ref.model.use_shm": "weights are memory-mapped",
-    "actor_rollout_ref.actor.ppo_micro_batch_size": "use ppo_micro_batch_size_per_gpu",
-    "actor_rollout_ref.actor.policy_loss": "the loss is the dual-clip PPO loss",
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": "sequences are not split over GPUs",
-    "actor_rollout_ref.actor.use_torch_compile": "the actor runs eagerly",
-    "actor_rollout_ref.actor.entropy_from_logits_with_chunking": "entropy is always computed in chunks",
-    "actor_rollout_ref.actor.entropy_checkpointing": "entropy is always computed in chunks",
-    "actor_rollout_ref.actor.checkpoint": "a checkpoint always holds everything, the loadable folder included",
-    "actor_rollout_ref.actor.fsdp_config.wrap_policy": "every decoder layer is one FSDP unit",
-    "actor_rollout_ref.actor.fsdp_config.forward_prefetch": "FSDP2 prefetches by itself",
-    "actor_rollout_ref.actor.fsdp_config.mixed_precision": "float32 masters; bfloat16 compute on CUDA",
-    "actor_rollout_ref.actor.fsdp_config.model_dtype": "float32 masters; bfloat16 compute on CUDA",
-    "actor_rollout_ref.actor.profiler": "use torch.profiler or nsys around main_ppo",
-    "actor_rollout_ref.rollout.multi_turn": "a rationale is one turn",
-    "actor_rollout_ref.rollout.agent": "a rationale is one turn",
-    "actor_rollout_ref.rollout.prompt_length": "set data.max_prompt_length",
-    "actor_rollout_ref.rollout.response_length": "set data.max_response_length",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
-    "actor_rollout_ref.ref.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
-    "reward_model.model": "rewards come from embeddings or rules, not from a reward model",
-    "reward_model.sandbox_fusion": "no code is executed for rewards",
-    "algorithm.lam": "GAE needs a critic",
-    "algorithm.use_pf_ppo": "not part of GRACE",
-    "algorithm.pf_ppo": "not part of GRACE",
-    "trainer.profile_steps": "use torch.profiler or nsys around main_ppo",
-    "trainer.controller_nsight_options": "use nsys around main_ppo",
-    "trainer.worker_nsight_options": "use nsys around main_ppo",
-    "trainer.log_val_generations": "samples/step_N.jsonl is always written",
-    "trainer.rollout_data_dir": "samples/step_N.jsonl is always written",
-    "trainer.validation_data_dir": "samples/step_N.jsonl is always written",
-    "trainer.val_only": "use eval_mteb.py on the model folder",
-    "trainer.default_hdfs_dir": "checkpoints go to a mounted path; copy them from there",
-    "trainer.del_local_ckpt_after_load": "checkpoints are only removed by max_actor_ckpt_to_keep",
-    "trainer.max_critic_ckpt_to_keep": "GRPO has no critic",
-    "trainer.esi_redundant_time": "not part of GRACE",
-    "trainer.ray_wait_register_center_timeout": "workers get their address directly",
-    "ray_init.timeline_json_file": "use ray timeline",
-}
-
+from verl.verl_keys import NO_COUNTERPART, ONLY_VALUE
 
 # What validation reports as val/<name>; plain texts have no triplets, and `reward` stands for all where a rule rewards.
 _TRIPLET_FIGURES = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
@@ -94,11 +33,12 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e) for e in error.errors())) from None
+        raise _as_user_error(error, RunConfig) from None
     _check_required(config)
-    _check_fixed(config)
+    _check_only_values(config)
     _check_sizes(config)
     _check_engine(config)
+    _check_without_ray(config)
     _check_algorithm(config)
     _check_save_best(config)
     return config
@@ -124,7 +64,7 @@ def all_keys() -> Iterator[str]:
         yield key
 
 
-def walk_fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def walk_fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every leaf field of a section as (dotted key, pydantic field)."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -149,12 +89,9 @@ def build_reward_kwargs(kwargs: Mapping[str, Any]) -> HiddenRewardConfig:
                 f"Valid: {', '.join(valid)}."
             )
     try:
-        reward = HiddenRewardConfig.model_validate(dict(kwargs))
+        return HiddenRewardConfig.model_validate(dict(kwargs))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, "reward_model.reward_kwargs.") for e in error.errors())) from None
-    if reward.temperature <= 0:
-        raise UserError(f"reward_model.reward_kwargs.temperature={reward.temperature} must be above 0.")
-    return reward
+        raise _as_user_error(error, HiddenRewardConfig, "reward_model.reward_kwargs.") from None
 
 
 def multiples_near(value: int, divisor: int) -> str:
@@ -179,17 +116,47 @@ def _leaf_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str 
             yield f"{prefix}{name}"
 
 
-def _explain(error: Any, prefix: str = "") -> str:
-    key = prefix + ".".join(str(part) for part in error["loc"] if part in _FIELD_NAMES)
-    return f"{key}={error['input']!r}: {error['msg']}."
+def _as_user_error(error: ValidationError, section: type[BaseModel], prefix: str = "") -> UserError:
+    """Every value that is not allowed, with what its key allows."""
+    fields = dict(walk_fields(section))
+    messages = []
+    for found in error.errors():
+        path = [str(part) for part in found["loc"]]
+        # After the key, pydantic names members of unions and tuples.
+        candidates = [".".join(path[:end]) for end in range(len(path), 0, -1)]
+        key = next((name for name in candidates if name in fields), candidates[0])
+        if found["type"] in _OUT_OF_RANGE:
+            or_null = ", or null" if type(None) in typing.get_args(fields[key].annotation) else ""
+            messages.append(f"{prefix}{key}={found['input']} must be {limits_of(fields[key])}{or_null}.")
+        else:
+            messages.append(f"{prefix}{key}={found['input']!r}: {found['msg']}.")
+    return UserError("\n".join(dict.fromkeys(messages)))
 
 
-def _field_names() -> set[str]:
-    names = {part for key, _ in walk_fields(RunConfig) for part in key.split(".")}
-    return names | set(HiddenRewardConfig.model_fields)
+_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 
 
-_FIELD_NAMES = _field_names()
+def limits_of(field: FieldInfo) -> str:
+    """The range of a number in words, such as "above 0, at most 1"; empty without one."""
+    words = [
+        text.format(getattr(constraint, name))
+        for constraint in [*field.metadata, *_inner_constraints(field.annotation)]
+        for name, text in (("gt", "above {}"), ("ge", "{} or more"), ("lt", "below {}"), ("le", "at most {}"))
+        if getattr(constraint, name, None) is not None
+    ]
+    return ", ".join(dict.fromkeys(words))
+
+
+def _inner_constraints(annotation: Any) -> Iterator[Any]:
+    """The constraints of the members of a union or a tuple."""
+    for part in typing.get_args(annotation):
+        if typing.get_origin(part) is Annotated:
+            for constraint in part.__metadata__:
+                yield from constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]
+
+
+def _value_of(config: BaseModel, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
 
 
 def _check_required(config: RunConfig) -> None:
@@ -215,86 +182,14 @@ def _check_files(key: str, files: str | list[str]) -> None:
             raise UserError(f"{key}: the file {name!r} does not exist; make it with process_data.py.")
 
 
-def _check_fixed(config: RunConfig) -> None:
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    full = "training sampling must keep the full distribution, or the importance ratio is biased; use temperature"
-    fixed: list[tuple[str, Any, Any, str]] = [
-        (
-            "actor_rollout_ref.hybrid_engine",
-            config.actor_rollout_ref.hybrid_engine,
-            True,
-            "devices are shared",
-        ),
-        (
-            "actor_rollout_ref.model.use_remove_padding",
-            model.use_remove_padding,
-            True,
-            "every forward is packed",
-        ),
-        ("actor_rollout_ref.rollout.top_p", rollout.top_p, 1.0, full),
-        ("actor_rollout_ref.rollout.top_k", rollout.top_k, -1, full),
-        (
-            "actor_rollout_ref.rollout.do_sample",
-            rollout.do_sample,
-            True,
-            "a greedy group has no spread to learn from",
-        ),
-        ("reward_model.enable", config.reward_model.enable, False, "rewards come from embeddings or rules"),
-        (
-            "reward_model.launch_reward_fn_async",
-            config.reward_model.launch_reward_fn_async,
-            False,
-            "rewards are computed in the step",
-        ),
-        ("trainer.critic_warmup", config.trainer.critic_warmup, 0, "there is no critic"),
-        (
-            "trainer.balance_batch",
-            config.trainer.balance_batch,
-            True,
-            "rows are spread over ranks by their tokens",
-        ),
-    ]
-    for key, value, only, why in fixed:
-        if value != only:
+def _check_only_values(config: RunConfig) -> None:
+    for key, (only, why) in ONLY_VALUE.items():
+        if (value := _value_of(config, key)) != only:
             raise UserError(f"{key}={value} is not supported: {why}. Set it to {only} or leave it out.")
 
 
 def _check_sizes(config: RunConfig) -> None:
-    data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    positive = {
-        "data.train_batch_size": data.train_batch_size,
-        "data.max_prompt_length": data.max_prompt_length,
-        "data.max_response_length": data.max_response_length,
-        "data.val_max_samples": data.val_max_samples,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
-        "actor_rollout_ref.actor.ppo_epochs": actor.ppo_epochs,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": actor.ppo_max_token_len_per_gpu,
-        "actor_rollout_ref.actor.grad_clip": actor.grad_clip,
-        "actor_rollout_ref.actor.optim.lr": actor.optim.lr,
-        "actor_rollout_ref.rollout.n": rollout.n,
-        "actor_rollout_ref.rollout.temperature": rollout.temperature,
-        "actor_rollout_ref.rollout.anchor_temperature": rollout.anchor_temperature,
-        "actor_rollout_ref.rollout.max_num_seqs": rollout.max_num_seqs,
-        "actor_rollout_ref.rollout.max_num_batched_tokens": rollout.max_num_batched_tokens,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": rollout.tensor_model_parallel_size,
-        "trainer.nnodes": config.trainer.nnodes,
-        "trainer.total_epochs": config.trainer.total_epochs,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{key}={value} must be above 0.")
-    for key, optional in {
-        "trainer.n_gpus_per_node": config.trainer.n_gpus_per_node,
-        "trainer.total_training_steps": config.trainer.total_training_steps,
-        "trainer.max_actor_ckpt_to_keep": config.trainer.max_actor_ckpt_to_keep,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
-    }.items():
-        if optional is not None and optional <= 0:
-            raise UserError(f"{key}={optional} must be above 0, or null.")
-    if config.trainer.phase_timeout_s < 0:
-        raise UserError(
-            f"trainer.phase_timeout_s={config.trainer.phase_timeout_s} must be 0 or more; 0 waits for ever."
-        )
+    data, actor = config.data, config.actor_rollout_ref.actor
     if data.train_batch_size % actor.ppo_mini_batch_size:
         size, mini = data.train_batch_size, actor.ppo_mini_batch_size
         divisors = [d for d in range(1, size + 1) if size % d == 0]
@@ -327,10 +222,21 @@ def _check_engine(config: RunConfig) -> None:
             f"{rollout.max_model_len or needed} tokens while {prefix}enable_chunked_prefill=False; raise it, or set "
             f"{prefix}enable_chunked_prefill=True."
         )
-    if not 0 < rollout.gpu_memory_utilization <= 1:
-        raise UserError(f"{prefix}gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0, at most 1.")
     if unknown := set(rollout.engine_kwargs) - {"vllm"}:
         raise UserError(f"{prefix}engine_kwargs.{min(unknown)} belongs to no engine; put arguments under .vllm.")
+
+
+def _check_without_ray(config: RunConfig) -> None:
+    """Without Ray there is one worker, in this process."""
+    trainer, size = config.trainer, config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    several = {
+        "trainer.nnodes": trainer.nnodes,
+        "trainer.n_gpus_per_node": trainer.n_gpus_per_node or 1,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": size,
+    }
+    for key, count in several.items():
+        if not trainer.use_ray and count > 1:
+            raise UserError(f"{key}={count} needs Ray, and trainer.use_ray=False runs one worker; set it to 1.")
 
 
 def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
@@ -383,10 +289,6 @@ def _check_algorithm(config: RunConfig) -> None:
         raise UserError(
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
-        )
-    if config.actor_rollout_ref.actor.clip_ratio_c <= 1:
-        raise UserError(
-            f"actor_rollout_ref.actor.clip_ratio_c={config.actor_rollout_ref.actor.clip_ratio_c} must be above 1."
         )
     if config.custom_reward_function.path and config.reward_model.reward_manager != "naive":
         raise UserError(

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from verl.batch_plan import BatchPlan
-from verl.config import RunConfig
-from verl.config_checks import build_config
+from verl.config import DataConfig, RunConfig
+from verl.config_checks import build_config, limits_of, walk_fields
 from verl.errors import UserError
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
 
@@ -138,6 +138,18 @@ def test_the_yaml_is_that_of_the_classes(repo):
             "actor_rollout_ref.rollout.check_weight_sync=maybe",
             r"rollout\.check_weight_sync='maybe'.*'full', 'sample' or 'off'",
         ),
+        ("actor_rollout_ref.rollout.calculate_log_probs=False", "engine and trainer are compared in every step"),
+        ("actor_rollout_ref.actor.clip_ratio=-1", r"actor\.clip_ratio=-1(\.0)? must be above 0\."),
+        ("algorithm.kl_ctrl.target_kl=0", r"target_kl=0(\.0)? must be above 0"),
+        ("actor_rollout_ref.actor.optim.betas=[0.9,1.5]", r"optim\.betas=1\.5 must be 0 or more, below 1"),
+        ("actor_rollout_ref.actor.optim.weight_decay=-1", r"weight_decay=-1(\.0)? must be 0 or more"),
+        ("actor_rollout_ref.actor.optim.lr=nan", r"optim\.lr=nan: Input should be a finite number"),
+        ("data.dataloader_num_workers=-1", r"dataloader_num_workers=-1 must be 0 or more"),
+        ("data.val_batch_size=0", r"data\.val_batch_size=0 must be above 0, or null"),
+        ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=0", r"log_prob_max_token_len_per_gpu=0 must be above 0"),
+        ("ray_init.num_cpus=0", r"ray_init\.num_cpus=0 must be above 0, or null"),
+        ("reward_model.reward_kwargs.temperature=0", r"reward_kwargs\.temperature=0 must be above 0"),
+        ("trainer.use_ray=False", r"trainer\.n_gpus_per_node=4 needs Ray, and trainer\.use_ray=False runs one worker"),
         ("actor_rollout_ref.rollout.dtype=int8", r"rollout\.dtype='int8'.*'bfloat16', 'float16' or 'float32'"),
     ],
 )
@@ -254,3 +266,28 @@ def test_a_plain_mapping_builds_the_same_config(files):
 def test_what_cannot_be_kept_or_waited_for_is_refused_at_once(files, overrides, said):
     with pytest.raises(UserError, match=said):
         compose_config([*ORIGINAL, *files, *overrides])
+
+
+def test_every_wrong_value_is_told_at_once(files):
+    with pytest.raises(UserError) as caught:
+        compose_config([*ORIGINAL, *files, "data.train_batch_size=0", "trainer.nnodes=-1"])
+    assert str(caught.value) == "data.train_batch_size=0 must be above 0.\ntrainer.nnodes=-1 must be above 0."
+
+
+def test_a_range_is_told_in_the_yaml_and_every_number_has_one_that_its_default_meets():
+    fields = dict(walk_fields(RunConfig))
+    assert limits_of(fields["actor_rollout_ref.rollout.gpu_memory_utilization"]) == "above 0, at most 1"
+    assert limits_of(fields["actor_rollout_ref.actor.optim.betas"]) == "0 or more, below 1"
+    assert limits_of(fields["trainer.experiment_name"]) == ""
+    RunConfig.model_validate(RunConfig().model_dump())
+
+
+def test_the_scored_pairs_of_the_default_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig()
+    assert config.sts_path is not None and config.sts_path.is_file()
+    assert not Path(config.val_sts_file).is_absolute(), "a machine's path must not get into the YAML and checkpoints"
+    (tmp_path / "mine.jsonl").touch()
+    assert DataConfig(val_sts_file="mine.jsonl").sts_path == Path("mine.jsonl")
+    assert DataConfig(val_sts_file="gone.jsonl").sts_path == Path("gone.jsonl")
+    assert DataConfig(val_sts_file=None).sts_path is None

