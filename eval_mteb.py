@@ -155,7 +155,7 @@ class Evaluation:
         args, encoder = self.args, self.encoder
         self.console.print(
             f"{len(self.selection.tasks)} tasks ({self.selection.title}); rationales: "
-            + (f"{encoder.model.spec.engine} ({encoder.engine_reason})" if self.options["think"] else "none"),
+            + (f"{encoder.backend.spec.engine} ({encoder.engine_reason})" if self.options["think"] else "none"),
             markup=False,
         )
         kept = self.folder / "rate.json"

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from verl.checkpoint.model_folder import model_folder, weights_revision
-from verl.encoder.backend import EmbeddingModel, ModelSpec
+from verl.encoder.backend import Backend, ModelSpec
 from verl.errors import UserError
 from verl.evaluation.exact_match import MARK, Judged, Question, compare, judge, read_questions, score
 from verl.evaluation.records import name_of
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     target.mkdir(parents=True, exist_ok=True)
     base = run_base(args, console) if args.base_model else None
     console.print(f"{len(prompts)} questions for {args.model_path} with {engine} ({reason})", markup=False)
-    responses, seconds = generate(EmbeddingModel(spec), prompts, args)
+    responses, seconds = generate(Backend(spec), prompts, args)
     texts = tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
     rows = [
         judge(question, text, len(response.ids), response.truncated)
@@ -172,7 +172,7 @@ def fit_context(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def generate(
-    model: EmbeddingModel, prompts: Sequence[Sequence[int]], args: argparse.Namespace
+    backend: Backend, prompts: Sequence[Sequence[int]], args: argparse.Namespace
 ) -> tuple[list[Response], float]:
     """The responses in the order of their prompts, and the seconds they took without the engine's start.
 
@@ -180,7 +180,7 @@ def generate(
         RolloutError: the engine failed, or left a question without a response.
     """
     seeds = row_seeds(args.seed, len(prompts))
-    parts = model.think(prompts, args.temperature, args.max_new_tokens, seeds, args.batch_size)
+    parts = backend.generate(prompts, args.temperature, args.max_new_tokens, seeds, args.batch_size)
     responses: Responses = {}
     start = time.perf_counter()
     with count_bar(len(prompts), "answering") as advance:

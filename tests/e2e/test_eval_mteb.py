@@ -13,7 +13,7 @@ from tiny import save_tiny
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval_mteb
-from verl.encoder.backend import EmbeddingModel
+from verl.encoder.backend import Backend
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.suites import QUICK, select_tasks
 from verl.workers.rollout.base import RolloutError
@@ -88,8 +88,8 @@ def test_the_summary_holds_every_task_type_and_mean(whole_run, tasks):
 
 def test_a_second_run_repeats_nothing_and_reports_the_same(whole_run, tiny_folder, tasks, monkeypatch):
     before = summary(whole_run, "tiny")
-    monkeypatch.setattr(EmbeddingModel, "think", lambda *_: pytest.fail("thought again"))
-    monkeypatch.setattr(EmbeddingModel, "embed", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(Backend, "generate", lambda *_: pytest.fail("thought again"))
+    monkeypatch.setattr(Backend, "embed", lambda *_: pytest.fail("embedded again"))
     assert eval_mteb.main(arguments(tiny_folder, tasks, whole_run)) == 0
     again = summary(whole_run, "tiny")
     assert again["tasks"] == before["tasks"] and again["means"] == before["means"]
@@ -126,17 +126,17 @@ def test_other_data_under_the_same_name_is_scored_anew(tmp_path, tiny_folder):
 
 
 def test_a_failing_task_stops_neither_the_others_nor_hides(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
-    think = EmbeddingModel.think
+    generate = Backend.generate
 
     def fail_on_today(self, prompts, *rest):
         if any("today" in self_decode(ids) for ids in prompts):
             raise RolloutError("the engine lost its worker")
-        return think(self, prompts, *rest)
+        return generate(self, prompts, *rest)
 
     from tiny import tiny_tokenizer
 
     self_decode = tiny_tokenizer().decode
-    monkeypatch.setattr(EmbeddingModel, "think", fail_on_today)
+    monkeypatch.setattr(Backend, "generate", fail_on_today)
     monkeypatch.setattr(eval_mteb, "sample_texts", lambda *_: ["a sample", "of texts"])
     code = eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--tasks", "Classes", "Sts", "BIOSSES"))
     assert code == 1
@@ -180,7 +180,7 @@ def test_an_engine_that_does_not_start_is_told_before_any_task(tmp_path, tiny_fo
     def fail(*_):
         raise RolloutError("vllm cannot run this model here")
 
-    monkeypatch.setattr(EmbeddingModel, "think", fail)
+    monkeypatch.setattr(Backend, "generate", fail)
     assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 1
     message = "eval_mteb: the engine failed before any task was run: vllm cannot run this model here"
     assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""Adds rows to a store until it is killed: python store_writer.py FOLDER FIRST_ROW [COUNT]; says what is flushed."""
+"""Adds rows to a store until it is killed, and prints how many are flushed: store_writer.py FOLDER FIRST_ROW [COUNT]."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from verl.encoder.store import EmbeddingStore, Rationale, StoredRationale, row_key
+from verl.encoder.record import Rationale
+from verl.encoder.store import EmbeddingStore, row_key
 
 DIM = 8
 
@@ -24,9 +25,8 @@ def keys_of(row: int) -> tuple[bytes, bytes]:
 
 def add(store: EmbeddingStore, row: int) -> None:
     rationale_key, vector_key = keys_of(row)
-    stored = StoredRationale(rationale_of(row), f"text {row}", f"rationale {row}")
-    store.add_rationales(b"rationales", {rationale_key: stored})
-    store.add_vectors(b"vectors", {vector_key: vector_of(row)})
+    store.add_rationale(b"rationales", rationale_key, rationale_of(row), f"text {row}", f"rationale {row}")
+    store.add_vector(b"vectors", vector_key, vector_of(row))
 
 
 if __name__ == "__main__":

@@ -51,15 +51,15 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path, capsys):
     # The process kills itself when the third batch of rationales has come.
     code = (
         "import os, signal, sys\n"
-        "from verl.encoder.call import Encoding\n"
+        "from verl.encoder.call import EncodeCall\n"
         "from verl.encoder.__main__ import main\n"
-        "keep, batches = Encoding._keep_rationales, []\n"
-        "def count(self, *made):\n"
-        "    keep(self, *made)\n"
-        "    self.shelf.store.flush()\n"
-        "    batches.append(made)\n"
+        "keep, batches = EncodeCall._keep_rationales, []\n"
+        "def count(self, batch):\n"
+        "    keep(self, batch)\n"
+        "    self.store.flush()\n"
+        "    batches.append(batch)\n"
         "    len(batches) == 3 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Encoding._keep_rationales = count\n"
+        "EncodeCall._keep_rationales = count\n"
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, *arguments(tiny_folder, source, output, "--batch_size", "4")]

@@ -43,7 +43,7 @@ def chat(encoder, text):
 
 def greedy_responses(encoder, texts):
     prompts = encoder.renderer.render([chat(encoder, text) for text in texts])
-    responses = finish(encoder.model.think([p.ids for p in prompts], 0.0, 12, [0] * len(texts), 64))
+    responses = finish(encoder.backend.generate([p.ids for p in prompts], 0.0, 12, [0] * len(texts), 64))
     return prompts, [response.ids for response in responses]
 
 
@@ -281,15 +281,15 @@ class TestFailure:
     @pytest.fixture
     def broken(self, tiny_folder, tmp_path, monkeypatch):
         encoder = GraceEncoder(tiny_folder, device="cpu", store=tmp_path)
-        think = encoder.model.think
+        generate = encoder.backend.generate
 
         def fail_after_two(*args):
-            parts = think(*args)
+            parts = generate(*args)
             yield next(parts)
             yield next(parts)
             raise RolloutError("the engine ran out of cache blocks")
 
-        monkeypatch.setattr(encoder.model, "think", fail_after_two)
+        monkeypatch.setattr(encoder.backend, "generate", fail_after_two)
         return encoder
 
     def test_the_cause_is_raised_and_what_was_made_is_kept(self, broken, tiny_folder, tmp_path):
@@ -304,8 +304,8 @@ class TestFailure:
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
     def test_a_text_without_a_rationale_is_an_error(self, encoder, monkeypatch):
-        think = encoder.model.think
-        monkeypatch.setattr(encoder.model, "think", lambda *args: iter([next(think(*args))]))
+        generate = encoder.backend.generate
+        monkeypatch.setattr(encoder.backend, "generate", lambda *args: iter([next(generate(*args))]))
         with pytest.raises(RolloutError, match="the engine gave no rationale for 3 of 4 texts"):
             encoder.encode(TEXTS, batch_size=1, **SAMPLED)
 

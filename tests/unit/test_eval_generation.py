@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from verl import eval_generation as program
-from verl.encoder.backend import EmbeddingModel
+from verl.encoder.backend import Backend
 from verl.errors import UserError
 from verl.evaluation.exact_match import Judged, compare, extract, read_questions, score
 from verl.evaluation.records import name_of
@@ -55,7 +55,7 @@ def answering(monkeypatch, *answers, truncated=False):
     """Let models write `answers`, the first model the first of them; returns what they are asked, call by call."""
     calls = []
 
-    def think(self, prompts, *sampling):
+    def generate(self, prompts, *sampling):
         texts = answers[len(calls)]
         calls.append(SimpleNamespace(prompts=prompts, sampling=sampling, spec=self.spec))
         tokenizer = tiny_tokenizer()
@@ -63,7 +63,7 @@ def answering(monkeypatch, *answers, truncated=False):
             ids = tokenizer(texts[row])["input_ids"] + ([] if truncated else [tokenizer.eos_token_id])
             yield {row: Response(ids, [0.0] * len(ids), truncated)}
 
-    monkeypatch.setattr(EmbeddingModel, "think", think)
+    monkeypatch.setattr(Backend, "generate", generate)
     return calls
 
 
@@ -332,12 +332,12 @@ class TestErrors:
     def test_an_engine_that_fails_ends_with_1_and_writes_nothing(
         self, tiny_folder, tmp_path, monkeypatch, capsys, failure
     ):
-        def think(*_):
+        def generate(*_):
             yield {1: Response([5], [0.0], True)}
             if failure == "raise":
                 raise RolloutError("the engine ran out\nof cache blocks")
 
-        monkeypatch.setattr(EmbeddingModel, "think", think)
+        monkeypatch.setattr(Backend, "generate", generate)
         assert run(tiny_folder, write_rows(tmp_path), tmp_path) == 1
         told = {"raise": "the engine ran out of cache blocks", "lose": "the engine answered 1 of 5 questions"}
         assert capsys.readouterr().err == f"eval_generation: {told[failure]}\n"

@@ -10,7 +10,8 @@ from tiny import tiny_tokenizer
 from verl.config_checks import all_keys, build_config
 from verl.data.length_filter import FilterSettings, filter_file, open_parquet
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.encoder.store import EmbeddingStore, Rationale, StoredRationale
+from verl.encoder.record import Rationale
+from verl.encoder.store import EmbeddingStore
 from verl.errors import UserError
 
 MARKERS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "assistant\n", "\u202e", "\u200f", "🙂", "\0", "\ud800"]
@@ -123,11 +124,8 @@ def test_the_store_gives_back_what_it_was_given(tmp_path_factory, entries):
     folder = tmp_path_factory.mktemp("store")
     with EmbeddingStore(folder) as store:
         context = store.open_context({"model": "m"})
-        store.add_rationales(
-            context,
-            {key: StoredRationale(Rationale(tuple(ids), cut), text, decoded)
-             for key, (ids, cut, text, decoded) in whole.items()},
-        )  # fmt: skip
+        for key, (ids, cut, text, decoded) in whole.items():
+            store.add_rationale(context, key, Rationale(tuple(ids), cut), text, decoded)
     with EmbeddingStore(folder) as store:
         found = store.find_rationales(list(whole))
     assert found == {key: Rationale(tuple(ids), cut) for key, (ids, cut, _, _) in whole.items()}

@@ -91,9 +91,9 @@ def test_processes_that_start_and_write_together_share_a_store(tmp_path):
 def test_the_first_of_two_rows_with_one_key_stays(tmp_path):
     first, second = EmbeddingStore(tmp_path), EmbeddingStore(tmp_path)
     key = row_key(b"vectors", [1])
-    first.add_vectors(b"vectors", {key: vector_of(1)})
+    first.add_vector(b"vectors", key, vector_of(1))
     first.flush()
-    second.add_vectors(b"vectors", {key: vector_of(2)})
+    second.add_vector(b"vectors", key, vector_of(2))
     second.flush()
     np.testing.assert_array_equal(EmbeddingStore(tmp_path).find_vectors([key])[key], vector_of(1))
 

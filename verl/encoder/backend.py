@@ -1,4 +1,4 @@
-"""The models behind an encoder, in one process: an engine that writes rationales and a policy that embeds them."""
+"""The backend of an encoder in one process: a rollout engine that generates rationales, and a policy that embeds."""
 
 import os
 import socket
@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.embedding.prompts import Prompt
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.record import Rationale, Sampling, TextRecord
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
@@ -23,16 +23,16 @@ from verl.workers.rollout.base import Responses, Rollout
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
 
-# Tokens of one packed forward: on a CPU what keeps two cores busy and fits their caches.
+# Tokens of one packed forward. On a CPU: enough to keep two cores busy, few enough to fit their caches.
 _FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
-# Rationales that are waited for before a forward embeds them.
+# Texts are embedded as soon as this many have their rationale.
 _EMBED_ROWS = 256
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is loaded, and onto what. Plain values, so that other processes can be told."""
+    """Which model is loaded, and how. Plain values, so that it can be sent to other processes."""
 
     folder: str
     engine: str
@@ -45,7 +45,7 @@ class ModelSpec:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
     ignore_eos: bool = False
-    """Write every rationale to its full length (a control for measurements)."""
+    """Generate every rationale to its full length (a control for measurements)."""
 
     @property
     def dtype_name(self) -> str:
@@ -58,59 +58,26 @@ class ModelSize:
     """H, the dimension of a vector."""
     parameters: int
     embedding_parameters: int
-    """Those of the token embedding."""
+    """Parameters of the token embedding."""
     bytes: int
     context: int | None
-    """Most positions of a row, where the model's config names them."""
+    """Most positions of a row, where the model's config has a limit."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One text to be done."""
+class Batch:
+    """Texts in whose records the backend has just filled in one field."""
 
-    prompt: Prompt
-    seed: int
-    rationale: tuple[int, ...] | None
-    """Token ids; None = to be written."""
-    embed: bool
-    """Whether its vector is wanted, or the rationale alone."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Texts to be done in one way."""
-
-    items: Sequence[Item]
-    settings: EmbedderSettings
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
-    """Texts that the hf engine decodes at once, and most rows of one forward."""
-
-
-@dataclass(frozen=True)
-class Thought:
-    """Rationales that have just been written, by the position of their items."""
-
-    responses: Responses
+    filled: Literal["rationale", "vector"]
+    """The field."""
+    texts: list[TextRecord]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Vectors that have just been made."""
-
-    places: list[int]
-    """Positions of the items."""
-    means: np.ndarray
-    """[len(places), H] float32."""
     tokens: int
-    """Of the rows, prompts and rationales."""
-    seconds: float
+    """Tokens of the rationales generated, or of the rows embedded (prompt and rationale)."""
 
 
-class EmbeddingModel:
-    """Loads the policy at once and vllm with the first rationale; the hf engine shares the policy's weights."""
+class Backend:
+    """Loads the policy at once, and vllm when the first rationale is generated; hf uses the policy's weights."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -135,42 +102,47 @@ class EmbeddingModel:
             context=getattr(config, "max_position_embeddings", None),
         )
 
-    def run(self, work: Work, rank: int = 0, group: int = 1) -> Iterator[Thought | Embedded]:
-        """Do the work; every item's rationale and vector is given once, as soon as it is there.
+    def run(
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int,
+        rank: int = 0, group: int = 1,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """Fill in the rationale and the vector of every record that has none, and yield the records as they change.
 
         Args:
-            rank, group: this process's place among those that share an engine. All of them take part in writing, the
-                first tells the rationales, and each embeds a share of the items.
+            sampling: None where every record has its rationale.
+            batch_size: texts that the hf engine decodes at once, and most rows of one forward.
+            rank, group: number of this process among the `group` processes that share an engine. All of them generate
+                together, the first one yields the rationales, and each embeds every `group`-th text.
         """
-        rationales = {i: item.rationale for i, item in enumerate(work.items) if item.rationale is not None}
-        mine = {i for i, item in enumerate(work.items) if item.embed and i % group == rank}
-        waiting = [i for i in rationales if i in mine]
-        for thought in self._think_about(work, [i for i in range(len(work.items)) if i not in rationales]):
+        own = {text.index for text in texts[rank::group] if text.vector is None}
+        ready = [text for text in texts if text.rationale is not None and text.index in own]
+        for batch in self._generate_rationales(
+            [text for text in texts if text.rationale is None], sampling, batch_size
+        ):
             if rank == 0:
-                yield thought
-            rationales |= {i: tuple(response.ids) for i, response in thought.responses.items()}
-            waiting += [i for i in thought.responses if i in mine]
-            if len(waiting) >= _EMBED_ROWS:
-                yield self._embed_items(work, waiting, rationales)
-                waiting = []
-        for start in range(0, len(waiting), _EMBED_ROWS):
-            yield self._embed_items(work, waiting[start : start + _EMBED_ROWS], rationales)
+                yield batch
+            ready += [text for text in batch.texts if text.index in own]
+            if len(ready) >= _EMBED_ROWS:
+                yield self._embed_texts(ready, settings, batch_size)
+                ready = []
+        for start in range(0, len(ready), _EMBED_ROWS):
+            yield self._embed_texts(ready[start : start + _EMBED_ROWS], settings, batch_size)
 
-    def think(
+    def generate(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
         batch_size: int,
     ) -> Iterator[Responses]:  # fmt: skip
-        """Write a response to each prompt; see `Rollout.generate`.
+        """Generate a response to each prompt; see `Rollout.generate`.
 
         Args:
-            batch_size: prompts that the hf engine decodes at once; vllm decides by itself.
+            batch_size: prompts that the hf engine decodes at once; vllm has its own limit.
         """
         engine = self._engine(batch_size)
         return engine.generate(prompts, [temperature] * len(prompts), max_new_tokens, seeds)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Row], batch_size: int) -> np.ndarray:
-        """[N,H] float32: each row's hidden states averaged from its `pool_start` on, by the forward of training.
+        """[N,H] float32: the mean of each row's hidden states from its `pool_start` on, by the forward of training.
 
         Args:
             batch_size: most rows of one forward.
@@ -188,29 +160,36 @@ class EmbeddingModel:
         return vectors
 
     def close(self) -> None:
-        """Nothing outlives this process."""
+        """Nothing to end: the engine is part of this process. `ProcessesBackend` ends its processes here."""
 
-    def _think_about(self, work: Work, places: list[int]) -> Iterator[Thought]:
-        if not places:
+    def _generate_rationales(
+        self, texts: Sequence[TextRecord], sampling: Sampling | None, batch_size: int
+    ) -> Iterator[Batch]:
+        if not texts or sampling is None:
             return
-        parts = self.think(
-            [work.items[i].prompt.ids for i in places], work.temperature, work.max_new_tokens,
-            [work.items[i].seed for i in places], work.batch_size,
+        generation = self.generate(
+            [text.prompt.ids for text in texts], sampling.temperature, sampling.max_new_tokens,
+            [text.seed for text in texts], batch_size,
         )  # fmt: skip
         start = time.perf_counter()
-        for ended in parts:
-            yield Thought({places[row]: response for row, response in ended.items()}, time.perf_counter() - start)
+        for responses in generation:
+            for row, response in responses.items():
+                texts[row].rationale = Rationale(tuple(response.ids), response.truncated)
+            tokens = sum(len(response.ids) for response in responses.values())
+            yield Batch("rationale", [texts[row] for row in responses], time.perf_counter() - start, tokens)
             start = time.perf_counter()
 
-    def _embed_items(self, work: Work, places: list[int], rationales: dict[int, tuple[int, ...]]) -> Embedded:
+    def _embed_texts(self, texts: list[TextRecord], settings: EmbedderSettings, batch_size: int) -> Batch:
         start = time.perf_counter()
         rows = []
-        for i in places:
-            prompt, rationale = work.items[i].prompt, rationales[i]
-            rows.append(Row(tuple(prompt.ids), rationale, work.settings.pool_start(prompt, len(rationale)), False))
-        means = self.embed(rows, work.batch_size)
+        for text in texts:
+            assert text.rationale is not None
+            ids = text.rationale.ids
+            rows.append(Row(tuple(text.prompt.ids), ids, settings.pool_start(text.prompt, len(ids)), False))
+        for text, vector in zip(texts, self.embed(rows, batch_size), strict=True):
+            text.vector = vector
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
-        return Embedded(places, means, tokens, time.perf_counter() - start)
+        return Batch("vector", texts, time.perf_counter() - start, tokens)
 
     def _engine(self, batch_size: int) -> Rollout:
         if self.spec.engine == "hf":
@@ -220,9 +199,9 @@ class EmbeddingModel:
         return self._vllm
 
     def _start_vllm(self) -> Rollout:
-        _stand_alone()
-        # With the checkpoint's own weights, so it needs no sync.
+        _set_up_group_of_one()
         rollout = RolloutConfig(
+            # The weights of the folder, so that no weight sync is needed.
             load_format="auto",
             dtype=self.spec.dtype_name,
             ignore_eos=self.spec.ignore_eos,
@@ -242,12 +221,12 @@ class EmbeddingModel:
         )
 
 
-def _stand_alone() -> None:
-    """Make this process a group of one, as the engine expects to be told, unless it is in a group already."""
+def _set_up_group_of_one() -> None:
+    """Set the environment that vllm's external launcher reads, unless this process is in a group already."""
     if "RANK" in os.environ:
         return
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    # Else vllm on a CPU would leave one thread.
+    # Without it vllm on a CPU would use one thread only.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 

@@ -1,6 +1,6 @@
-"""GraceEncoder: a model folder that turns texts into vectors, through rationales or without.
+"""GraceEncoder: turns texts into vectors with the model of a folder, with rationales or without.
 
-It renders, generates, packs and pools with the functions training uses, so that its vectors are those that were
+It renders, generates, packs and pools with the functions of training, so that its vectors are those that were
 rewarded. Argument names follow sentence-transformers.
 """
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from verl.checkpoint.model_folder import model_folder, weights_revision
 from verl.embedding.pooling import unit
-from verl.embedding.prompts import Prompt, PromptRenderer, rationale_messages
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings, Pooling, Span
-from verl.encoder.backend import EmbeddingModel, ModelSpec
-from verl.encoder.call import Encoding, Shelf, Thinking, Tools, open_shelf
-from verl.encoder.processes import ModelPool
+from verl.encoder.backend import Backend, ModelSpec
+from verl.encoder.call import EncodeCall, row_seed
+from verl.encoder.call_store import CallStore, NoStore
+from verl.encoder.processes import ProcessesBackend
+from verl.encoder.record import NO_RATIONALE, Sampling, TextRecord
 from verl.encoder.store import EmbeddingStore
 from verl.encoder.usage import Usage
 from verl.utils.progress import count_bar
@@ -35,23 +37,23 @@ class GraceEncoder:
 
     Args:
         path: a model folder or hub name; settings come from its embedder_config.json where there is one.
-        engine: writes the rationales: hf, vllm, or auto: vllm with CUDA where it imports, else hf.
+        engine: generates the rationales: hf, vllm, or auto (vllm on CUDA if it can be imported, else hf).
         device: auto, cuda or cpu.
-        settings: instead of the folder's own.
-        pooling, span: instead of the settings'.
-        max_prompt_length: most tokens of a prompt, instead of the settings'.
-        max_new_tokens: most tokens of a rationale, instead of the settings'; vllm is started for it.
+        settings: replaces the folder's own settings.
+        pooling, span: replace those of the settings.
+        max_prompt_length: most tokens of a prompt; replaces that of the settings.
+        max_new_tokens: most tokens of a rationale; replaces that of the settings. vllm is started with this limit.
         store: folder of rationales and vectors to re-use and to add to.
-        num_processes: processes that share the work, one for each GPU; on a CPU they share its cores. A program that
-            asks for more than one keeps its own work under `if __name__ == "__main__":`.
+        num_processes: processes that share the work, one per GPU; on a CPU they share its cores. A program that
+            asks for more than one must guard its main code with `if __name__ == "__main__":`.
         tensor_parallel_size: vllm: neighbouring processes that share one engine.
-        gpu_memory_utilization: vllm: share of GPU memory; the model that embeds needs room beside it. On a CPU, of the
-            free host memory for the KV cache.
-        ignore_eos: write every rationale to its full length (a control for measurements).
+        gpu_memory_utilization: vllm: share of the GPU's memory that vllm may use; leave enough for the policy, which
+            embeds on the same GPU. On a CPU: share of the free host memory for the KV cache.
+        ignore_eos: generate every rationale to its full length (a control for measurements).
 
     Raises:
         ValueError: the folder or its settings cannot be used.
-        UserError: vllm is asked for and does not import.
+        UserError: vllm is asked for and cannot be imported.
     """
 
     def __init__(  # noqa: PLR0913 - a user's options, all by name
@@ -94,11 +96,10 @@ class GraceEncoder:
         self.renderer = PromptRenderer(
             self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True
         )
-        alone = num_processes == tensor_parallel_size == 1
-        self.model = EmbeddingModel(spec) if alone else ModelPool(spec, num_processes)
+        one_process = num_processes == tensor_parallel_size == 1
+        self.backend = Backend(spec) if one_process else ProcessesBackend(spec, num_processes)
         self.usage = Usage()
         self.store = None if store is None else EmbeddingStore(Path(store))
-        self._tools = Tools(self.model, self.settings, self._decode, self.usage)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
@@ -107,11 +108,11 @@ class GraceEncoder:
 
     @property
     def embedding_dim(self) -> int:
-        return self.model.size.hidden
+        return self.backend.size.hidden
 
     @cached_property
     def revision(self) -> str:
-        """Hash of the weights."""
+        """Hash of the weights and of config.json."""
         return weights_revision(self.folder)
 
     def encode(  # noqa: PLR0913 - sentence-transformers' arguments
@@ -132,48 +133,50 @@ class GraceEncoder:
     ) -> Any:
         """Embed texts.
 
-        A text's rationale is drawn from a seed of its own, made of `seed` and the text: batch size, order and the
-        other texts do not change its vector beyond rounding.
+        Each text's rationale is sampled from a seed that depends on `seed` and the text only: batch size, order and
+        the other texts do not change its vector beyond rounding.
 
         Args:
-            inputs: N texts, or one; a text that occurs twice is embedded once.
+            inputs: N texts, or one; a text that occurs several times is embedded once.
             batch_size: texts that the hf engine decodes at once, and most rows of one forward.
             show_progress_bar: None = on a terminal.
             precision: int8 = quantised by sentence-transformers, with the ranges of this call's vectors.
-            convert_to_tensor: a torch tensor on the CPU instead of a numpy array.
-            normalize_embeddings: unit vectors, which are what training rewards; False = the means as they are.
-            truncate_dim: keep the first dimensions only.
-            think: False embeds the prompt alone.
-            max_new_tokens, temperature: of the rationales; None = the settings'.
+            convert_to_tensor: return a torch tensor on the CPU instead of a numpy array.
+            normalize_embeddings: return unit vectors, as training rewards them; False = the means as they are.
+            truncate_dim: keep this many dimensions, the first ones.
+            think: False embeds the prompt alone, without a rationale.
+            max_new_tokens, temperature: of the rationales; None = those of the settings.
             seed: of the sampling.
-            return_rationales: also return what the vectors were pooled over.
+            return_rationales: also return the rationales as text.
 
         Returns:
-            [N,H] float32 (or int8), [H] for one text; with return_rationales a pair of that and of N strings, or one.
+            [N,H] float32 or int8, or [H] for one text; with return_rationales a pair: that, and N strings or one.
 
         Raises:
-            ValueError: an argument that does not fit the settings.
-            RolloutError: the engine could not write a rationale; no vector is returned.
+            ValueError: an argument does not fit the settings.
+            RolloutError: the engine could not generate a rationale; no vector is returned.
             StoreError: the store cannot be read or written.
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        thinking = self._thinking(max_new_tokens, temperature, seed) if think else None
-        unique = list(dict.fromkeys(texts))
+        sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
+        records = self._records(list(dict.fromkeys(texts)), sampling)
         self.usage.texts += len(texts)
-        self.usage.unique_texts += len(unique)
-        with count_bar(len(unique), "thinking" if think else "embedding", show_progress_bar) as advance:
-            encoding = Encoding(self._render(unique), thinking, self._tools, self._shelf(thinking))
-            means, rationales = encoding.run(batch_size, return_rationales, advance)
-        place = {text: row for row, text in enumerate(unique)}
-        rows = [place[text] for text in texts]
-        vectors = _finish_vectors(means[rows], normalize_embeddings, truncate_dim, precision, convert_to_tensor)
-        chosen = [rationales[row] for row in rows] if return_rationales else []
+        with count_bar(len(records), "thinking" if think else "embedding", show_progress_bar) as advance:
+            EncodeCall(
+                list(records.values()), sampling, return_rationales, batch_size, self.settings, self.backend,
+                self._call_store(sampling), self.usage, advance,
+            ).run()  # fmt: skip
+        means = np.zeros((len(texts), self.embedding_dim), np.float32)
+        for row, text in enumerate(texts):
+            means[row] = records[text].vector
+        vectors = _finish_vectors(means, normalize_embeddings, truncate_dim, precision, convert_to_tensor)
+        rationales = [self._decoded(records[text]) for text in texts] if return_rationales else []
         if isinstance(inputs, str):
-            return (vectors[0], chosen[0]) if return_rationales else vectors[0]
-        return (vectors, chosen) if return_rationales else vectors
+            return (vectors[0], rationales[0]) if return_rationales else vectors[0]
+        return (vectors, rationales) if return_rationales else vectors
 
     def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """Embed queries; the model is asked the same of a query as of any text. Options are those of `encode`."""
+        """Embed queries. They get the same prompt as any text; options are those of `encode`."""
         return self.encode(inputs, **options)
 
     def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
@@ -188,18 +191,18 @@ class GraceEncoder:
         return first @ second.T
 
     def describe(self, **options: Any) -> dict[str, Any]:
-        """Everything that decides a vector besides text and weights, as `encode` with these options would have it."""
-        thinking = None
+        """Everything besides text and weights that decides the vectors of `encode` with these options."""
+        sampling = None
         if options.get("think", True):
-            thinking = self._thinking(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
+            sampling = self._sampling(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
         prompt = self.settings.model_dump(include={"system_prompt", "max_prompt_length", "truncation"})
-        return {**prompt, **self._sampling(thinking), **self._pooling()}
+        return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling()}
 
     def close(self) -> None:
         """Flush and close the store, and end the engine."""
         if self.store:
             self.store.close()
-        self.model.close()
+        self.backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,60 +210,74 @@ class GraceEncoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _thinking(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Thinking:
+    def _sampling(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
         settings = self.settings
         limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-        context = self.model.size.context
+        context = self.backend.size.context
         if context is not None and settings.max_prompt_length + limit > context:
             raise ValueError(
                 f"max_prompt_length={settings.max_prompt_length} and max_new_tokens={limit} are more than the model's "
-                f"{context} positions, beyond which it writes nonsense; lower one of them"
+                f"{context} positions, beyond which its output is meaningless; lower one of them"
             )
-        if limit > settings.max_new_tokens and self.model.spec.engine == "vllm":
+        if limit > settings.max_new_tokens and self.backend.spec.engine == "vllm":
             raise ValueError(
                 f"max_new_tokens={limit} is more than the {settings.max_new_tokens} that vllm is started for; give "
                 f"GraceEncoder(..., max_new_tokens={limit})"
             )
-        return Thinking(limit, settings.temperature if temperature is None else temperature, seed)
+        return Sampling(limit, settings.temperature if temperature is None else temperature, seed)
 
-    def _shelf(self, thinking: Thinking | None) -> Shelf | None:
-        if not self.store:
-            return None
-        return open_shelf(self.store, {"weights": self.revision, **self._sampling(thinking)}, self._pooling())
-
-    def _render(self, texts: Sequence[str]) -> list[Prompt]:
+    def _records(self, texts: Sequence[str], sampling: Sampling | None) -> dict[str, TextRecord]:
+        """A record for each of several different texts; without sampling their rationales are empty."""
         prompts = self.renderer.render([rationale_messages(text, self.settings.system_prompt) for text in texts])
+        self.usage.unique_texts += len(texts)
         self.usage.shortened += sum(prompt.shortened for prompt in prompts)
         self.usage.empty_texts += sum(not prompt.text for prompt in prompts)
-        return prompts
+        rationale = None if sampling else NO_RATIONALE
+        seed = sampling.seed if sampling else 0
+        return {
+            text: TextRecord(index, prompt, row_seed(seed, prompt.ids), rationale)
+            for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+        }
+
+    def _call_store(self, sampling: Sampling | None) -> CallStore | NoStore:
+        if self.store is None:
+            return NoStore()
+        described = {"weights": self.revision, **self._describe_sampling(sampling)}
+        return CallStore(self.store, described, self._describe_pooling(), self._decode)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _sampling(self, thinking: Thinking | None) -> dict[str, Any]:
-        """What decides a rationale besides weights and prompt."""
-        if thinking is None:
-            return {"think": False}
-        spec = self.model.spec
-        engine = {"engine": spec.engine, "dtype": spec.dtype_name, **({"ignore_eos": True} if spec.ignore_eos else {})}
-        return {"think": True, **engine, **asdict(thinking)}
+    def _decoded(self, record: TextRecord) -> str:
+        assert record.rationale is not None
+        return self._decode(record.rationale.ids)
 
-    def _pooling(self) -> dict[str, Any]:
+    # The store's keys are hashes of these two: another name or value would find nothing that was stored before.
+
+    def _describe_sampling(self, sampling: Sampling | None) -> dict[str, Any]:
+        """What decides a rationale besides weights and prompt."""
+        if sampling is None:
+            return {"think": False}
+        spec = self.backend.spec
+        engine = {"engine": spec.engine, "dtype": spec.dtype_name, **({"ignore_eos": True} if spec.ignore_eos else {})}
+        return {"think": True, **engine, **asdict(sampling)}
+
+    def _describe_pooling(self) -> dict[str, Any]:
         """What decides a vector besides the rationale."""
         settings = self.settings
         return {"pooling": settings.pooling, "span": settings.span, "pool_system_prompt": settings.pool_system_prompt,
-                "forward_dtype": self.model.spec.dtype_name}  # fmt: skip
+                "forward_dtype": self.backend.spec.dtype_name}  # fmt: skip
 
 
 def _finish_vectors(
     means: np.ndarray, normalize: bool, truncate_dim: int | None, precision: Precision, convert_to_tensor: bool
 ) -> Any:
-    """Cut, scale and convert [N,H] float32 means; what is cut has unit length after the cut."""
+    """Cut, normalise and convert [N,H] float32 means; cutting comes first, so that the result has unit length."""
     vectors = torch.from_numpy(means[:, :truncate_dim])
     vectors = unit(vectors) if normalize else vectors
     if precision == "float32":
         return vectors if convert_to_tensor else vectors.numpy()
-    # Here, because the import takes seconds and few need it.
+    # Imported here: it takes seconds, and only int8 needs it.
     from sentence_transformers.util import quantize_embeddings
 
     quantized = quantize_embeddings(vectors.numpy(), precision)

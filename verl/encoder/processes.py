@@ -1,28 +1,43 @@
-"""Several processes with a model each, so that an encoder uses all GPUs: work is spread, results come as they are made.
+"""The backend of an encoder in several processes: texts are spread over them, and results come back as they are made.
 
-Neighbouring processes may share one vllm engine (tensor parallelism); each embeds rows of its own all the same.
+With tensor parallelism neighbouring processes share one vllm engine; each of them still embeds texts of its own.
 """
 
 import os
 import traceback
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
-from verl.encoder.backend import Embedded, EmbeddingModel, ModelSize, ModelSpec, Thought, Work, free_port
+from verl.embedding.settings import EmbedderSettings
+from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec, free_port
+from verl.encoder.record import Sampling, TextRecord
 from verl.utils.logging import quiet_libraries
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.workers.rollout.base import RolloutError
 
+# Seconds that a process has to end after its connection is closed.
 _END_SECONDS = 30
 
 
-class ModelPool:
-    """`num_processes` of `EmbeddingModel`, one for each visible GPU, or sharing the cores of a CPU.
+@dataclass(frozen=True)
+class _Process:
+    """Which of the processes one is."""
+
+    rank: int
+    num_processes: int
+    group: int
+    """Processes that share an engine."""
+    port: int
+    """Where those of an engine meet."""
+
+
+class ProcessesBackend:
+    """A `Backend` in each of `num_processes` processes, one per visible GPU, or sharing the cores of a CPU.
 
     Args:
         spec: its tensor_parallel_size divides num_processes.
@@ -45,9 +60,8 @@ class ModelPool:
         ports = [free_port() for _ in range(num_processes // self._group)]
         for rank in range(num_processes):
             ours, theirs = context.Pipe()
-            place = {"rank": rank, "num_processes": num_processes, "group": self._group,
-                     "port": ports[rank // self._group]}  # fmt: skip
-            process = context.Process(target=_serve, args=(theirs, spec, place), daemon=True)
+            which = _Process(rank, num_processes, self._group, ports[rank // self._group])
+            process = context.Process(target=_serve, args=(theirs, spec, which), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -58,35 +72,30 @@ class ModelPool:
             self.close()
             raise
 
-    def run(self, work: Work) -> Iterator[Thought | Embedded]:
-        """See `EmbeddingModel.run`; items are spread over the engines by their tokens.
+    def run(
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
+    ) -> Iterator[Batch]:
+        """See `Backend.run`; texts are spread over the engines by their tokens.
 
         Raises:
             RolloutError: a process failed or ended; the message ends with its own traceback.
         """
-        costs = [len(item.prompt.ids) + (work.max_new_tokens if item.rationale is None else len(item.rationale))
-                 for item in work.items]  # fmt: skip
-        parts = balanced_partitions(costs, len(self._connections) // self._group)
-        if self._connections[0].closed:
-            raise RolloutError("the encoder's processes have ended, after a failure or close(); make a new encoder")
-        for rank, connection in enumerate(self._connections):
-            part = parts[rank // self._group]
-            try:
-                connection.send(replace(work, items=[work.items[i] for i in part]))
-            except BrokenPipeError:
-                self._receive(rank)  # says what became of it
+        by_index = {text.index: text for text in texts}
+        self._send(texts, settings, sampling, batch_size)
         busy: dict[Any, int] = {connection: rank for rank, connection in enumerate(self._connections)}
         try:
             while busy:
-                for ready in wait(list(busy)):
-                    rank = busy[ready]
-                    made = self._receive(rank)
-                    if made is None:
-                        del busy[ready]
-                    else:
-                        yield _at(made, parts[rank // self._group])
+                for connection in wait(list(busy)):
+                    batch = self._receive(busy[connection])
+                    if batch is None:
+                        del busy[connection]
+                        continue
+                    own = [by_index[copy.index] for copy in batch.texts]
+                    for text, copy in zip(own, batch.texts, strict=True):
+                        setattr(text, batch.filled, getattr(copy, batch.filled))
+                    yield replace(batch, texts=own)
         finally:
-            if busy:  # somebody else's failure: what is under way would answer the next call
+            if busy:  # One failed, or the caller stopped: what the others still send would answer the next call.
                 self.close()
 
     def close(self) -> None:
@@ -98,6 +107,22 @@ class ModelPool:
             if process.is_alive():
                 process.kill()
 
+    def _send(
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
+    ) -> None:
+        """Give each engine a share of the texts with about as many tokens as the others' shares."""
+        if self._connections[0].closed:
+            raise RolloutError("the encoder's processes have ended, after a failure or close(); make a new encoder")
+        limit = sampling.max_new_tokens if sampling else 0
+        costs = [len(t.prompt.ids) + (limit if t.rationale is None else len(t.rationale.ids)) for t in texts]
+        parts = balanced_partitions(costs, len(self._connections) // self._group)
+        for rank, connection in enumerate(self._connections):
+            share = [texts[i] for i in parts[rank // self._group]]
+            try:
+                connection.send((share, settings, sampling, batch_size))
+            except BrokenPipeError:
+                self._receive(rank)  # raises, with the reason
+
     def _receive(self, rank: int) -> Any:
         try:
             message = self._connections[rank].recv()
@@ -105,48 +130,45 @@ class ModelPool:
             self._processes[rank].join(_END_SECONDS)
             code = self._processes[rank].exitcode
             raise RolloutError(
-                f"process {rank} of the encoder ended with exit code {code}; -9 is what a lack of memory looks like"
+                f"process {rank} of the encoder ended with exit code {code}; -9 usually means that memory ran out"
             ) from None
         if isinstance(message, str):
             raise RolloutError(f"process {rank} of the encoder failed:\n{message}")
         return message
 
 
-def _at(made: Thought | Embedded, part: list[int]) -> Thought | Embedded:
-    """With the positions of the whole work."""
-    if isinstance(made, Thought):
-        return replace(made, responses={part[i]: response for i, response in made.responses.items()})
-    return replace(made, places=[part[i] for i in made.places])
+def _serve(connection: Connection, spec: ModelSpec, which: _Process) -> None:
+    """What a process does.
 
-
-def _serve(connection: Connection, spec: ModelSpec, place: dict[str, int]) -> None:
-    """The life of a process: its size, then for each work what it makes and None; a traceback as text when it fails."""
+    It sends the model's size, then for each request its batches and None. When it fails it sends the traceback, a
+    string.
+    """
     try:
-        _take_place(spec, **place)
-        model = EmbeddingModel(spec)
-        connection.send(model.size)
+        _set_up_process(spec, which)
+        backend = Backend(spec)
+        connection.send(backend.size)
         while True:
-            work = connection.recv()
-            for made in model.run(work, place["rank"] % place["group"], place["group"]):
-                connection.send(made)
+            request = connection.recv()
+            for batch in backend.run(*request, rank=which.rank % which.group, group=which.group):
+                connection.send(batch)
             connection.send(None)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return  # the encoder is closed
+        return  # the encoder was closed
     except BaseException:
         connection.send(traceback.format_exc())
         raise
 
 
-def _take_place(spec: ModelSpec, rank: int, num_processes: int, group: int, port: int) -> None:
-    """Environment and devices, before anything touches them."""
+def _set_up_process(spec: ModelSpec, which: _Process) -> None:
+    """Set environment and threads, before any library reads them."""
     quiet_libraries()
     if spec.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(num_processes)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[rank]
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
+        names = visible.split(",") if visible else [str(i) for i in range(which.num_processes)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[which.rank]
+    threads = max(1, (os.cpu_count() or 1) // which.num_processes)
     torch.set_num_threads(threads)
     os.environ.update(
-        RANK=str(rank % group), LOCAL_RANK="0", WORLD_SIZE=str(group), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS=str(threads),
+        RANK=str(which.rank % which.group), LOCAL_RANK="0", WORLD_SIZE=str(which.group), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(which.port), OMP_NUM_THREADS=str(threads),
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Rationales and vectors on disk, so that no text is thought about twice and a killed run loses little.
+"""Rationales and vectors on disk, so that none is generated twice and a killed run loses little.
 
 The store is an SQLite database in write-ahead mode. Processes of one machine may share it, also while they write; a
-`kill -9` at any moment leaves it whole and takes at most what was added since the last flush. A file system
-shared by several machines is not supported by SQLite's write-ahead mode: give each machine a store of its own.
+`kill -9` at any moment leaves it intact and loses at most what was added since the last flush. SQLite's write-ahead
+mode does not work on a file system that several machines share: give each machine a store of its own.
 
 A row is found by a key: the hash of everything that decides its content. A rationale's key covers weights, sampling and
-the ids of the rendered prompt (in which system prompt, template, role and text are); a vector's covers the rationale's
-key and the pooling. So another pooling re-uses rationales, and no setting ever finds what another one made.
+the ids of the rendered prompt (which hold system prompt, template, role and text); a vector's key covers the
+rationale's key and the pooling. So another pooling re-uses rationales, and no setting finds what another one made.
 """
 
 import hashlib
@@ -20,13 +20,15 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from verl.encoder.record import Rationale
+
 FILE_NAME = "store.sqlite"
 FLUSH_ROWS = 1000
 FLUSH_SECONDS = 5.0
 _VERSION = 1
 _BUSY_SECONDS = 60
-# Keys of one query; SQLite's own limit is 32,766.
-_LOOKUP = 500
+# Most keys of one query; SQLite's own limit is 32,766.
+_LOOKUP_KEYS = 500
 _SCHEMA = """
 CREATE TABLE context (key BLOB PRIMARY KEY, description TEXT NOT NULL);
 CREATE TABLE rationale (key BLOB PRIMARY KEY, context BLOB NOT NULL, text TEXT NOT NULL, rationale TEXT NOT NULL,
@@ -39,18 +41,10 @@ class StoreError(RuntimeError):
     """The store cannot be used; the message names its file and a way out."""
 
 
-class Rationale(NamedTuple):
-    """What the model wrote about one text."""
+class _Pending(NamedTuple):
+    """A rationale that is not on disk yet."""
 
-    ids: tuple[int, ...]
-    """Token ids, the end token included when there is one."""
-    truncated: bool
-    """Whether it hit the length limit."""
-
-
-class StoredRationale(NamedTuple):
-    """A rationale with what a reader of the store wants to see."""
-
+    context: bytes
     rationale: Rationale
     text: str
     decoded: str
@@ -60,15 +54,15 @@ class EmbeddingStore:
     """The rationales and vectors of any number of models and settings.
 
     Args:
-        folder: made when it is not there.
+        folder: created when it does not exist.
 
     Raises:
-        StoreError: the folder or its database cannot be opened, or another version wrote it.
+        StoreError: the folder or its database cannot be opened, or another version of the store wrote it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / FILE_NAME
-        self._rationales: dict[bytes, tuple[bytes, StoredRationale]] = {}
+        self._rationales: dict[bytes, _Pending] = {}
         self._vectors: dict[bytes, tuple[bytes, np.ndarray]] = {}
         self._flushed_at = time.monotonic()
         try:
@@ -79,48 +73,53 @@ class EmbeddingStore:
             raise self._explained(error) from error
 
     def open_context(self, description: Mapping[str, Any]) -> bytes:
-        """The key of a set of settings, which is kept in words beside it."""
+        """The key of a set of settings; the settings are stored with it as JSON."""
         text = json.dumps(description, sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(text.encode()).digest()
         self._write("INSERT OR IGNORE INTO context VALUES (?, ?)", [(key, text)])
         return key
 
     def find_rationales(self, keys: Sequence[bytes]) -> dict[bytes, Rationale]:
-        """Those of `keys` that are there."""
-        found = {key: self._rationales[key][1].rationale for key in keys if key in self._rationales}
+        """The rationales of those `keys` that are stored."""
+        found = {key: self._rationales[key].rationale for key in keys if key in self._rationales}
         for key, ids, truncated in self._look_up("SELECT key, ids, truncated FROM rationale WHERE key IN", keys):
             found[key] = Rationale(tuple(np.frombuffer(ids, "<i4").tolist()), bool(truncated))
         return found
 
     def find_vectors(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """Those of `keys` that are there: [H] float32 each."""
+        """The vectors of those `keys` that are stored: [H] float32 each."""
         found = {key: self._vectors[key][1] for key in keys if key in self._vectors}
         for key, vector in self._look_up("SELECT key, vector FROM vector WHERE key IN", keys):
             found[key] = np.frombuffer(vector, "<f4")
         return found
 
-    def add_rationales(self, context: bytes, rationales: Mapping[bytes, StoredRationale]) -> None:
-        """Keep rationales under their keys; on disk after the next flush."""
-        self._rationales |= {key: (context, stored) for key, stored in rationales.items()}
+    def add_rationale(self, context: bytes, key: bytes, rationale: Rationale, text: str, decoded: str) -> None:
+        """Keep a rationale under its key; on disk after the next flush.
+
+        Args:
+            context: from `open_context`.
+            text, decoded: what was embedded, and the rationale as text, for people who read the database.
+        """
+        self._rationales[key] = _Pending(context, rationale, text, decoded)
         self._flush_if_due()
 
-    def add_vectors(self, context: bytes, vectors: Mapping[bytes, np.ndarray]) -> None:
-        """Keep [H] float32 vectors under their keys; on disk after the next flush."""
-        self._vectors |= {key: (context, vector) for key, vector in vectors.items()}
+    def add_vector(self, context: bytes, key: bytes, vector: np.ndarray) -> None:
+        """Keep an [H] float32 vector under its key; on disk after the next flush."""
+        self._vectors[key] = (context, vector)
         self._flush_if_due()
 
     def flush(self) -> None:
-        """Write what was added, in one transaction.
+        """Write what was added: the rationales in one transaction, the vectors in another.
 
         Raises:
             StoreError: it could not be written; the disk may be full.
         """
-        # A key that another process wrote first keeps that row.
+        # OR IGNORE: a row that another process wrote first under the same key stays.
         self._write(
             "INSERT OR IGNORE INTO rationale VALUES (?, ?, ?, ?, ?, ?)",
             [
-                (key, context, r.text, r.decoded, np.array(r.rationale.ids, "<i4").tobytes(), r.rationale.truncated)
-                for key, (context, r) in self._rationales.items()
+                (key, r.context, r.text, r.decoded, np.array(r.rationale.ids, "<i4").tobytes(), r.rationale.truncated)
+                for key, r in self._rationales.items()
             ],
         )
         self._write(
@@ -132,7 +131,7 @@ class EmbeddingStore:
         self._flushed_at = time.monotonic()
 
     def count(self) -> tuple[int, int]:
-        """Rationales and vectors on disk."""
+        """How many rationales and how many vectors are on disk."""
         (rationales,), (vectors,) = (
             self._database.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("rationale", "vector")
         )
@@ -153,7 +152,7 @@ class EmbeddingStore:
     def _prepare(self) -> None:
         database = self._database
         database.execute("PRAGMA journal_mode = WAL")
-        # In write-ahead mode this survives a killed process; only a power cut can take the last transactions.
+        # In write-ahead mode this survives a killed process; only a power cut can lose the last transactions.
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("BEGIN IMMEDIATE")
         (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -174,11 +173,11 @@ class EmbeddingStore:
             self.flush()
 
     def _look_up(self, query: str, keys: Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
-        for start in range(0, len(keys), _LOOKUP):
-            some = keys[start : start + _LOOKUP]
-            places = ",".join("?" * len(some))
+        for start in range(0, len(keys), _LOOKUP_KEYS):
+            some = keys[start : start + _LOOKUP_KEYS]
+            marks = ",".join("?" * len(some))
             try:
-                yield from self._database.execute(f"{query} ({places})", some).fetchall()
+                yield from self._database.execute(f"{query} ({marks})", some).fetchall()
             except sqlite3.Error as error:
                 raise self._explained(error) from error
 
@@ -203,7 +202,7 @@ class EmbeddingStore:
 
 
 def row_key(context: bytes, *parts: bytes | Sequence[int]) -> bytes:
-    """The key of one row: its context and what is its own (bytes, or token ids)."""
+    """The key of one row: a hash of its context and of the parts (bytes, or token ids) that are its own."""
     digest = hashlib.sha256(context)
     for part in parts:
         digest.update(part if isinstance(part, bytes) else np.array(part, "<i4").tobytes())

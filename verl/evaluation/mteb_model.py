@@ -36,7 +36,7 @@ class GraceMTEB(AbsEncoder):
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
     """mteb keeps results by name, revision and experiment: here those are the weights' hash and every setting."""
-    size = encoder.model.size
+    size = encoder.backend.size
     return ModelMeta(
         loader=None,
         name=f"GRACE/{name}",

@@ -1,0 +1,45 @@
+"""What is known of one text during one call of an encoder, from its prompt to its vector."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from verl.embedding.prompts import Prompt
+
+
+class Rationale(NamedTuple):
+    """What the model wrote about one text."""
+
+    ids: tuple[int, ...]
+    """Token ids, the end token included when there is one."""
+    truncated: bool
+    """Whether it hit the length limit."""
+
+
+NO_RATIONALE = Rationale((), False)
+"""The rationale of a text that is embedded without one."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the rationales of one call are sampled."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class TextRecord:
+    """One of the different texts of a call. The store and the backend fill in what is missing."""
+
+    index: int
+    """Position among the different texts of the call."""
+    prompt: Prompt
+    seed: int
+    """Of its rationale, below 2**56."""
+    rationale: Rationale | None = None
+    """None = not known yet."""
+    vector: np.ndarray | None = None
+    """[H] float32, the mean of the pooled hidden states, not normalised; None = not known yet."""
