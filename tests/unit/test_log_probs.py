@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from verl.models.log_probs import token_log_probs
+from verl.models.onednn import TrainedLinear
 
 VOCAB, HIDDEN, TOKENS = 53, 12, 29
 TEMPERATURE = 0.7
@@ -23,12 +24,14 @@ def reference(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> tu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [1, 4, 29, 1000])
-def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk):
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk, by_onednn):
     monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * VOCAB * rows_per_chunk})
     torch.manual_seed(0)
     exact = nn.Linear(HIDDEN, VOCAB, bias=bias).double()
     head = nn.Linear(HIDDEN, VOCAB, bias=bias)
     head.load_state_dict(exact.state_dict())
+    head = TrainedLinear(head) if by_onednn else head
     hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
     exact_hidden = hidden.detach().double().requires_grad_()
     target, weights = torch.randint(0, VOCAB, (TOKENS,)), torch.randn(2, TOKENS)

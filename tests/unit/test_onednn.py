@@ -1,13 +1,17 @@
-"""Linear layers in oneDNN's layout against torch's own product."""
+"""Linear layers that multiply by oneDNN against torch's own product, and without oneDNN's operations."""
+
+import logging
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 from torch import nn
 
+from verl.models import onednn
 from verl.models.attention import ATTENTION
+from verl.models.log_probs import token_log_probs
 from verl.models.onednn import PackedLinear, TrainedLinear, pack_linears, replace_linears
-from verl.models.policy import build_twin
+from verl.models.policy import PolicyModel, build_twin, load_causal_lm
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -29,7 +33,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         assert torch.equal(packed(rows), packed(x)[: len(rows)])
 
 
-def test_a_new_weight_is_multiplied_by_after_it_was_loaded():
+def test_a_loaded_weight_replaces_the_former_one():
     linear, other = (nn.Linear(16, 8, bias=False).requires_grad_(False) for _ in range(2))
     packed = PackedLinear(linear, keep_weight=False)
     packed.load(other.weight)
@@ -37,7 +41,7 @@ def test_a_new_weight_is_multiplied_by_after_it_was_loaded():
     torch.testing.assert_close(packed(x), other(x))
 
 
-def test_a_weight_changed_in_place_afterwards_changes_nothing():
+def test_the_packed_weight_is_a_copy():
     linear = nn.Linear(16, 16, bias=False).requires_grad_(False)
     packed, x = PackedLinear(linear, keep_weight=True), torch.randn(4, 16)
     before = packed(x)
@@ -45,7 +49,7 @@ def test_a_weight_changed_in_place_afterwards_changes_nothing():
     assert torch.equal(packed(x), before)
 
 
-def test_a_gradient_is_refused_and_not_dropped():
+def test_a_packed_layer_rejects_a_gradient():
     packed = PackedLinear(nn.Linear(4, 4), keep_weight=False)
     with pytest.raises(RuntimeError, match="no gradient"):
         packed(torch.randn(2, 4, requires_grad=True))
@@ -110,3 +114,63 @@ def test_replaced_layers_hold_the_same_parameters_and_can_be_packed():
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     pack_linears(lm.requires_grad_(False))
     assert not any(type(module) is TrainedLinear for module in lm.modules())
+
+
+ROWS = torch.arange(20, 60).view(2, 20)
+
+
+def head_log_probs(lm, hidden: torch.Tensor) -> torch.Tensor:
+    target = torch.arange(hidden.shape[1])
+    return token_log_probs(lm.get_output_embeddings(), hidden[0], target, 1.0, entropy=False)[0]
+
+
+def outputs_and_gradients(folder: str) -> dict[str, torch.Tensor]:
+    """Log-probs, and weight gradients, of a loaded policy and of its packed twin."""
+    policy = PolicyModel(load_causal_lm(folder))
+    hidden = torch.linspace(-1, 1, 20 * 64).view(1, 20, 64)
+    layer = policy.lm.model.layers[0].mlp.up_proj
+    scored = head_log_probs(policy.lm, layer(hidden)[..., :64])
+    scored.sum().backward()
+    gradients = {name: p.grad for name, p in policy.lm.named_parameters() if p.grad is not None}
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"} <= gradients.keys()
+    twin = build_twin(policy.lm, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        twin_layer = twin.model.layers[0].mlp.up_proj
+        (twin_layer.load if isinstance(twin_layer, PackedLinear) else twin_layer.weight.copy_)(layer.weight)
+        product = twin_layer(hidden)
+    return {"log_probs": scored.detach(), "twin": product, **gradients}
+
+
+def absent(*_):
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+
+def wrong(rows, weight):
+    return torch.ones(len(rows), 8)
+
+
+@pytest.mark.parametrize(("broken", "reason"), [(absent, "no attribute '_linear_pointwise'"), (wrong, "are wrong")])
+def test_without_the_operations_layers_are_torchs_own_and_one_warning_says_so(
+    tmp_path, monkeypatch, caplog, broken, reason
+):
+    folder = str(save_tiny(tmp_path / "model"))
+    onednn._works.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        expected = outputs_and_gradients(folder)
+        assert not caplog.records and onednn._works()
+        monkeypatch.setattr(onednn, "_multiply", broken)
+        monkeypatch.setattr(onednn, "_works", onednn.cache(onednn._works.__wrapped__))
+        found = outputs_and_gradients(folder)
+    (record,) = caplog.records
+    assert reason in record.getMessage() and "torch's own linear layers are used" in record.getMessage()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-4)
+
+
+def test_loading_a_model_calls_none_of_the_operations(tmp_path, monkeypatch):
+    """A GPU worker loads on the CPU too; where it runs, `TrainedLinear` is torch's own."""
+    monkeypatch.setattr(onednn, "_multiply", absent)
+    monkeypatch.setattr(onednn, "_pack", absent)
+    lm = load_causal_lm(str(save_tiny(tmp_path / "model")))
+    assert type(lm.get_output_embeddings()) is TrainedLinear

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from tiny import tiny_model
+from transformers import Qwen2ForCausalLM
 
 from verl.embedding.pooling import unit
 from verl.models.attention import ATTENTION
+from verl.models.onednn import replace_linears
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel
+from verl.models.policy import PolicyModel, load_causal_lm
 
 TEMPERATURE = 0.7
 
@@ -32,8 +34,10 @@ def make_rows(seed: int = 0) -> list[Row]:
 
 
 def packed_policy(tie: bool = True) -> PolicyModel:
+    """A policy as `load_causal_lm` returns it."""
     lm = tiny_model(tie)
     lm.set_attn_implementation(ATTENTION)
+    replace_linears(lm)
     return PolicyModel(lm)
 
 
@@ -90,9 +94,9 @@ def test_packed_equals_padded_with_gradients(share, checkpointing, tie):
 def test_sharing_computes_a_prompt_and_the_common_beginning_once():
     rows = make_rows()
     tokens = sum(len(r.prompt) + len(r.response) for r in rows)
-    twice_too_many = 2 * 9 + 5 * 20  # the shared prompt's tail for two more rows, the beginning for five
+    shared = 2 * 9 + 5 * 20  # the rest of the shared prompt in two rows, the common beginning in five
     assert pack(rows, share_prompts=False).input_ids.shape[1] == tokens
-    assert pack(rows, share_prompts=True).input_ids.shape[1] == tokens - twice_too_many
+    assert pack(rows, share_prompts=True).input_ids.shape[1] == tokens - shared
 
 
 def test_scored_positions_say_which_row_and_column_they_belong_to():
@@ -130,13 +134,8 @@ def test_rows_beyond_a_sliding_window_are_an_error():
         policy(pack(make_rows(), share_prompts=True))
 
 
-def test_a_model_whose_logits_are_changed_after_the_head_is_refused(tmp_path, monkeypatch):
-    from tiny import save_tiny
-    from transformers import Qwen2ForCausalLM
-
-    from verl.models.policy import load_causal_lm
-
-    folder = str(save_tiny(tmp_path / "model"))
+def test_a_model_whose_logits_are_changed_after_the_head_is_rejected(tiny_folder, monkeypatch):
+    folder = str(tiny_folder)
     load_causal_lm(folder)
     plain = Qwen2ForCausalLM.forward
 

@@ -1,19 +1,23 @@
-"""Log-probs of tokens from hidden states, without keeping logits: forward and backward go chunk by chunk.
+"""Log-probs of tokens from hidden states without keeping logits: forward and backward work in chunks of tokens.
 
-Shapes: S tokens, H hidden size, V vocabulary. Of a chunk's logits [chunk,V] one copy is alive at a time, and every pass
-over it is in place: on a CPU a chunk fits the cache, so passes over logits cost little beside the products.
+Shapes: S tokens, H hidden size, V vocabulary. One chunk's logits [chunk,V] exist at a time, and they are changed in
+place: on a CPU a chunk fits the cache, so that all these passes cost little compared with the matrix products.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from verl.models.onednn import product
+from verl.models.onednn import TrainedLinear, plain_product, product
 
-# Bytes of a chunk's float32 logits: on a CPU about half of a last-level cache, on CUDA enough to fill the device.
+# Bytes of a chunk's float32 logits: about half of a CPU's last-level cache; on CUDA enough to keep the device busy.
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+
+_Product = Callable[[Tensor], Tensor]
+_Multiplier = Callable[[Tensor], _Product]
 
 
 def token_log_probs(
@@ -22,15 +26,20 @@ def token_log_probs(
     """Log-probs of `target` under softmax(head(hidden) / temperature), differentiable in hidden and the head.
 
     Args:
-        head: the model's output layer, `weight` [V,H] and `bias` [V] or None.
+        head: the model's output layer, `weight` [V,H] and `bias` [V] or None. A `TrainedLinear` multiplies by oneDNN
+            where that helps.
         hidden: [S,H].
         target: [S] int64.
-        entropy: whether the distributions' entropies are wanted too.
+        temperature: divides the logits.
+        entropy: whether to compute the entropies of the distributions too.
 
     Returns:
         Log-probs [S] float32, and entropies [S] float32 or None.
     """
-    log_probs, entropies = _TokenLogProbs.apply(hidden, head.weight, head.bias, target, temperature, entropy)
+    multiplier = product if isinstance(head, TrainedLinear) else plain_product
+    log_probs, entropies = _TokenLogProbs.apply(
+        hidden, head.weight, head.bias, target, temperature, entropy, multiplier
+    )
     return log_probs, entropies if entropy else None
 
 
@@ -42,10 +51,11 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        # A micro-batch of anchors alone scores nothing; packing the weight would be all it does here.
-        multiply = product(weight) if len(hidden) else None
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float,
+        entropy: bool, multiplier: _Multiplier,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # A micro-batch that holds only anchors has no scored tokens: then the weight need not be packed.
+        multiply = multiplier(weight) if len(hidden) else None
         log_z, log_probs = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
         entropies = torch.zeros_like(log_probs)
         for rows in _chunks(hidden, weight):
@@ -56,7 +66,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 entropies[rows] = log_z[rows] - torch.linalg.vecdot((z - log_z[rows].unsqueeze(-1)).exp_(), z)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, log_z, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.multiplier = temperature, multiplier
         return log_probs, entropies
 
     @staticmethod
@@ -64,7 +74,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
         grad_log_probs = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs
-        multiply, multiply_back = product(weight), product(weight.T)
+        multiply, multiply_back = ctx.multiplier(weight), ctx.multiplier(weight.T)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         if not len(hidden):
@@ -80,11 +90,11 @@ class _TokenLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = multiply_back(grad)
-            # The first chunk fills the gradient, so that it need not be cleared before.
+            # The first chunk overwrites the gradient, the others add to it.
             torch.addmm(grad_weight, grad.T, hidden[rows], beta=float(rows.start > 0), out=grad_weight)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -1,12 +1,15 @@
 """Linear layers that multiply by oneDNN: float32, on a CPU.
 
-torch multiplies float32 matrices on a CPU by MKL. That is a tenth slower beside a thousand rows; and it lays the weight
-out anew in every call, which is most of the time of the few dozen rows that are decoded together. So a weight that is
-not trained is held in oneDNN's layout, and one that is trained is multiplied by as it lies.
+torch multiplies float32 matrices on a CPU with MKL. That is about 10 % slower than oneDNN with a thousand rows, and it
+repacks the weight in every call, which is most of the time of the few dozen rows that are decoded together. So a weight
+that is not trained is kept in oneDNN's layout, and one that is trained is multiplied in torch's.
+
+The operations are private ones of torch. Where they are missing or compute something else, the layers are torch's own.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# oneDNN chooses the layout for a number of rows; one for this many is good from one row to thousands.
+# oneDNN chooses the layout for a number of rows; the layout for this many is fast from one row to thousands.
 _TYPICAL_ROWS = 128
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with a weight that is held in oneDNN's layout alone.
+    """y = x W^T + b with a weight that is kept only in oneDNN's layout.
 
     Args:
-        linear: the layer that it takes the place of.
-        keep_weight: the weight is another module's too (a tied embedding), so it stays as it is beside the packed copy.
-            Otherwise `weight` becomes a parameter without numbers that carries the name and the shape.
+        linear: the layer that it replaces.
+        keep_weight: another module uses the weight too (a tied embedding), so it is kept beside the packed copy.
+            Otherwise `weight` becomes a meta parameter: a name and a shape without numbers.
     """
 
     def __init__(self, linear: nn.Linear, keep_weight: bool) -> None:
@@ -37,7 +40,7 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def load(self, weight: Tensor) -> None:
-        """Take over a weight [out_features, in_features] float32."""
+        """Use a new weight [out_features, in_features] float32."""
         self._packed = _pack(weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -52,9 +55,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(lm: nn.Module) -> None:
-    """Put a `PackedLinear` in the place of every linear layer of a model that will not be trained.
+    """Replace every linear layer of a model that will not be trained by a `PackedLinear`.
 
-    Does nothing where it would not help: off the CPU, in another dtype than float32, or without oneDNN.
+    Does nothing off the CPU, in another dtype than float32, or where oneDNN's operations do not work.
     """
     if not all(_helps(weight) for weight in lm.parameters()):
         return
@@ -67,21 +70,21 @@ def pack_linears(lm: nn.Module) -> None:
 
 
 class TrainedLinear(nn.Linear):
-    """A linear layer with a gradient. Off the CPU, or in another dtype, it is torch's own."""
+    """A linear layer with a gradient. It is torch's own where oneDNN does not help (see `pack_linears`)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _helps(self.weight) or x.dtype != torch.float32:
+        if x.dtype != torch.float32 or not _helps(self.weight):
             return super().forward(x)
         y = _Product.apply(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
 def replace_linears(lm: nn.Module) -> None:
-    """Put a `TrainedLinear` with the same parameters in the place of every linear layer."""
+    """Replace every linear layer by a `TrainedLinear` with the same parameters."""
     for parent, name, linear in _linears(lm):
         setattr(parent, name, TrainedLinear(linear))
 
@@ -99,22 +102,25 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         of_rows, of_weight = ctx.needs_input_grad
-        # The weight's gradient sums over all rows; there MKL is the faster one.
+        # The weight's gradient is a sum over all rows; MKL is faster there.
         return _multiply(grad, weight.T) if of_rows else None, grad.T @ rows if of_weight else None
 
 
 def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function x [N, in] to x W^T [N, out] of a weight that does not change meanwhile; it has no gradient.
+    """The function x [N, in] to x W^T [N, out], without a gradient, of a weight that does not change meanwhile.
 
-    Packing the weight costs as much as multiplying a few rows, so it pays from some dozen rows on.
+    Packing the weight costs as much as multiplying a few rows, so it pays from a few dozen rows on.
     """
-    if not _helps(weight):
-        return partial(F.linear, weight=weight)
-    return partial(_multiply, weight=_pack(weight))
+    return partial(_multiply, weight=_pack(weight)) if _helps(weight) else plain_product(weight)
+
+
+def plain_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same function by torch's own product."""
+    return partial(F.linear, weight=weight)
 
 
 def _linears(lm: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every plain linear layer, with its parent and its name there; not those of a class that does more."""
+    """Every plain linear layer, with its parent and its name there; a subclass that does more is left alone."""
     for parent in list(lm.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and type(child) in (nn.Linear, TrainedLinear):
@@ -122,7 +128,27 @@ def _linears(lm: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _helps(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _works()
+
+
+@cache
+@torch.no_grad()
+def _works() -> bool:
+    """Whether torch has the operations and they multiply correctly: tried once in a process, a failure is logged."""
+    rows, weight = (torch.linspace(-1, 1, n * 16, device="cpu").view(n, 16) for n in (3, 8))
+    try:
+        found = [_multiply(rows, weight), _multiply(rows, _pack(weight))]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    else:
+        if all(torch.allclose(y, rows @ weight.T, atol=1e-5) for y in found):
+            return True
+        reason = "their results are wrong"
+    logging.getLogger(__name__).warning(
+        "torch %s: oneDNN's linear operations do not work (%s); torch's own linear layers are used, which are slower",
+        torch.__version__, reason,
+    )  # fmt: skip
+    return False
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ from verl.models.packing import PackedBatch, Row, pack
 @dataclass
 class PolicyOutput:
     log_probs: Tensor | None
-    """[S] float32, log-prob of each scored token at the given temperature."""
+    """[S] float32, log-prob of each scored token at the given temperature; None if not asked for."""
     entropy: Tensor | None
-    """[S] float32, entropy of the distribution each scored token was drawn from."""
+    """[S] float32, entropy in nats of the distribution of each scored token; None if not asked for."""
     embeddings: Tensor | None
-    """[N,H] float32, means over the pooled positions."""
+    """[N,H] float32, means of the hidden states at the pooled positions; None if not asked for."""
 
 
 class PolicyModel(nn.Module):
@@ -35,7 +35,7 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        # Where forwards run. Not read off the weights: offloaded ones lie elsewhere between forwards.
+        # Where forwards run. The weights do not say it: offloaded ones are in host memory between forwards.
         self.device = lm.device
 
     @property
@@ -51,13 +51,16 @@ class PolicyModel(nn.Module):
 
         Args:
             packed: the micro-batch, on the model's device.
-            temperature: divides the logits, as it did when the tokens were sampled.
+            temperature: divides the logits; the one that the tokens were sampled with.
             log_probs: compute log-probs of the scored tokens.
             entropy: compute entropies too (needs log_probs).
-            embeddings: pool the rows.
+            embeddings: pool the hidden states of each row.
+
+        Raises:
+            RuntimeError: the model's attention is not `grace_attention`.
         """
         if self.lm.config._attn_implementation != ATTENTION:
-            # Any other attention would mix the rows of a packed batch without a word.
+            # Any other attention would let rows attend to each other, without an error.
             raise RuntimeError(f"the policy's attention is {self.lm.config._attn_implementation!r}, not {ATTENTION!r}")
         hidden = self.lm.base_model(
             input_ids=packed.input_ids,
@@ -77,7 +80,8 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
     """The model of a folder or hub name in float32, on the CPU, with packed attention.
 
     Raises:
-        ValueError: it cannot be loaded, or its packed forward differs from its own.
+        ValueError: the packed forward differs from the model's own, or transformers cannot load the model.
+        OSError: there is no model at `path`.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(override_config or {}))
     lm = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +93,6 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
     )
     plain = _probe_plain(lm)
     lm.set_attn_implementation(ATTENTION)
-    replace_linears(lm)
     packed = _probe_packed(lm)
     gap = (plain - packed).abs().max().item()
     if not gap < 1e-3:
@@ -97,12 +100,13 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
             f"{path!r}: the packed forward differs from the model's own by {gap:.3g} in log-prob; models of type "
             f"{config.model_type!r} do something between hidden states and log-probs that is not supported"
         )
+    replace_linears(lm)
     return lm
 
 
 def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """A model of the same shape for an engine to decode with; its weights are random."""
-    # from_config writes into the config it is given, which must not be the policy's own.
+    """A model of the same architecture that the hf engine decodes with; its weights are random until a sync."""
+    # A copy, because from_config changes the config that it is given.
     config = copy.deepcopy(lm.config)
     twin = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
