@@ -1,37 +1,38 @@
-"""How good, and how collapsed, a set of embeddings is.
+"""Measures of a set of embeddings: how good they are, and how much of the space they use.
 
-All functions take unit vectors [N,H] and return plain floats.
+N vectors of H dimensions. Vectors are [N,H] float tensors of unit length; results are Python floats unless a docstring
+says otherwise.
 """
 
-import numpy as np
-import pandas as pd
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 
 def triplet_accuracy(query: Tensor, positive: Tensor, negative: Tensor) -> float:
-    """Share of triplets whose query is nearer to its positive than to its negative."""
+    """Share of triplets whose query is more similar to its positive than to its negative."""
     return float(((query * positive).sum(1) > (query * negative).sum(1)).float().mean())
 
 
 def retrieval_ranks(query: Tensor, documents: Tensor) -> Tensor:
-    """[N] int64, 1-based rank of document i for query i; ties count against it."""
+    """[N] int64: the rank (from 1) of document i among all documents for query i; equal similarities rank before it."""
     similarity = query @ documents.T
     own = similarity.diagonal().unsqueeze(1)
     return (similarity >= own).sum(1)
 
 
 def recall_at_1(query: Tensor, documents: Tensor) -> float:
-    """Share of queries whose own document is the nearest of all."""
+    """Share of queries whose own document is the most similar of all documents."""
     return float((retrieval_ranks(query, documents) == 1).float().mean())
 
 
 def mean_reciprocal_rank(query: Tensor, documents: Tensor) -> float:
+    """Mean of 1 / rank of each query's own document (MRR)."""
     return float((1.0 / retrieval_ranks(query, documents)).mean())
 
 
 def mean_cosine(vectors: Tensor) -> float:
-    """Mean cosine of different vectors: near 1 when they all point one way."""
+    """Mean cosine of all pairs of different rows: near 1 when all vectors point in one direction."""
     count = len(vectors)
     total = vectors.sum(0).square().sum() - vectors.square().sum()
     return float(total / (count * (count - 1)))
@@ -46,17 +47,17 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance of pairs (arXiv 2005.10242)."""
+    """Mean squared distance of the pairs (first[i], second[i]) (arXiv 2005.10242); lower is better."""
     return float((first - second).square().sum(1).mean())
 
 
 def uniformity(vectors: Tensor) -> float:
-    """log of the mean Gaussian potential of different vectors (arXiv 2005.10242); lower is more uniform."""
+    """log of the mean of exp(-2 distance^2) over all pairs of rows (arXiv 2005.10242); lower is more uniform."""
     return float(torch.pdist(vectors).square().mul(-2).exp().mean().log())
 
 
 def triplet_report(query: Tensor, positive: Tensor, negative: Tensor) -> dict[str, float]:
-    """The figures of a held-out triplet set; retrieval is among all its positives."""
+    """All measures of a held-out set of triplets; retrieval searches all its positives."""
     everything = torch.cat([query, positive, negative])
     return {
         "triplet_accuracy": triplet_accuracy(query, positive, negative),
@@ -68,7 +69,7 @@ def triplet_report(query: Tensor, positive: Tensor, negative: Tensor) -> dict[st
 
 
 def spread_report(vectors: Tensor) -> dict[str, float]:
-    """How much of the space a set of embeddings uses."""
+    """The measures of how much of the space a set of embeddings uses."""
     return {
         "mean_cosine": mean_cosine(vectors),
         "uniformity": uniformity(vectors),
@@ -77,6 +78,5 @@ def spread_report(vectors: Tensor) -> dict[str, float]:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two series [N]; equal values share their mean rank."""
-    ranks = [pd.Series(values.double().numpy()).rank().to_numpy() for values in (first, second)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    """Rank correlation of two series [N]; equal values get the mean of their ranks. NaN when a series is constant."""
+    return float(spearmanr(first.double().numpy(), second.double().numpy()).statistic)
