@@ -1,4 +1,4 @@
-"""Adds rows to a store until it is killed, and prints how many are flushed: store_writer.py FOLDER FIRST_ROW [COUNT]."""
+"""Adds rows to a store until it is killed; prints how many it flushed: store_writer.py FOLDER FIRST_ROW [COUNT]."""
 
 import sys
 from pathlib import Path

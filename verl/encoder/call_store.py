@@ -13,7 +13,7 @@ class CallStore:
     Args:
         sampling: everything but the prompt that decides a rationale, the weights included.
         pooling: everything but the rationale that decides a vector.
-        decode: token ids to text.
+        decode: the rationale of a record as text.
     """
 
     def __init__(
@@ -21,7 +21,7 @@ class CallStore:
         store: EmbeddingStore,
         sampling: Mapping[str, Any],
         pooling: Mapping[str, Any],
-        decode: Callable[[Sequence[int]], str],
+        decode: Callable[[TextRecord], str],
     ) -> None:
         self._store = store
         self._decode = decode
@@ -41,10 +41,8 @@ class CallStore:
     def add_rationales(self, texts: Sequence[TextRecord]) -> None:
         for text in texts:
             assert text.rationale is not None
-            decoded = self._decode(text.rationale.ids)
-            self._store.add_rationale(
-                self._rationales, self._rationale_key(text), text.rationale, text.prompt.text, decoded
-            )
+            key, decoded = self._rationale_key(text), self._decode(text)
+            self._store.add_rationale(self._rationales, key, text.rationale, text.prompt.text, decoded)
 
     def add_vectors(self, texts: Sequence[TextRecord]) -> None:
         for text in texts:

@@ -159,18 +159,12 @@ class GraceEncoder:
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
-        records = self._records(list(dict.fromkeys(texts)), sampling)
-        self.usage.texts += len(texts)
-        with count_bar(len(records), "thinking" if think else "embedding", show_progress_bar) as advance:
-            EncodeCall(
-                list(records.values()), sampling, return_rationales, batch_size, self.settings, self.backend,
-                self._call_store(sampling), self.usage, advance,
-            ).run()  # fmt: skip
+        records = self._encode_records(texts, sampling, return_rationales, batch_size, show_progress_bar)
         means = np.zeros((len(texts), self.embedding_dim), np.float32)
-        for row, text in enumerate(texts):
-            means[row] = records[text].vector
+        for row, record in enumerate(records):
+            means[row] = record.vector
         vectors = _finish_vectors(means, normalize_embeddings, truncate_dim, precision, convert_to_tensor)
-        rationales = [self._decoded(records[text]) for text in texts] if return_rationales else []
+        rationales = [self._decode(record) for record in records] if return_rationales else []
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
         return (vectors, rationales) if return_rationales else vectors
@@ -226,6 +220,20 @@ class GraceEncoder:
             )
         return Sampling(limit, settings.temperature if temperature is None else temperature, seed)
 
+    def _encode_records(
+        self, texts: Sequence[str], sampling: Sampling | None, want_rationales: bool, batch_size: int,
+        show_progress_bar: bool | None,
+    ) -> list[TextRecord]:  # fmt: skip
+        """The complete records of `texts`; equal texts share one."""
+        records = self._records(list(dict.fromkeys(texts)), sampling)
+        self.usage.texts += len(texts)
+        with count_bar(len(records), "thinking" if sampling else "embedding", show_progress_bar) as advance:
+            EncodeCall(
+                list(records.values()), sampling, want_rationales, batch_size, self.settings, self.backend,
+                self._call_store(sampling), self.usage, advance,
+            ).run()  # fmt: skip
+        return [records[text] for text in texts]
+
     def _records(self, texts: Sequence[str], sampling: Sampling | None) -> dict[str, TextRecord]:
         """A record for each of several different texts; without sampling their rationales are empty."""
         prompts = self.renderer.render([rationale_messages(text, self.settings.system_prompt) for text in texts])
@@ -245,12 +253,9 @@ class GraceEncoder:
         described = {"weights": self.revision, **self._describe_sampling(sampling)}
         return CallStore(self.store, described, self._describe_pooling(), self._decode)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def _decoded(self, record: TextRecord) -> str:
+    def _decode(self, record: TextRecord) -> str:
         assert record.rationale is not None
-        return self._decode(record.rationale.ids)
+        return self.tokenizer.decode(list(record.rationale.ids), skip_special_tokens=True)
 
     # The store's keys are hashes of these two: another name or value would find nothing that was stored before.
 

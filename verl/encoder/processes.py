@@ -148,8 +148,8 @@ def _serve(connection: Connection, spec: ModelSpec, which: _Process) -> None:
         backend = Backend(spec)
         connection.send(backend.size)
         while True:
-            request = connection.recv()
-            for batch in backend.run(*request, rank=which.rank % which.group, group=which.group):
+            texts, settings, sampling, batch_size = connection.recv()
+            for batch in backend.run(texts, settings, sampling, batch_size, which.rank % which.group, which.group):
                 connection.send(batch)
             connection.send(None)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
