@@ -1,0 +1,174 @@
+"""What verl.merge_model writes, uploads, compares and prints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from sharded_checkpoints import assert_is_tiny, compare, error_line, merge
+from tiny import save_tiny
+
+from verl import merge_model as program
+
+# ---- What is written
+
+
+def test_an_earlier_result_is_replaced_and_anything_else_left(checkpoints, tmp_path, capsys):
+    target = tmp_path / "some" / "merged"
+    assert merge(checkpoints / "dcp_1_untied", target) == 0
+    (target / "stale").write_text("")
+    assert merge(checkpoints / "dcp_1_tied", target) == 0
+    assert_is_tiny(target, tie=True)
+    assert not (target / "stale").exists() and [path.name for path in target.parent.iterdir()] == ["merged"]
+    own = tmp_path / "own"
+    own.mkdir()
+    assert merge(checkpoints / "dcp_1_tied", own) == 0
+    (own / "merge_model.json").unlink()
+    assert f"--target_dir={own} is there" in error_line(capsys, merge(checkpoints / "dcp_1_tied", own))
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert f"--target_dir={file} is there" in error_line(capsys, merge(checkpoints / "dcp_1_tied", file))
+    assert file.read_text() == "kept"
+
+
+def test_what_does_not_read_back_is_not_published(checkpoints, tmp_path, capsys, monkeypatch):
+    assert merge(checkpoints / "dcp_1_untied", tmp_path / "merged") == 0
+
+    def broken_disk(weights, folder):
+        save_torch_state_dict(weights | {"model.norm.weight": weights["model.norm.weight"] + 1e-6}, folder)
+
+    monkeypatch.setattr(program, "save_torch_state_dict", broken_disk)
+    line = error_line(capsys, merge(checkpoints / "dcp_1_tied", tmp_path / "merged"))
+    assert "model.norm.weight read back are not what was written" in line
+    assert_is_tiny(tmp_path / "merged", tie=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+class Hub:
+    """Stands in for the hub."""
+
+    calls: list[tuple]
+    public = False
+    down = False
+
+    def create_repo(self, repo, private, exist_ok):
+        if self.down:
+            raise ConnectionError("no route")
+        self.calls.append(("create", repo, private))
+
+    def repo_info(self, repo):
+        return type("Info", (), {"private": not self.public})
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns):
+        sent = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
+        self.calls.append(("upload", repo_id, "model.safetensors" in sent, "merge_model.json" in sent))
+
+
+def test_the_hub_is_used_when_asked_and_not_else(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
+    monkeypatch.setattr(program, "HfApi", Hub)
+    run, target = checkpoints / "dcp_1_tied", tmp_path / "merged"
+    assert merge(run, target) == 0
+    assert Hub.calls == []
+    assert "--private" in error_line(capsys, merge(run, target, "--private"))
+    assert "--hf_upload_path=a/b/c" in error_line(capsys, merge(run, target, "--hf_upload_path", "a/b/c"))
+    assert merge(run, target, "--hf_upload_path", "me/it", "--private") == 0
+    assert Hub.calls == [("create", "me/it", True), ("upload", "me/it", True, False)]
+    monkeypatch.setattr(Hub, "public", True)
+    assert "me/it is there and is public" in error_line(
+        capsys, merge(run, target, "--hf_upload_path", "me/it", "--private")
+    )
+    assert len(Hub.calls) == 3
+    monkeypatch.setattr(Hub, "down", True)
+    line = error_line(capsys, merge(run, target, "--hf_upload_path", "me/it"))
+    assert "no route" in line and f"hf upload me/it {target}" in line
+
+
+# ---- The test sub-command
+
+
+def test_a_folder_that_is_the_merged_model_passes(checkpoints, tmp_path, capsys):
+    for name in ("dcp_2_tied", "mixed_4_untied"):
+        assert merge(checkpoints / name, tmp_path / name) == 0
+        assert compare(checkpoints / name, tmp_path / name) == 0
+        assert "is the merged model: " in capsys.readouterr().out
+    # In several files; with the tied head; and rounded as the reference is.
+    weights = load_file(tmp_path / "dcp_2_tied" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    save_torch_state_dict({k: w.bfloat16() for k, w in weights.items()}, parts, max_shard_size=100_000)
+    assert len(list(parts.glob("*.safetensors"))) > 1
+    assert compare(checkpoints / "dcp_2_tied", parts, "--dtype", "bfloat16") == 0
+    weights["model.norm.weight"] += 1e-7
+    save_file(weights, tmp_path / "dcp_2_tied" / "model.safetensors")
+    assert compare(checkpoints / "dcp_2_tied", tmp_path / "dcp_2_tied") == 0
+
+
+def test_every_difference_is_shown(checkpoints, tmp_path, capsys):
+    assert merge(checkpoints / "dcp_1_tied", tmp_path / "merged") == 0
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    del weights["model.layers.0.input_layernorm.weight"]
+    weights["model.extra"] = torch.zeros(3)
+    weights["model.norm.weight"][5] += 1e-3
+    weights["model.layers.1.input_layernorm.weight"] = torch.ones(63)
+    weights["model.layers.2.input_layernorm.weight"] = torch.ones(64).bfloat16()
+    weights["model.layers.2.self_attn.q_proj.bias"][0] = float("nan")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "merged" / "model.safetensors")
+    capsys.readouterr()
+    assert compare(checkpoints / "dcp_1_tied", tmp_path / "merged") == 1
+    out = capsys.readouterr().out
+    assert "7 tensors differ" in out
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+    assert rows == {
+        "model.layers.0.input_layernorm.weight": "not in --test_hf_dir",
+        "model.extra": "only in --test_hf_dir",
+        "model.norm.weight": "1 of 64 values differ, by up to 0.001",
+        "model.layers.1.input_layernorm.weight": "[64] float32, in --test_hf_dir [63] float32",
+        "model.layers.2.input_layernorm.weight": "[64] float32, in --test_hf_dir [64] bfloat16",
+        "model.layers.2.self_attn.q_proj.bias": "1 of 64 values differ, by up to nan",
+        "lm_head.weight": "16576 of 16576 values differ, by up to 1",
+    }
+    wide = save_tiny(tmp_path / "wide", tie=False, hidden_size=128)
+    assert compare(checkpoints / "dcp_1_untied", wide) == 1
+    out = capsys.readouterr().out
+    assert "... and 19 more" in out and "39 tensors differ" in out
+
+
+def test_a_reference_that_cannot_be_read_is_an_error(checkpoints, tmp_path, capsys):
+    run = checkpoints / "dcp_1_tied"
+    assert f"--test_hf_dir={tmp_path / 'none'} is not a folder" in error_line(capsys, compare(run, tmp_path / "none"))
+    assert "has no model.safetensors" in error_line(capsys, compare(run, tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}')
+    assert "cannot be read" in error_line(capsys, compare(run, tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert "cannot be read" in error_line(capsys, compare(run, tmp_path))
+
+
+# ---- As a user runs it
+
+
+def test_the_program_says_what_it_wrote(checkpoints, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "verl.merge_model",
+        "merge",
+        "--backend",
+        "fsdp",
+        "--local_dir",
+        str(checkpoints / "ddp_fsdp_4_tied"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "wrote tmp: Qwen2ForCausalLM, 38 tensors, float32" in done.stdout.splitlines()[-1]
+    assert all(line.startswith("reading") for line in done.stderr.splitlines())
+    assert_is_tiny(tmp_path / "tmp", tie=True)
+
+
+def test_megatron_checkpoints_do_not_exist(tmp_path, capsys):
+    code = program.main(["merge", "--backend", "megatron", "--local_dir", str(tmp_path)])
+    assert "--backend=megatron: only fsdp checkpoints exist here" in error_line(capsys, code)
