@@ -60,9 +60,14 @@ class Ended:
 
 def train_here(*overrides: str) -> Ended:
     """Train without Ray, in this process: for tests whose subject is neither Ray nor processes."""
+    return main_here(*overrides, "trainer.use_ray=False")
+
+
+def main_here(*overrides: str) -> Ended:
+    """Run the training program in this process: for what ends before anything is started."""
     out, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(errors):
-        code = verl.trainer.main_ppo.main([*overrides, "trainer.use_ray=False"])
+        code = verl.trainer.main_ppo.main(list(overrides))
     return Ended(code, out.getvalue(), errors.getvalue())
 
 
