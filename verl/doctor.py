@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
+from verl.checkpoint.training_state import checkpoint_bytes
 from verl.config import RunConfig
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
@@ -211,7 +212,7 @@ def check_folder(config: RunConfig) -> str:
     found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
-    size = sum(p.numel() for p in lm.parameters()) * (3 * 4 + (found.dtype or torch.float32).itemsize)
+    size = checkpoint_bytes(sum(p.numel() for p in lm.parameters()), found.dtype)
     free, keep = shutil.disk_usage(run.path).free, config.trainer.max_actor_ckpt_to_keep
     # One more is written before the oldest is removed.
     wanted = (keep or 0) + 1

@@ -22,6 +22,15 @@ from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
 
 
+def checkpoint_bytes(num_parameters: int, dtype: torch.dtype | None) -> int:
+    """About what a checkpoint takes on disk: float32 weights with AdamW's two moments, and the transformers folder.
+
+    Args:
+        dtype: of the model that training starts from; None = float32.
+    """
+    return num_parameters * (3 * torch.float32.itemsize + (dtype or torch.float32).itemsize)
+
+
 def save_training_state(
     folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
 ) -> None:

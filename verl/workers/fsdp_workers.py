@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 
 from verl.batch_plan import BatchPlan
-from verl.checkpoint.training_state import load_training_state, save_training_state, save_transformers_folder
+from verl.checkpoint.training_state import (
+    checkpoint_bytes,
+    load_training_state,
+    save_training_state,
+    save_transformers_folder,
+)
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.fsdp import full_weights, move_optimizer, shard
@@ -77,8 +82,7 @@ class ActorRolloutRefWorker(Worker):
         parameters = sum(p.numel() for p in policy.parameters())
         return {
             "parameters": parameters,
-            # float32 weights and AdamW's two moments, and the model as it is published.
-            "checkpoint_bytes": parameters * (3 * 4 + (self.lm.config.dtype or torch.float32).itemsize),
+            "checkpoint_bytes": checkpoint_bytes(parameters, self.lm.config.dtype),
             "device": str(self.device),
             "reference": self.reference is not None,
         }
