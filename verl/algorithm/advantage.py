@@ -47,33 +47,33 @@ def get_adv_estimator_fn(name: str) -> AdvantageFn:
 
 @register_adv_est("grpo")
 def grpo(rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool = True, gamma: float = 1.0) -> Tensor:
-    """Score minus the group's mean, optionally over its std (arXiv 2402.03300)."""
-    scores = _scores(rewards, mask)
-    mean, std = group_mean_std(scores, group)
-    advantages = scores - mean
+    """Reward minus the group's mean, optionally over its std (arXiv 2402.03300)."""
+    row_rewards = _row_rewards(rewards, mask)
+    mean, std = group_mean_std(row_rewards, group)
+    advantages = row_rewards - mean
     return _spread(advantages / (std + EPSILON) if norm_by_std else advantages, mask)
 
 
 @register_adv_est("rloo")
 def rloo(rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool = True, gamma: float = 1.0) -> Tensor:
-    """Score minus the mean of the group's other rows (arXiv 2402.14740); a group of one keeps its score."""
-    scores = _scores(rewards, mask)
+    """Reward minus the mean of the group's other rows (arXiv 2402.14740); a group of one keeps its reward."""
+    row_rewards = _row_rewards(rewards, mask)
     size = group_size(group)[group]
-    others = (group_sum(scores, group)[group] - scores) / (size - 1).clamp(min=1)
-    return _spread(scores - others, mask)
+    others = (group_sum(row_rewards, group)[group] - row_rewards) / (size - 1).clamp(min=1)
+    return _spread(row_rewards - others, mask)
 
 
 @register_adv_est("grpo_passk")
 def grpo_passk(rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool = True, gamma: float = 1.0) -> Tensor:
     """The best row of a group gets best minus second best, all others 0 (arXiv 2503.19595)."""
-    scores = _scores(rewards, mask)
-    _, std = group_mean_std(scores, group)
-    advantages = torch.zeros_like(scores)
+    row_rewards = _row_rewards(rewards, mask)
+    _, std = group_mean_std(row_rewards, group)
+    advantages = torch.zeros_like(row_rewards)
     for g in range(int(group.max()) + 1):
         members = (group == g).nonzero().flatten()
         if len(members) < 2:
             raise ValueError("grpo_passk needs groups of two or more rows; set actor_rollout_ref.rollout.n >= 2")
-        top = scores[members].topk(2)
+        top = row_rewards[members].topk(2)
         best = members[top.indices[0]]
         gain = top.values[0] - top.values[1]
         advantages[best] = gain / (std[best] + EPSILON) if norm_by_std else gain
@@ -82,22 +82,22 @@ def grpo_passk(rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool =
 
 @register_adv_est("opo")
 def opo(rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool = True, gamma: float = 1.0) -> Tensor:
-    """Score minus the group's length-weighted mean, the variance-optimal baseline (arXiv 2505.23585)."""
-    scores = _scores(rewards, mask)
+    """Reward minus the group's length-weighted mean, the variance-optimal baseline (arXiv 2505.23585)."""
+    row_rewards = _row_rewards(rewards, mask)
     length = mask.sum(1).float()
-    baseline = group_sum(length * scores, group) / group_sum(length, group)
+    baseline = group_sum(length * row_rewards, group) / group_sum(length, group)
     alone = group_size(group) == 1
-    return _spread(scores - baseline.masked_fill(alone, 0.0)[group], mask)
+    return _spread(row_rewards - baseline.masked_fill(alone, 0.0)[group], mask)
 
 
 @register_adv_est("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(
     rewards: Tensor, mask: Tensor, group: Tensor, norm_by_std: bool = True, gamma: float = 1.0
 ) -> Tensor:
-    """Score minus the group's mean, whitened over all response tokens of the batch (arXiv 2501.03262)."""
-    scores = _scores(rewards, mask)
-    mean, _ = group_mean_std(scores, group)
-    return _whiten(_spread(scores - mean, mask), mask)
+    """Reward minus the group's mean, whitened over all response tokens of the batch (arXiv 2501.03262)."""
+    row_rewards = _row_rewards(rewards, mask)
+    mean, _ = group_mean_std(row_rewards, group)
+    return _whiten(_spread(row_rewards - mean, mask), mask)
 
 
 @register_adv_est("reinforce_plus_plus")
@@ -113,7 +113,7 @@ def reinforce_plus_plus(
     return _whiten(returns, mask)
 
 
-def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
+def _row_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
     """[N]: sum of each row's token rewards."""
     return (rewards * mask).sum(1)
 

@@ -28,20 +28,20 @@ def group_size(group: Tensor) -> Tensor:
     return torch.bincount(group).float()
 
 
-def group_mean_std(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def group_mean_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each row's group, both [N]; a group of one has mean 0 and std 1.
 
-    Computed in float64: in float32 the mean of equal scores can miss them by a rounding, which a division by
+    Computed in float64: in float32 the mean of equal rewards can miss them by a rounding, which a division by
     their tiny standard deviation would blow up to a real advantage.
     """
     size = group_size(group).double()
-    exact = scores.double()
+    exact = rewards.double()
     mean = group_sum(exact, group) / size
     squares = group_sum((exact - mean[group]) ** 2, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     alone = size == 1
     mean, std = mean.masked_fill(alone, 0.0)[group], std.masked_fill(alone, 1.0)[group]
-    return mean.to(scores.dtype), std.to(scores.dtype)
+    return mean.to(rewards.dtype), std.to(rewards.dtype)
 
 
 def groups_of(rows: DataProto) -> Tensor:

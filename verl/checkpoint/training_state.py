@@ -45,7 +45,7 @@ def save_training_state(
     except CheckpointException as error:
         raise _cause(error) from error
     extra = {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
-    # Opened by Python, whose errors say what is wrong with the disk.
+    # Opened by Python, whose errors say what failed on the disk.
     with (folder / f"extra_rank_{rank}.pt").open("wb") as file:
         torch.save(extra, file)
 

@@ -1,8 +1,8 @@
-"""Ends what a run has started on this machine when its driver is gone, however it went.
+"""Ends the processes that a run started on this machine after its driver died, also by SIGKILL.
 
-Ray's own processes follow a driver that is killed with SIGKILL, but for its two agents, which stay for good. So the
-driver starts this program beside its cluster. It notes the driver's descendants until its input ends, as the kernel
-closes that with the driver, and then ends those that are left.
+When a driver is killed with SIGKILL, Ray's processes end with it, except its two agents, which would run for ever. So
+the driver starts this program beside its cluster. It records the driver's descendants until its standard input closes,
+which the kernel does when the driver dies, and then ends those that are still running.
 """
 
 import os
@@ -14,18 +14,18 @@ import time
 from pathlib import Path
 
 _LOOK_EVERY_S = 1.0
-# So long the processes may take to end by themselves.
+# Seconds that the processes get to end by themselves.
 _PATIENCE_S = 5.0
 
 Process = tuple[int, str]
-"""Process id and start time: an id alone may have been given to another process meanwhile."""
+"""Process id and start time: the id alone may have been reused by another process."""
 
 
 class Reaper:
-    """The program beside this process; lives as long as this object."""
+    """This program as a child process; it runs as long as this object exists."""
 
     def __init__(self) -> None:
-        # Alone in its session, so that no signal to the driver's group ends it; without site packages: it is small.
+        # In a session of its own, so that a signal to the driver's group does not end it; small, without site packages.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

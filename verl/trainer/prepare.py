@@ -1,6 +1,6 @@
-"""From a command line to everything that training starts from: configuration, devices, prompts, cluster.
+"""What a run needs before its parts are built: configuration, devices, prompt renderer, cluster.
 
-Used by the training program, and by the doctor, which looks at what that program would find.
+Used by the training program, and by the doctor, which checks what that program would find.
 """
 
 import logging
@@ -109,7 +109,11 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
 
 
 def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; its reaper is to be kept as long."""
+    """Join the cluster of RAY_ADDRESS, or start one on this machine.
+
+    Returns:
+        For a cluster that was started here, its reaper, to be kept as long as the cluster.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -128,16 +132,16 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
         )
     reaper = Reaper()
     cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    # What is started here inherits that SIGTERM waits: a batch system sends it to all processes of a job, and the last
-    # step cannot be saved when Ray has ended.
+    # Ray's processes inherit a blocked SIGTERM. A batch system sends it to all processes of a job, and the last step
+    # can only be saved while Ray is running.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        # On loopback: a cluster of one machine is nobody else's business. Ray listens to all interfaces all the same,
-        # except where it takes clusters of several machines for impossible.
+        # Nothing outside this machine needs to reach a cluster of one machine. In spite of the loopback address Ray
+        # listens on all interfaces, unless it is told that clusters of several machines are impossible.
         ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
-            # A worker process for tasks, of which there are none here: it would only take memory and time.
+            # No idle worker process for tasks: there are none here, and it would cost memory and time.
             _system_config={"prestart_worker_first_driver": False},
         )  # fmt: skip
     finally:

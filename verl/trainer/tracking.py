@@ -66,7 +66,7 @@ class Tracking:
     """`metrics.jsonl` and `samples/step_N.jsonl` in the run folder, and any tracker of `trainer.logger`.
 
     Args:
-        run_ids: ids of an earlier part of this run, so that a resumed run goes on in the same curves.
+        run_ids: ids of an earlier part of this run, so that a resumed run continues the same curves.
 
     Raises:
         UserError: a tracker's package is not installed.
