@@ -1,6 +1,8 @@
-"""The short form of every benchmark, and docs/performance.md's tables from it: python bench/all.py [--only NAME ...]
+"""Run the short form of every benchmark and put the tables into docs/performance.md.
 
-A table stands in the document between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to
+    python3 bench/all.py [--only NAME ...]
+
+A table is between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to
 bench_results/.
 """
 
@@ -24,7 +26,7 @@ SHORT = {
 
 
 def run(name: str) -> str:
-    """Run one benchmark; return what it printed from its table on."""
+    """Run one benchmark; return its command, its table and what it printed after the table."""
     command = [sys.executable, f"bench/{name}.py", *SHORT[name], "--json", f"bench_results/{name}.json"]
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode or "|" not in done.stdout:
@@ -36,7 +38,7 @@ def replace(name: str, text: str) -> None:
     document = DOCUMENT.read_text()
     start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
     if start not in document or end not in document:
-        raise SystemExit(f"{DOCUMENT} has no place for {name!r}: a line {start.strip()} and a line {end.strip()}")
+        raise SystemExit(f"{DOCUMENT} has no place for {name!r}; add the lines {start.strip()} and {end.strip()}")
     before, rest = document.split(start, 1)
     DOCUMENT.write_text(f"{before}{start}{text}\n{end}{rest.split(end, 1)[1]}")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the description of the machine, results as JSON and markdown, and one training run."""
+"""Shared by the benchmarks: the description of the machine, results as JSON and markdown, and one training run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MODEL = "models/SmolLM2-135M-Instruct"
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions that figures were measured on."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -39,7 +39,7 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of github's markdown."""
+    """A table in GitHub's markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
@@ -62,12 +62,12 @@ def prepare_data(folder: Path) -> Path:
 def train(
     train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str, warm_up: int = 1
 ) -> list[dict]:
-    """Train the demo model on a CPU for some steps to warm up and `steps` more; the metrics of those, with `wall_s`.
+    """Train the demo model on a CPU for `warm_up` + `steps` steps; the metrics of the last `steps`, with `wall_s`.
 
     Args:
-        shape: triplets per step, rationales per triplet, and new tokens, of which each row gets exactly so many.
-        warm_up: steps that are not counted. In the first two the kernel clears pages for the graph and the optimizer's
-            state, which later steps use again.
+        shape: triplets per step, rationales per triplet, and the number of new tokens that every row gets.
+        warm_up: steps that are not counted: in the first two the kernel clears memory pages for the graph and the
+            optimizer's state, which later steps reuse.
     """
     triplets, n, tokens = shape
     settings = [
@@ -81,7 +81,7 @@ def train(
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
     subprocess.run(command, check=True, cwd=REPO, stdout=subprocess.DEVNULL)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    # A step's samples are the last thing it writes, so that the time between two of them is all of a step.
+    # A step writes its samples last, so the time between the samples of two steps is the time of a whole step.
     ends = [(out / f"samples/step_{record['step']}.jsonl").stat().st_mtime for record in metrics]
     spent = zip(metrics[1:], ends[:-1], ends[1:], strict=True)
     return [{**record, "wall_s": end - previous} for record, previous, end in spent][warm_up - 1 :]

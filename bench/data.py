@@ -2,7 +2,7 @@
 
     python3 bench/data.py --lines 200000 --json data_bench.json
 
-The peak is that of the largest single process; the filter's processes come on top of each other.
+The peak is that of the largest single process; the filter runs several at once.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOKENIZER = ROOT / "models/SmolLM2-135M-Instruct"
 
 
 def sentences(num: int, seed: int) -> Iterator[str]:
-    """Texts of 5 to 40 words; words repeat about as often as in a language (Zipf's law)."""
+    """Texts of 5 to 40 words, whose frequencies follow Zipf's law as those of a language do."""
     rng = random.Random(seed)
     syllables = [a + b for a in "bdfglmnprstv" for b in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(30_000)]

@@ -1,8 +1,8 @@
-"""Encoding side by side: python bench/encode.py [--rounds 3] [--json FILE]
+"""Encoding compared with sentence-transformers: python3 bench/encode.py [--rounds 3] [--json FILE]
 
-SmolLM2-135M on sentences of examples/: this project's encoder without rationales beside SentenceTransformer.encode of
-the same model with mean pooling and the same prompt, in turn in one process; then with rationales of 32 tokens, by
-each engine in a process of its own. Prints medians over the rounds, and the ratio.
+SmolLM2-135M on sentences of examples/: this project's encoder without rationales and SentenceTransformer.encode of the
+same model with mean pooling and the same prompt, in turn in one process; then this encoder with rationales of 32
+tokens, each engine in a process of its own. Prints medians over the rounds, and the ratio.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
         "sentence-transformers, bare sentences": lambda: theirs.encode(texts, batch_size=BATCH),
     }
     for run in work.values():
-        run()  # warms up
+        run()  # warm-up
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, run in work.items():
@@ -70,7 +70,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
 
 
 def measure_thinking(engine: str, rounds: int) -> dict[str, Any]:
-    """Seconds with rationales, and the tokens they had."""
+    """Seconds with rationales, and the share of them in which rationales were generated."""
     from verl import GraceEncoder
 
     texts = sentences(THINKING_TEXTS)
@@ -88,7 +88,7 @@ def measure_thinking(engine: str, rounds: int) -> dict[str, Any]:
 
 
 def in_own_process(what: str, rounds: int) -> Any:
-    """Measure there and bring the figures back: vllm changes the process it is in."""
+    """Measure in a process of its own, because vllm changes the process that imports it."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--rounds", str(rounds), "--only", what, "--json", file.name]
         env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}
@@ -119,7 +119,7 @@ def main() -> None:
         what = f"{THINKING_TEXTS} texts with rationales of {NEW_TOKENS} tokens"
         share = f"{figures['thinking_share']:.0%}"
         table.append([what, engine, f"{median:.1f}", f"{THINKING_TEXTS / median:.1f}", share])
-    print(markdown(["work", "who", "seconds, median", "texts/s", "of it writing"], table))
+    print(markdown(["work", "who", "seconds, median", "texts/s", "share of generation"], table))
     theirs, ours = (
         statistics.median(plain[name]) for name in ("sentence-transformers, same prompts", "ours, no rationales")
     )

@@ -1,8 +1,9 @@
-"""Rollout engines side by side: python bench/engines.py [--rounds 3] [--json FILE]
+"""Rollout engines compared: python3 bench/engines.py [--rounds 3] [--json FILE]
 
 Each engine in a process of its own, in turn, on SmolLM2-135M: tokens per second at 36 and 128 rationales of 48 new
-tokens (nine and 32 prompts, four rationales each), seconds of a weight sync and of its proof, memory over 20 syncs,
-and what the torch threads that vLLM would leave cost the training phase. Prints medians over the rounds.
+tokens (9 and 32 prompts, four rationales each), seconds of a weight sync and of its check, memory over 20 syncs, and
+the seconds of an update with all torch threads and with one, which is what vLLM would set. Prints medians over the
+rounds.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def measure(name: str) -> dict[str, float]:
     engine = build_engine(name, policy.lm)
     figures = {}
     canary = [tokenizer(text)["input_ids"] for text in CANARY]
-    # The first sync warms up; the last one stays.
+    # The first sync is warm-up: its figures are overwritten by the second.
     for mode in ("sample", "sample", "full"):
         sync = WeightSync(policy, engine, torch.float32, mode, canary, DeviceStages(policy.device))
         found = sync.send()
@@ -94,16 +95,14 @@ def build_engine(name: str, lm: Any) -> Any:
 
 
 def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
-    """Four prompts with four responses each, as the update wants them."""
+    """Four prompts with four responses each, and the columns of an update."""
     import torch
 
-    from verl.protocol import DataProto
+    from verl.protocol import DataProto, left_padded
 
-    width = max(map(len, prompts[:4]))
-    padded = [[0] * (width - len(p)) + p for p in prompts[:4] * 4]
     return DataProto.from_dict(
         {
-            "prompts": torch.tensor(padded),
+            "prompts": left_padded(prompts[:4] * 4, 0),
             "prompt_length": torch.tensor([len(p) for p in prompts[:4] * 4]),
             "pool_start": torch.zeros(16, dtype=torch.int64),
             "responses": torch.tensor([r.ids for r in responses]),

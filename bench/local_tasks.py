@@ -1,7 +1,7 @@
-"""A model with published scores through the local tasks: python bench/local_tasks.py --task_dir DIR
+"""Check the local tasks with a model whose scores are published: python3 bench/local_tasks.py --task_dir DIR
 
-all-MiniLM-L6-v2 comes out of a package on PyPI and is loaded by sentence-transformers; nothing of this project but
-the local tasks is between it and mteb. On the 250 English pairs of STS17 it must score 87.59, its published figure.
+all-MiniLM-L6-v2 is taken from a package on PyPI and loaded by sentence-transformers; of this project only the local
+tasks are used. On the 250 English pairs of STS17 it must score 87.59, its published figure.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent.parent / "models" / "all-MiniLM-L6-v2"
 
 
 def get_model() -> None:
-    """Unpack the model of the wheel, once."""
+    """Unpack the model from the wheel, unless that is done already."""
     if FOLDER.is_dir():
         return
     FOLDER.parent.mkdir(exist_ok=True)

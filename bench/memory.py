@@ -1,7 +1,7 @@
-"""Peak memory by phase of a worker: python bench/memory.py [--device cpu] [--model FOLDER] [--json FILE]
+"""Peak memory by phase of a worker: python3 bench/memory.py [--device cpu] [--model FOLDER] [--json FILE]
 
-One worker in this process goes through two steps of 4 triplets x 8 rationales x 96 tokens; the second is reported: the
-largest resident memory of each phase (Linux resets the mark), and on CUDA the most that was allocated there.
+One worker in this process runs two steps of 4 triplets x 8 rationales x 96 tokens; the second is reported: the largest
+resident memory during each phase (Linux lets a process reset that mark), and on CUDA the most that was allocated.
 """
 
 import argparse
@@ -9,25 +9,28 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import MODEL, markdown, prepare_data, write_json
 
+from verl.batch_plan import BatchPlan
 from verl.config import DataConfig, RunConfig
-from verl.data.dataset import PromptDataset, collate
+from verl.data.dataset import PromptCollator, PromptDataset
 from verl.embedding.prompts import PromptRenderer
-from verl.protocol import DataProto
+from verl.embedding.settings import EmbedderSettings
+from verl.protocol import DataProto, is_trained
 from verl.single_controller.worker import WorkerPlace
+from verl.trainer.ppo.step_rows import expand
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 TRIPLETS, N, TOKENS = 4, 8, 96
 
 
 def peak_gib() -> float:
-    """Most resident memory since `forget_peak`."""
+    """Largest resident memory since `forget_peak`, in GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
@@ -49,7 +52,9 @@ def build_worker(model: str, device: str) -> ActorRolloutRefWorker:
         },
     }
     place = WorkerPlace(0, 1, device, 1, len(os.sched_getaffinity(0)))
-    worker = ActorRolloutRefWorker(place, RunConfig.model_validate(settings), total_steps=10)
+    config = RunConfig.model_validate(settings)
+    plan = BatchPlan.from_config(config, num_samples=TRIPLETS, num_anchors=2, world_size=1)
+    worker = ActorRolloutRefWorker(place, config, plan)
     worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
     return worker
 
@@ -57,19 +62,25 @@ def build_worker(model: str, device: str) -> ActorRolloutRefWorker:
 def prompt_rows(worker: ActorRolloutRefWorker, train_file: Path) -> DataProto:
     renderer = PromptRenderer(worker.tokenizer, 160)
     samples = PromptDataset([str(train_file)], DataConfig(), ("positive", "query", "negative"), renderer)
-    rows = collate([samples[i] for i in range(TRIPLETS)], renderer, worker.tokenizer.pad_token_id, samples.config)
-    rows.batch["temperature"] = torch.ones(len(rows))
-    return rows.repeat(np.where(rows.non_tensor_batch["role"] == "positive", N, 1).tolist())
+    collate = PromptCollator(renderer, EmbedderSettings(), samples.config.reward_fn_key)
+    return expand(collate([samples[i] for i in range(TRIPLETS)]), worker.config.rollout)
+
+
+def generate(worker: ActorRolloutRefWorker, prompts: DataProto, step: int) -> DataProto:
+    *_, responses = worker.generate(prompts, step, TOKENS)
+    assert isinstance(responses, DataProto)
+    return responses
 
 
 def trained_rows(rows: DataProto, scored: DataProto) -> DataProto:
-    """The positives with advantages, as the update wants them."""
-    rows = rows.union(DataProto.from_dict({"old_log_probs": scored.batch["log_probs"]}))
-    batch = rows[rows.non_tensor_batch["role"] == "positive"]
+    """The positives with random advantages and the other columns of an update."""
+    rows = rows.with_tensors(old_log_probs=scored.batch["log_probs"])
+    batch = rows[is_trained(rows)]
     advantage = torch.randn(len(batch), 1, generator=torch.Generator().manual_seed(0))
-    batch.batch["advantages"] = advantage.expand(-1, batch.batch["responses"].shape[1]).contiguous()
-    batch.batch["mini_batch"] = torch.zeros(len(batch), dtype=torch.int64)
-    return batch
+    return batch.with_tensors(
+        advantages=advantage.expand(-1, batch.batch["responses"].shape[1]).contiguous(),
+        mini_batch=torch.zeros(len(batch), dtype=torch.int64),
+    )
 
 
 def main() -> None:
@@ -96,10 +107,10 @@ def main() -> None:
         prompts = prompt_rows(worker, train_file)
         for step in range(2):
             phase("sync", worker.sync_rollout_weights)
-            responses = phase("gen", lambda step=step: list(worker.generate(prompts, step, TOKENS))[-1])
+            responses = phase("gen", partial(generate, worker, prompts, step))
             rows = prompts.union(responses)
-            scored = phase("score", lambda rows=rows: worker.compute_log_prob(rows, embed=True, for_update=True))
-            phase("update", lambda rows=rows, scored=scored: worker.update_actor(trained_rows(rows, scored), 1))
+            scored = phase("score", partial(worker.compute_log_prob, rows, embed=True, for_update=True))
+            phase("update", partial(worker.update_actor, trained_rows(rows, scored), 1))
     columns = list(found["update"])
     table = [[name, *(f"{values[column]:.2f}" for column in columns)] for name, values in found.items()]
     print(markdown(["phase", *columns], table))

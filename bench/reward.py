@@ -1,14 +1,16 @@
-"""Reward maths at the paper's sizes, and the bytes a step's rows are: python bench/reward.py [--json FILE]
+"""Reward maths at the paper's sizes, and the bytes of a step's embeddings: python3 bench/reward.py [--json FILE]
 
-B = 512 trained rows in 64 groups, H = 1536, with queries and negatives. The whole reward manager call beside the same
-rewards row by row, as the original computes them: rows grouped by comparing prompts, and one cosine after the other.
+B = 512 trained rows in 64 groups, H = 1536, with queries and negatives. The whole reward manager call, compared with
+the same rewards row by row as the original computes them: rows grouped by comparing prompts, one cosine at a time.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def paper_rows() -> DataProto:
     roles = (["positive"] * ROWS_PER_GROUP + ["query", "negative"]) * GROUPS
     uids = [group for group in range(GROUPS) for _ in range(ROWS_PER_GROUP + 2)]
     vectors = F.normalize(torch.randn(len(roles), HIDDEN), dim=1)
-    columns = {
+    columns: dict[str, Sequence[Any]] = {
         "role": roles,
         "uid": uids,
         "text": [f"{role} {uid}" for role, uid in zip(roles, uids, strict=True)],
@@ -83,12 +85,12 @@ def main() -> None:
     rows = paper_rows()
     managers = {name: HiddenRewardManager(objective=name, temperature=TEMPERATURE) for name in ("grace", "infonce")}
     torch.testing.assert_close(managers["grace"](rows).scores, row_by_row(rows), atol=1e-4, rtol=1e-4)
-    spent = {name: seconds(lambda manager=manager: manager(rows), args.repeats) for name, manager in managers.items()}
-    spent["row by row"] = seconds(lambda: row_by_row(rows), 3)
+    spent = {name: seconds(partial(manager, rows), args.repeats) for name, manager in managers.items()}
+    spent["row by row"] = seconds(partial(row_by_row, rows), 3)
     medians = {name: statistics.median(values) for name, values in spent.items()}
     table = [[name, f"{1000 * s:.1f}", f"1/{medians['row by row'] / s:.0f}"] for name, s in medians.items()]
     print(markdown(["rewards of 512 rows, H = 1536", "median ms", "share of row by row"], table))
-    # A product with every query and one with the group's sum: what must be computed, at one multiply-add each.
+    # The least arithmetic: each row times every query, and times its group's sum and itself, two FLOP per component.
     flops = 2 * HIDDEN * GROUPS * ROWS_PER_GROUP * (GROUPS + 2)
     embeddings = rows.batch["embeddings"].numel() * 4
     print(f"\nArithmetic of grace: {flops / 1e6:.0f} MFLOP. Embeddings of the step (640 rows, float32): ", end="")

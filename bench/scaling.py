@@ -1,7 +1,7 @@
-"""Step time against triplets, rationales, length and processes: python bench/scaling.py [--steps 2] [--json FILE]
+"""Step time by number of triplets, rationales, tokens and processes: python3 bench/scaling.py [--steps 2] [--json FILE]
 
-One setting is changed at a time, from 4 triplets x 4 rationales x 48 tokens on one process. A step that is linear in
-its tokens takes the same time per token in every row.
+One setting is changed at a time, from 4 triplets x 4 rationales x 48 tokens in one process. Where the time of a step is
+proportional to its tokens, every row of the table has the same time per token.
 """
 
 import argparse

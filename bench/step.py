@@ -1,8 +1,10 @@
-"""A training step by phase, beside its floor: python bench/step.py [--steps 6] [--json FILE] [key=value ...]
+"""The phases of a training step, and the least time that they need.
 
-Trains SmolLM2-135M on the example triplets at 4 triplets x 4 rationales x 48 new tokens (and 8 anchors): the median of
-each phase over the steps after the second, and its floor: the arithmetic of its matrix products at the rate that this
-machine reaches in one large product. Further key=value go to main_ppo.
+    python3 bench/step.py [--steps 6] [--json FILE] [key=value ...]
+
+Trains SmolLM2-135M on the example triplets: 4 triplets x 4 rationales x 48 new tokens, and 8 anchors. Prints the median
+seconds of each phase over the steps after the second, and its floor: the arithmetic of its matrix products at the rate
+that this machine reaches in one large product. Further key=value arguments are passed to main_ppo.
 """
 
 import argparse
@@ -27,7 +29,7 @@ SHAPE = (4, 4, 48)
 
 
 def peak_rate() -> float:
-    """Multiply-adds of a large float32 product, in FLOP/s: the best of several, as a floor wants it."""
+    """FLOP/s of a large float32 product: the best of several, because a floor needs the highest rate."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     size, best = 3072, 0.0
     a, b, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
@@ -39,7 +41,7 @@ def peak_rate() -> float:
 
 
 def arithmetic(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float]:
-    """FLOP of each phase's matrix products with shared prompts; attention, below 2 % at these lengths, is left out."""
+    """FLOP of each phase's matrix products, prompts shared; without attention, which is below 2 % at these lengths."""
     triplets, n, new = shape
     config = AutoConfig.from_pretrained(REPO / MODEL)
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.hidden_size // config.num_attention_heads
@@ -61,7 +63,7 @@ def arithmetic(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float
     return {
         "gen": packed_tokens(roles, 0) * body + generated * (body + head),
         "score": packed_tokens(roles, new) * body + trained * head,
-        # Two products backward; the head's logits are computed once more instead of kept.
+        # Two products in the backward; the head's logits are not kept but computed again.
         "update": 2 * packed_tokens(("positive",), new) * body + 3 * trained * head,
     }
 

@@ -1,9 +1,11 @@
-"""The whole training step beside TRL's GRPOTrainer: python bench/step_vs_trl.py [--rounds 2] [--steps 3] [--json FILE]
+"""The whole training step compared with TRL's GRPOTrainer.
 
-Both train SmolLM2-135M in float32 on the CPU: the same triplets in the same order, n rationales of exactly so many new
-tokens for each positive and one for each query and negative, the same reward, optimizer and number of threads. They
-take turns, each in a process of its own; the first two steps of a turn do not count. The tokens of every step must be
-the same. Needs the extra `bench`.
+    python3 bench/step_vs_trl.py [--rounds 2] [--steps 3] [--json FILE]
+
+Both train SmolLM2-135M in float32 on the CPU: the same triplets in the same order, n rationales for each positive and
+one for each query and negative, all of the same number of new tokens, the same reward, optimizer and number of threads.
+They take turns, each in a process of its own; the first two steps of a turn are not counted. The number of tokens must
+be the same in every step. Needs the extra `bench`.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def check_same_work(one: list[dict], other: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps in each turn")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--engines", nargs="+", choices=("hf", "vllm"), default=["hf"])
     parser.add_argument("--json", type=Path)

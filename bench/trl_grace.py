@@ -1,6 +1,6 @@
-"""The same training step written for TRL's GRPOTrainer, as its users would: the rival of bench/step_vs_trl.py.
+"""The same training step written for TRL's GRPOTrainer, as its users would: what bench/step_vs_trl.py compares with.
 
-    python bench/trl_grace.py --train_file train.parquet --triplets 4 --n 4 --new_tokens 48 --steps 4 --out steps.jsonl
+    python3 bench/trl_grace.py --train_file train.parquet --triplets 4 --n 4 --new_tokens 48 --steps 4 --out steps.jsonl
 
 TRL trains the rationales of the positives. The reward function generates the rationales of queries and negatives,
 pools the hidden states of all rows, and returns their similarities (the terms of `objective=grace`).
@@ -11,6 +11,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -34,20 +35,23 @@ def load_triplets(path: Path) -> Dataset:
 
 
 class SimilarityReward:
-    """The reward function: anchors are generated and everything is embedded with the model as it is."""
+    """The reward function: generates the anchors' rationales and embeds all rows with the current weights."""
 
     __name__ = "similarity"
 
-    def __init__(self, tokenizer, n: int, new_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, n: int, new_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.n = n
         self.new_tokens = new_tokens
-        self.model = None  # the trainer's, once it exists
+        self.model: Any = None
+        """The trainer's, which takes this object before it has one."""
         self.generated_tokens = self.prompt_tokens = 0
         self.seconds: dict[str, float] = {}
 
     @torch.no_grad()
-    def __call__(self, prompts, completion_ids, query, negative, **_) -> list[float]:
+    def __call__(
+        self, prompts: list[Any], completion_ids: list[list[int]], query: list[Any], negative: list[Any], **_: Any
+    ) -> list[float]:
         self.model.eval()
         start = time.perf_counter()
         positives = self._render(prompts)
@@ -57,7 +61,7 @@ class SimilarityReward:
         generated = time.perf_counter()
         self.generated_tokens = sum(map(len, completion_ids)) + sum(map(len, rationales))
         self.prompt_tokens = sum(map(len, positives)) + sum(map(len, anchors))
-        # What all prompts begin with is the system turn and the header of the user's.
+        # All prompts begin with the same tokens: the system turn and the header of the user's turn.
         text_start = len(os.path.commonprefix([*positives, *anchors]))
         m = self._embed(positives, completion_ids, text_start)
         q, n = self._embed(anchors, rationales, text_start).chunk(2)
@@ -65,7 +69,7 @@ class SimilarityReward:
         self.model.train()
         return self._rewards(m, q, n).tolist()
 
-    def _render(self, chats) -> list[list[int]]:
+    def _render(self, chats: list[Any]) -> list[list[int]]:
         texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -104,14 +108,14 @@ class SimilarityReward:
 
 
 class StepLog(TrainerCallback):
-    """Wall time from the end of one step to the end of the next, with the tokens of the step, as JSON lines."""
+    """Writes JSON lines: seconds from the end of the step before to the end of this one, and the step's tokens."""
 
     def __init__(self, path: Path, reward: SimilarityReward) -> None:
         self.path = path
         self.reward = reward
         self.last = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()
         record = {
             "step": state.global_step,

