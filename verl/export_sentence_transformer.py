@@ -1,16 +1,16 @@
-"""Write a model's embedding without rationales as a folder that sentence-transformers loads, and prove it equal.
+"""Export a model, without rationales, to a folder that sentence-transformers loads; the vectors are compared.
 
     python3 -m verl.export_sentence_transformer --model_path merged --output exported
 
-SentenceTransformer("exported").encode(texts) needs nothing of this project and gives the vectors of
-GraceEncoder("merged").encode(texts, think=False). A chat template holds the prompt. Where its beginning is not pooled,
-that is written in copies of its tokens, with ids of their own: a stock module masks tokens by id, and the text may hold
-those of the vocabulary. Exit codes: 0 done, 1 the vectors differ, 2 this model or these arguments allow no export.
+SentenceTransformer("exported").encode(texts) needs no code of this project and gives the vectors of
+GraceEncoder("merged").encode(texts, think=False). The prompt is part of the exported chat template. Where the beginning
+of the prompt is not pooled, it consists of copies of its tokens with ids of their own, because the module of
+sentence-transformers that leaves tokens out selects them by id, and a text may hold the original tokens.
+Exit codes: 0 done, 1 the vectors differ, 2 this model or these arguments allow no export.
 """
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,20 +20,22 @@ from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import AddedToken, AutoConfig
+from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
 
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.prompts import Prompt, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
+from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 
+PROGRAM = "export_sentence_transformer"
 TOLERANCE = 1e-4
 TEXTS = [
     "a card", "", " \t\n ", "\x1c\xa0 odd spaces\u3000\n", "The quick brown fox jumps over the lazy dog. " * 8,
     "naïve café, 東京タワー 🦊🦊", "12 + 30 = 42", "'quoted' (words)", "- a list\n\n- of two ", "https://a.org/b.jpg",
 ]  # fmt: skip
-# Other turns and tasks would change the prompt, or escape the mask, without a word.
+# Other turns and tasks would silently change the prompt, or which tokens are pooled.
 TEMPLATE = (
     "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
     "{{ raise_exception('the prompt of this model is built in: give texts, and neither a prompt nor chats') }}"
@@ -48,7 +50,7 @@ pipeline_tag: sentence-similarity
 ---
 # {name} without rationales
 
-This is the embedding of {name} WITHOUT rationales: a cheap baseline, one short forward per text.
+These are the embeddings of {name} WITHOUT rationales: a cheap baseline, one short forward pass per text.
 
 ```python
 from sentence_transformers import SentenceTransformer  # 6 or newer
@@ -57,21 +59,25 @@ vectors = SentenceTransformer("path/to/this/folder").encode(["a text", "another"
 ```
 
 The prompt is built in, for queries and documents alike: give none. Texts are cut so that text and prompt have at most
-{length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves them and rounds the vectors.
+{length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves their size and rounds the vectors.
 
-The model was trained to write a rationale about a text and to embed both. That embedding needs GRACE and the model's
-own folder:
+The model was trained to write a rationale about a text and to embed both. Those embeddings need GRACE and the original
+model folder:
 
 ```python
-from verl.encoder.grace_encoder import GraceEncoder
+from verl import GraceEncoder
 
 vectors = GraceEncoder("path/to/{name}").encode(["a text", "another"])
 ```
 
-With think=False GraceEncoder gives this folder's vectors: over {count} texts no number differed by more than {gap:.1e}
-(float32, CPU). Of a text that is cut behind a space or within a character, this folder keeps a token or a few more.
-Markers of the chat template in a text, such as <|im_end|>, are characters for GraceEncoder and markers for this folder.
+With think=False GraceEncoder gives the same vectors as this folder: over {count} texts no number differed by more than
+{gap:.1e} (float32, CPU). Where a text is cut after a space or within a character, this folder keeps a few more tokens.
+Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
 """
+
+
+class VectorsDiffer(RuntimeError):
+    """The exported folder does not give the encoder's vectors."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,10 +88,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(folder: Path, output: Path) -> None:
-    """Refuse what can be told without loading the model."""
+    """Check what can be checked without loading the model.
+
+    Raises:
+        ValueError: the output exists, or the model's settings allow no export.
+    """
     settings = EmbedderSettings.read(folder)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output={output} is there and is not an empty folder; give another, or remove it")
+        raise ValueError(f"--output={output} exists and is not an empty folder; give another, or remove it")
     if settings.span == "rationale":
         raise ValueError("span=rationale pools rationales, and an export has none; use GraceEncoder")
     if settings.truncation != "right":
@@ -98,24 +108,29 @@ def check(folder: Path, output: Path) -> None:
         )
 
 
-def export(model_path: str, output: Path) -> int:
+def export(model_path: str, output: Path) -> None:
+    """Write the folder under a temporary name, compare its vectors, and then give it its name.
+
+    Raises:
+        ValueError: this model cannot be exported.
+        VectorsDiffer: nothing is written.
+    """
     folder = model_folder(model_path)
     check(folder, output)
-    say(f"embedding with GraceEncoder({model_path!r})")
+    say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
     encoder = GraceEncoder(folder, device="cpu")
     texts = probe_texts(encoder)
     expected = encoder.encode(texts, think=False)
     making = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(making, ignore_errors=True)
     try:
-        say("making the modules of sentence-transformers")
+        say(f"{PROGRAM}: building the modules of sentence-transformers")
         build(encoder, texts).save_pretrained(str(making), create_model_card=False)
-        say("loading what was written, and comparing")
+        say(f"{PROGRAM}: loading what was written, and comparing")
         gap = float(np.abs(SentenceTransformer(str(making), device="cpu").encode(texts, batch_size=2) - expected).max())
-        say(f"largest difference {gap:.2e} over {len(texts)} texts")
+        say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
         if not gap <= TOLERANCE:
-            print(f"export_sentence_transformer: that is above {TOLERANCE}; nothing is written", file=sys.stderr)
-            return 1
+            raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
         (making / "README.md").write_text(
             CARD.format(
                 name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
@@ -125,8 +140,7 @@ def export(model_path: str, output: Path) -> int:
         making.rename(output)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    say(f"wrote {output}")
-    return 0
+    say(f"{PROGRAM}: wrote {output}")
 
 
 def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:
@@ -134,13 +148,17 @@ def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:
 
 
 def probe_texts(encoder: GraceEncoder) -> list[str]:
-    """Texts that fit, and one that is cut: it has no spaces, which only GraceEncoder drops from where it cuts."""
+    """Texts that fit, and one that is cut. It has no spaces: only GraceEncoder drops a space before a cut."""
     fitting = [text for text, prompt in zip(TEXTS, render(encoder, TEXTS), strict=True) if not prompt.shortened]
     return [*fitting, "qzjxvkwpf" * encoder.settings.max_prompt_length]
 
 
 def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
-    """The encoder's model in modules of sentence-transformers, which turn `texts` into the encoder's tokens."""
+    """The encoder's model as modules of sentence-transformers.
+
+    Raises:
+        ValueError: for some of `texts` their tokens are not the encoder's.
+    """
     settings = encoder.settings
     states = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = Transformer(
@@ -150,9 +168,9 @@ def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
         module_output_name="token_embeddings",
         unpad_inputs=False,
     )
-    tokenizer = transformer.tokenizer
+    tokenizer = tokenizer_of(transformer)
     tokenizer.pad_token = encoder.tokenizer.pad_token
-    # Padding on the left would move the positions of a text with the company it is in.
+    # With padding on the left, a text's positions would depend on the other texts of its batch.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = settings.max_prompt_length
     prompts = render(encoder, texts)
@@ -174,21 +192,40 @@ def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
 def copy_tokens(transformer: Transformer, tokens: Sequence[int]) -> dict[int, str]:
     """Add a token with the same input embedding for each of `tokens`, and return their names."""
     names = [f"<|frame_{token}|>" for token in tokens]
-    transformer.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    ids = transformer.tokenizer.convert_tokens_to_ids(names)
-    rows = transformer.model.get_input_embeddings().num_embeddings
-    # Models often have spare rows behind their vocabulary.
+    tokenizer = tokenizer_of(transformer)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[name] for name in names]
+    # Models often have more rows than their vocabulary has tokens: those are used first.
+    rows = input_embedding(transformer).num_embeddings
     transformer.model.resize_token_embeddings(max(rows - 1, *ids) + 1, mean_resizing=False)
-    weight = transformer.model.get_input_embeddings().weight
+    weight = input_embedding(transformer).weight
     weight[ids] = weight[list(tokens)]
     return dict(zip(tokens, names, strict=True))
+
+
+def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
+    if transformer.tokenizer is None:
+        raise ValueError("sentence-transformers finds no tokenizer in the model folder; use GraceEncoder")
+    return transformer.tokenizer
+
+
+def input_embedding(transformer: Transformer) -> torch.nn.Embedding:
+    embedding = transformer.model.get_input_embeddings()
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise ValueError(f"the model's input embedding is a {type(embedding).__name__}; use GraceEncoder")
+    return embedding
 
 
 def check_tokens(
     transformer: Transformer, texts: Sequence[str], prompts: Sequence[Prompt], copies: dict[int, str]
 ) -> None:
-    """Refuse a tokenizer that splits a text differently behind the copies, or behind what is left when it is cut."""
-    originals = {transformer.tokenizer.convert_tokens_to_ids(name): token for token, name in copies.items()}
+    """Compare the tokens of the modules, with copies read as their originals, with those of the encoder.
+
+    Raises:
+        ValueError: they differ: the tokenizer splits a text differently beside the copies, or where it is cut.
+    """
+    originals = {tokenizer_of(transformer).convert_tokens_to_ids(name): token for token, name in copies.items()}
     for text, prompt in zip(texts, prompts, strict=True):
         ids = transformer.preprocess([text])["input_ids"][0].tolist()
         masked = [originals[token] for token in ids if token in originals]
@@ -200,18 +237,17 @@ def check_tokens(
             )
 
 
-def say(text: str) -> None:
-    print(f"export_sentence_transformer: {text}", flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     quiet_libraries()
     try:
-        return export(args.model_path, args.output)
+        export(args.model_path, args.output)
+    except VectorsDiffer as error:
+        complain(PROGRAM, error)
+        return 1
     except (ValueError, OSError, TemplateError) as error:
-        print(f"export_sentence_transformer: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(PROGRAM, error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
     python3 -m verl.merge_model merge --backend fsdp --local_dir checkpoints/GRACE/quickstart --target_dir merged
     python3 -m verl.merge_model test --backend fsdp --local_dir checkpoints/GRACE/quickstart --test_hf_dir merged
 
---local_dir is a run folder (its newest complete step is taken), a global_step_N folder, or a folder with the
-shards themselves: torch DCP shards, or the model_world_size_W_rank_R.pt files of verl 0.4. Config and tokenizer
-are the checkpoint's own where it has them, else those of --hf_model_path. Exit codes: 0 done, 1 the folders
-differ (test), 2 something cannot be merged.
+--local_dir is a run folder (its newest complete step is used), a global_step_N folder, or a folder that holds the
+shards: torch DCP shards, or the model_world_size_W_rank_R.pt files of verl 0.4. Config and tokenizer are those of the
+checkpoint if it has them, else those of --hf_model_path. Exit codes: 0 done, 1 the folders differ (test), 2 the
+arguments or the checkpoint are wrong.
 """
 
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +29,24 @@ from transformers import AutoConfig, AutoTokenizer
 
 from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
 from verl.errors import UserError
+from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 
+PROGRAM = "merge_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Written into every merged folder; only a folder that has it is replaced.
 RECORD = "merge_model.json"
+# Differences up to this are none in `test`.
 TOLERANCE = 1e-6
+# Most differing tensors that are listed.
 SHOWN = 20
-# Whatever library the hub is reached with, an error of its connection is one of the bases.
+# A connection error comes from the hub's HTTP library; its class is one of the bases of HfHubHTTPError.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
 @dataclass
 class Checkpoint:
-    """Shards, and what the model they belong to looks like."""
+    """The shards, and the config, keys and dtype of the model they are merged into."""
 
     shards: Shards
     model_folder: Path
@@ -51,6 +55,7 @@ class Checkpoint:
     dtype: torch.dtype
 
     def read(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model but the tied ones, with a progress bar on stderr; see `read_weights`."""
         weights = read_weights(self.shards, self.keys, dtype)
         yield from track(weights, "reading", len(self.keys.shapes), console=Console(stderr=True))
 
@@ -59,16 +64,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     both = argparse.ArgumentParser(add_help=False)
-    both.add_argument("--backend", required=True, help="fsdp, the only one there is")
+    both.add_argument("--backend", required=True, help="fsdp is the only one")
     both.add_argument("--local_dir", type=Path, required=True, help="run, step or shard folder")
     both.add_argument(
         "--hf_model_path", help="folder or hub name with config and tokenizer, if the checkpoint has none"
     )
     both.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto = the config's")
     merge = commands.add_parser("merge", parents=[both], help="write a transformers folder")
-    merge.add_argument("--target_dir", type=Path, default=Path("tmp"), help="folder to write, or to write anew")
+    merge.add_argument(
+        "--target_dir", type=Path, default=Path("tmp"), help="folder to write; an earlier result is replaced"
+    )
     merge.add_argument("--hf_upload_path", metavar="REPO", help="upload the folder to this hub repository")
-    merge.add_argument("--private", action="store_true", help="the repository is to be private")
+    merge.add_argument(
+        "--private", action="store_true", help="make the repository private; an existing public one is an error"
+    )
     merge.set_defaults(run=run_merge)
     test = commands.add_parser("test", parents=[both], help="compare with a transformers folder")
     test.add_argument("--test_hf_dir", type=Path, required=True, help="folder with the safetensors to compare with")
@@ -84,8 +93,8 @@ def run_merge(args: argparse.Namespace) -> int:
     weights = dict(checkpoint.read(checkpoint.dtype))
     size = write_folder(target, weights, checkpoint)
     say(
-        f"wrote {args.target_dir}: {checkpoint.keys.architecture}, {len(weights)} tensors, {_name(checkpoint.dtype)}, "
-        f"{size / 1e6:,.1f} MB; read back, every tensor is equal to the merged one"
+        f"{PROGRAM}: wrote {args.target_dir}: {checkpoint.keys.architecture}, {len(weights)} tensors, "
+        f"{_name(checkpoint.dtype)}, {size / 1e6:,.1f} MB; read back, every tensor equals the merged one"
     )
     if args.hf_upload_path:
         upload(target, args.hf_upload_path, args.private)
@@ -99,37 +108,42 @@ def run_test(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args)
     differences = find_differences(checkpoint, reference)
     if not differences:
-        say(f"{args.test_hf_dir} is the merged model: {len(reference)} tensors agree in key, shape, dtype and values")
+        say(
+            f"{PROGRAM}: {args.test_hf_dir} is the merged model: {len(reference)} tensors agree in key, shape, dtype "
+            "and values"
+        )
         return 0
-    print_differences(differences)
-    say(f"{args.test_hf_dir} is not the merged model: {len(differences)} tensors differ")
+    say_differences(differences)
+    say(f"{PROGRAM}: {args.test_hf_dir} is not the merged model: {len(differences)} tensors differ")
     return 1
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """Find and open what the arguments name, and say what was found."""
+    """Find and open the checkpoint that the arguments name, and print what was found."""
     if not args.local_dir.is_dir():
         raise UserError(f"--local_dir={args.local_dir} is not a folder; give a run, step or shard folder")
     folder, skipped = find_shards(args.local_dir)
     for line in skipped:
-        say(f"passed over: {line}")
+        say(f"{PROGRAM}: skipped: {line}")
     shards = open_shards(folder)
     model_folder = find_model_folder(shards, args.hf_model_path)
-    say(f"{folder}: {shards}; config and tokenizer of {model_folder}")
+    say(f"{PROGRAM}: {folder}: {shards}; config and tokenizer of {model_folder}")
     try:
         config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
         keys = model_keys(config)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{model_folder / 'config.json'} gives no causal language model: {_line(error)}") from error
+        raise UserError(
+            f"{model_folder / 'config.json'} does not describe a causal language model: {_line(error)}"
+        ) from error
     return Checkpoint(shards, model_folder, config, keys, DTYPES.get(args.dtype) or config.dtype or torch.float32)
 
 
 def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
-    """Where config and tokenizer are: beside the shards, else at --hf_model_path."""
+    """The folder with config and tokenizer: the checkpoint's own if it has one, else --hf_model_path."""
     if (shards.model_folder / "config.json").is_file():
         return shards.model_folder
     if not hf_model_path:
-        raise UserError(f"{shards.model_folder} has no config.json; give the trained model, --hf_model_path")
+        raise UserError(f"{shards.model_folder} has no config.json; give --hf_model_path, the model that was trained")
     folder = Path(hf_model_path)
     if not folder.is_dir():
         try:
@@ -144,14 +158,14 @@ def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target whose content this program did not write."""
+    """Check that the target does not exist, is empty, or was written by this program."""
     if target.exists() and not (target / RECORD).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--target_dir={target} is there and is not an earlier result of this program; give another")
+        raise UserError(f"--target_dir={target} exists and is not an earlier result of this program; give another")
 
 
 def check_upload(repo: str | None, private: bool) -> None:
     if private and not repo:
-        raise UserError("--private is about an upload, and there is none; give --hf_upload_path too")
+        raise UserError("--private is for uploads; give --hf_upload_path too")
     try:
         if repo:
             validate_repo_id(repo)
@@ -160,7 +174,7 @@ def check_upload(repo: str | None, private: bool) -> None:
 
 
 def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoint) -> int:
-    """Write and check a folder under a temporary name, then give it its own; return the bytes of the weights."""
+    """Write and check the folder under a temporary name, then rename it; return the bytes of its weights."""
     folder = target.with_name(f".{target.name}.merging")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -168,7 +182,9 @@ def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoin
         write_model_files(folder, checkpoint)
         save_torch_state_dict(weights, folder)
         if wrong := unequal(SavedTensors(folder), weights):
-            raise UserError(f"{folder.parent}: {', '.join(wrong)} read back are not what was written; check the disk")
+            raise UserError(
+                f"{folder.parent}: {', '.join(wrong)} read back differently from what was written; check the disk"
+            )
         record = {
             "source": str(checkpoint.shards.folder), "shards": str(checkpoint.shards),
             "model": str(checkpoint.model_folder), "dtype": _name(checkpoint.dtype),
@@ -183,12 +199,12 @@ def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoin
 
 
 def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
-    """Config, tokenizer with its chat template, generation settings, and how to embed."""
+    """Config, tokenizer with its chat template, generation settings, and the embedder's settings."""
     source = checkpoint.model_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source} has no tokenizer that loads: {_line(error)}; add its files there") from error
+        raise UserError(f"{source} has no tokenizer that can be loaded: {_line(error)}; add its files there") from error
     tokenizer.save_pretrained(folder)
     checkpoint.config.dtype = checkpoint.dtype
     checkpoint.config.architectures = [checkpoint.keys.architecture]
@@ -202,7 +218,7 @@ class SavedTensors:
     """The safetensors of a folder, read one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
-        # As transformers chooses: one file of that name, else those of the index.
+        # The order in which transformers looks: the single file, else the files of the index.
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if not single.is_file() and not index.is_file():
             raise UserError(f"{folder} has no {single.name} and no {index.name}; give a folder with safetensors")
@@ -211,28 +227,28 @@ class SavedTensors:
             files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
         except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
             raise UserError(f"the safetensors of {folder} cannot be read: {_line(error)}; copy them again") from error
-        self._places = {name: file for file in files for name in file.keys()}
+        self._files = {name: file for file in files for name in file.keys()}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._files)
 
     def keys(self) -> KeysView[str]:
-        return self._places.keys()
+        return self._files.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._places[name].get_tensor(name)
+        return self._files[name].get_tensor(name)
 
 
 def unequal(saved: SavedTensors, weights: dict[str, Tensor]) -> list[str]:
-    """The names of which one side has none, or has another tensor in shape, dtype or any bit."""
+    """Names that only one side has, or whose tensors differ in shape, dtype or any bit."""
     both = saved.keys() & weights.keys()
     return sorted(saved.keys() ^ weights.keys()) + [name for name in both if not same_bits(saved[name], weights[name])]
 
 
 def find_differences(checkpoint: Checkpoint, reference: SavedTensors) -> dict[str, str]:
-    """What differs by key, in words. A tied key may be in the reference or not."""
+    """A description of the difference by key. A tied key may be missing in the reference."""
     found = dict.fromkeys(reference.keys(), "only in --test_hf_dir")
-    # The stored values are compared in the reference's dtype; --dtype, or the config, says which that should be.
+    # `compare` gets the tensor as it was stored, and the dtype that --dtype or the config asks for.
     for name, tensor in checkpoint.read(None):
         dtype = checkpoint.dtype if tensor.is_floating_point() else tensor.dtype
         copies = {key for key, owner in checkpoint.keys.tied.items() if owner == name} & reference.keys()
@@ -242,43 +258,43 @@ def find_differences(checkpoint: Checkpoint, reference: SavedTensors) -> dict[st
 
 
 def compare(merged: Tensor, dtype: torch.dtype, reference: Tensor) -> str:
-    """What differs between a tensor, were it of that dtype, and its reference, in words; empty = nothing."""
+    """How a tensor, converted to `dtype`, differs from its reference; an empty string = not at all."""
     if (merged.shape, dtype) != (reference.shape, reference.dtype):
         return f"{list(merged.shape)} {_name(dtype)}, in --test_hf_dir {list(reference.shape)} {_name(reference.dtype)}"
     merged = merged.to(dtype)
     if same_bits(merged, reference):
         return ""
     gap = (merged.double() - reference.double()).abs()
-    count = int((~(gap <= TOLERANCE)).sum())  # a gap that is not a number counts
+    count = int((~(gap <= TOLERANCE)).sum())  # NaN counts as a difference
     return f"{count} of {gap.numel()} values differ, by up to {float(gap.max()):.3g}" if count else ""
 
 
-def print_differences(differences: dict[str, str]) -> None:
+def say_differences(differences: dict[str, str]) -> None:
     width = max(map(len, differences))
     for key in sorted(differences)[:SHOWN]:
-        print(f"  {key:{width}}  {differences[key]}")
+        say(f"  {key:{width}}  {differences[key]}")
     if len(differences) > SHOWN:
-        print(f"  ... and {len(differences) - SHOWN} more")
+        say(f"  ... and {len(differences) - SHOWN} more")
 
 
 def upload(folder: Path, repo: str, private: bool) -> None:
-    """Send a merged folder to the hub; --private never ends in a public repository."""
+    """Upload a merged folder to the hub.
+
+    Raises:
+        UserError: the hub cannot be reached or rejects it, or --private is given and the repository is public.
+    """
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(repo).private:
-            raise UserError(f"--private: {repo} is there and is public; make it private, or give another name")
+            raise UserError(f"--private: {repo} exists and is public; make it private, or give another name")
         api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=[RECORD])
     except HUB_ERRORS as error:
         raise UserError(
-            f"--hf_upload_path={repo}: {_line(error)}; the merged folder is whole, send it later by "
+            f"--hf_upload_path={repo}: {_line(error)}; the merged folder is complete, upload it later with "
             f"hf upload {repo} {folder}"
         ) from error
-    say(f"uploaded to {repo}")
-
-
-def say(text: str) -> None:
-    print(f"merge_model: {text}", flush=True)
+    say(f"{PROGRAM}: uploaded to {repo}")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -286,7 +302,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _line(error: Exception) -> str:
-    """An error of a library in one line."""
+    """The message of a library's error in one line, at most 300 characters of it."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
@@ -299,8 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--backend={args.backend}: only fsdp checkpoints exist here; give --backend fsdp")
         return args.run(args)
     except (UserError, OSError, SafetensorError) as error:
-        print(f"merge_model: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(PROGRAM, error)
 
 
 if __name__ == "__main__":

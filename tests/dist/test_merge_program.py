@@ -15,7 +15,7 @@ from verl import merge_model as program
 # ---- What is written
 
 
-def test_an_earlier_result_is_replaced_and_anything_else_left(checkpoints, tmp_path, capsys):
+def test_an_earlier_result_is_replaced_and_anything_else_is_kept(checkpoints, tmp_path, capsys):
     target = tmp_path / "some" / "merged"
     assert merge(checkpoints / "dcp_1_untied", target) == 0
     (target / "stale").write_text("")
@@ -26,14 +26,14 @@ def test_an_earlier_result_is_replaced_and_anything_else_left(checkpoints, tmp_p
     own.mkdir()
     assert merge(checkpoints / "dcp_1_tied", own) == 0
     (own / "merge_model.json").unlink()
-    assert f"--target_dir={own} is there" in error_line(capsys, merge(checkpoints / "dcp_1_tied", own))
+    assert f"--target_dir={own} exists" in error_line(capsys, merge(checkpoints / "dcp_1_tied", own))
     file = tmp_path / "file"
     file.write_text("kept")
-    assert f"--target_dir={file} is there" in error_line(capsys, merge(checkpoints / "dcp_1_tied", file))
+    assert f"--target_dir={file} exists" in error_line(capsys, merge(checkpoints / "dcp_1_tied", file))
     assert file.read_text() == "kept"
 
 
-def test_what_does_not_read_back_is_not_published(checkpoints, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_reads_back_differently_is_not_published(checkpoints, tmp_path, capsys, monkeypatch):
     assert merge(checkpoints / "dcp_1_untied", tmp_path / "merged") == 0
 
     def broken_disk(weights, folder):
@@ -41,13 +41,13 @@ def test_what_does_not_read_back_is_not_published(checkpoints, tmp_path, capsys,
 
     monkeypatch.setattr(program, "save_torch_state_dict", broken_disk)
     line = error_line(capsys, merge(checkpoints / "dcp_1_tied", tmp_path / "merged"))
-    assert "model.norm.weight read back are not what was written" in line
+    assert "model.norm.weight read back differently from what was written" in line
     assert_is_tiny(tmp_path / "merged", tie=False)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 class Hub:
-    """Stands in for the hub."""
+    """Replaces the hub."""
 
     calls: list[tuple]
     public = False
@@ -66,7 +66,7 @@ class Hub:
         self.calls.append(("upload", repo_id, "model.safetensors" in sent, "merge_model.json" in sent))
 
 
-def test_the_hub_is_used_when_asked_and_not_else(checkpoints, tmp_path, capsys, monkeypatch):
+def test_the_hub_is_used_only_when_asked(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Hub, "calls", [], raising=False)
     monkeypatch.setattr(program, "HfApi", Hub)
     run, target = checkpoints / "dcp_1_tied", tmp_path / "merged"
@@ -77,7 +77,7 @@ def test_the_hub_is_used_when_asked_and_not_else(checkpoints, tmp_path, capsys, 
     assert merge(run, target, "--hf_upload_path", "me/it", "--private") == 0
     assert Hub.calls == [("create", "me/it", True), ("upload", "me/it", True, False)]
     monkeypatch.setattr(Hub, "public", True)
-    assert "me/it is there and is public" in error_line(
+    assert "me/it exists and is public" in error_line(
         capsys, merge(run, target, "--hf_upload_path", "me/it", "--private")
     )
     assert len(Hub.calls) == 3

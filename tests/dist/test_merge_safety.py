@@ -32,7 +32,7 @@ def dotted(marker: Path) -> bytes:
 
 @pytest.fixture
 def marker(tmp_path):
-    """What must not exist in the end. The attack works where nothing is refused."""
+    """A path that must not exist at the end. First it is shown that the attacks work on plain pickle."""
     path = tmp_path / "marker"
     for attack in (pickle.dumps(Evil(path)), dotted(path)):
         pickle.loads(attack)
@@ -53,7 +53,7 @@ def test_metadata_runs_no_code(checkpoints, tmp_path, capsys, marker, attack):
     }
     file.write_bytes(attacks[attack])
     line = error_line(capsys, merge(step, tmp_path / "merged"))
-    assert f"{file} is refused: it names " in line and "mkdir, which could run code" in line
+    assert f"{file} is rejected: it names " in line and "mkdir, which could run code" in line
 
 
 def test_dcp_shards_run_no_code(checkpoints, tmp_path, capsys, marker):
@@ -75,7 +75,7 @@ def test_dcp_shards_run_no_code(checkpoints, tmp_path, capsys, marker):
 
 @pytest.mark.parametrize(
     ("save", "said"),
-    [(torch.save, "is refused: Trying to load unsupported GLOBAL posix.mkdir"),
+    [(torch.save, "is rejected: Trying to load unsupported GLOBAL posix.mkdir"),
      (lambda what, path: path.write_bytes(pickle.dumps(what)), "is cut off, or not a file of torch.save")],
     ids=["of torch.save", "bare pickle"],
 )  # fmt: skip
@@ -87,7 +87,7 @@ def test_fsdp_shards_run_no_code(checkpoints, tmp_path, capsys, marker, save, sa
     assert str(file) in line and said in line
 
 
-def test_files_beside_the_weights_are_left_alone(checkpoints, tmp_path, marker):
+def test_other_files_in_the_folder_are_not_read(checkpoints, tmp_path, marker):
     for name, beside in (("dcp_1_tied", "extra_rank_0.pt"), ("fsdp_2_tied", "optim_world_size_2_rank_0.pt")):
         step = shutil.copytree(checkpoints / name / "global_step_4", tmp_path / name)
         torch.save(Evil(marker), step / "actor" / beside)

@@ -29,7 +29,7 @@ def test_the_newest_complete_step_is_taken_and_the_others_named(checkpoints, tmp
     out = capsys.readouterr().out
     assert "global_step_10/actor: torch DCP shards" in out
     for name in ("global_step_12", ".global_step_15.writing", "global_step_100"):
-        assert f"passed over: {name} is not whole" in out
+        assert f"skipped: {name} is not complete" in out
     (run / "global_step_10" / "trainer_state.json").unlink()
     assert merge(run, tmp_path / "merged") == 0
     assert "global_step_9/actor: FSDP shards of 2 ranks" in capsys.readouterr().out
@@ -68,10 +68,10 @@ def test_the_config_is_the_checkpoints_own_or_the_one_given(single, tmp_path, ca
 
 @pytest.mark.parametrize("config", ["{", '{"model_type": "nope"}', '{"model_type": "clip"}',
                                     '{"model_type": "qwen2", "hidden_size": "abc"}'])  # fmt: skip
-def test_a_config_of_no_causal_language_model_is_an_error(single, tmp_path, capsys, config):
+def test_a_config_without_a_causal_language_model_is_an_error(single, tmp_path, capsys, config):
     (single.model / "config.json").write_text(config)
     line = error_line(capsys, merge(single.folder, tmp_path / "merged", "--hf_model_path", str(single.model)))
-    assert f"{single.model / 'config.json'} gives no causal language model" in line
+    assert f"{single.model / 'config.json'} does not describe a causal language model" in line
 
 
 # ---- What does not fit
@@ -156,4 +156,4 @@ def test_dcp_shards_that_hold_a_tensor_in_part_are_an_error(checkpoints, tmp_pat
     metadata = pickle.loads((step / "actor" / ".metadata").read_bytes())
     metadata.state_dict_metadata["model.lm.model.norm.weight"].chunks.pop()
     (step / "actor" / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert "hold model.norm.weight in part only" in error_line(capsys, merge(step, tmp_path / "merged"))
+    assert "hold only a part of model.norm.weight" in error_line(capsys, merge(step, tmp_path / "merged"))

@@ -1,4 +1,4 @@
-"""scripts/export_sentence_transformer.py: its folder against GraceEncoder(think=False), alone, and what it refuses."""
+"""verl.export_sentence_transformer: its folder against GraceEncoder(think=False), without verl, and what it rejects."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from verl import export_sentence_transformer as program
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 
-# None with a marker of the chat template: a tokenizer by itself takes it for one, which the encoder does not.
+# No text holds a marker of the chat template: the export reads it as a marker, the encoder as plain characters.
 TEXTS = [
     "where is my parcel?", "x", "", "  \n", "\x1d spaces of all kinds \u2003\xa0", "naïve café 東京 🦊", "9 + 1",
     "'tis", "Read the text.", "user\nassistant\n", "two\n\nparagraphs ", "<| im_end |> in the text",
@@ -34,7 +34,7 @@ VARIANTS = {
     "no system turn": {"system_prompt": None},
     "other system turn": {"system_prompt": 'It\'s "quoted" {{ text }}, naïve 🦊\nand\\n two lines.'},
 }
-# In a process that must not see this project.
+# Run in a process that cannot import verl.
 ALONE = """
 import sys
 sys.modules["verl"] = None
@@ -73,7 +73,7 @@ def plain(tmp_path_factory):
     return model, folder / "out"
 
 
-def test_vectors_are_those_of_the_encoder_in_any_company(pair):
+def test_vectors_are_those_of_the_encoder_whatever_the_batch(pair):
     encoder, folder = pair
     expected = encoder.encode(TEXTS, think=False)
     model = SentenceTransformer(str(folder), device="cpu")
@@ -88,7 +88,7 @@ def test_vectors_are_those_of_the_encoder_in_any_company(pair):
     assert model.similarity_fn_name == "cosine"
 
 
-def test_a_text_that_is_cut_behind_a_space_or_within_a_character_keeps_the_end_of_the_prompt(pair):
+def test_a_text_that_is_cut_after_a_space_or_within_a_character_keeps_the_end_of_the_prompt(pair):
     encoder, folder = pair
     texts = [f"{'x' * shift}{text * 200}" for text in ("ab ", "東") for shift in range(3)]
     chats = [rationale_messages(text, encoder.settings.system_prompt) for text in texts]
@@ -103,7 +103,7 @@ def test_a_text_that_is_cut_behind_a_space_or_within_a_character_keeps_the_end_o
     assert set(more) == {0, 1, 2}
 
 
-def test_the_folder_loads_and_embeds_where_this_project_is_not(plain, tmp_path):
+def test_the_folder_loads_and_embeds_without_this_project(plain, tmp_path):
     model, folder = plain
     moved = shutil.copytree(folder, tmp_path / "moved")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -148,7 +148,7 @@ def test_padding_and_cutting_on_the_left_and_a_model_of_another_dtype_become_the
     np.testing.assert_allclose(loaded.encode(TEXTS), expected, atol=1e-5)
 
 
-def test_spare_rows_behind_the_vocabulary_are_used(plain, tmp_path):
+def test_spare_rows_after_the_vocabulary_are_used(plain, tmp_path):
     model = shutil.copytree(plain[0], tmp_path / "model")
     lm = tiny_model()
     lm.resize_token_embeddings(400)
@@ -167,10 +167,10 @@ def merge_border(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("message['role'] + '\\n'", "message['role'] + ' '"))
 
 
-class TestRefusal:
+class TestRejected:
     """One line on stderr and exit code 2; nothing is written."""
 
-    def refused(self, model: Path, output: Path, capsys) -> str:
+    def rejected(self, model: Path, output: Path, capsys) -> str:
         before = sorted(output.parent.rglob("*"))
         assert run(model, output) == 2
         assert sorted(output.parent.rglob("*")) == before
@@ -190,28 +190,28 @@ class TestRefusal:
     def test_settings(self, plain, tmp_path, capsys, settings, message):
         model = shutil.copytree(plain[0], tmp_path / "model")
         EmbedderSettings(**{"max_prompt_length": LENGTH, **settings}).write(model)
-        assert message in self.refused(model, tmp_path / "out", capsys)
+        assert message in self.rejected(model, tmp_path / "out", capsys)
 
-    def test_a_folder_that_is_there_or_a_model_that_is_not(self, plain, tmp_path, capsys):
+    def test_an_output_that_exists_or_a_model_that_does_not(self, plain, tmp_path, capsys):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").write_text("mine")
         for output in (tmp_path / "full", tmp_path / "full" / "file"):
-            message = self.refused(plain[0], output, capsys)
-            assert f"--output={output} is there and is not an empty folder; give another, or remove it" in message
-        assert "does not exist" in self.refused(tmp_path / "none", tmp_path / "out", capsys)
+            message = self.rejected(plain[0], output, capsys)
+            assert f"--output={output} exists and is not an empty folder; give another, or remove it" in message
+        assert "does not exist" in self.rejected(tmp_path / "none", tmp_path / "out", capsys)
 
-    def test_tokens_that_reach_over_the_border_of_prompt_and_text(self, tmp_path, capsys):
+    def test_tokens_that_span_prompt_and_text(self, tmp_path, capsys):
         model = save_model(tmp_path / "model")
         merge_border(model)
-        assert "the tokenizer splits 'a card' differently" in self.refused(model, tmp_path / "out", capsys)
+        assert "the tokenizer splits 'a card' differently" in self.rejected(model, tmp_path / "out", capsys)
 
-    def test_but_not_where_the_whole_prompt_is_pooled(self, tmp_path):
+    def test_tokens_that_span_prompt_and_text_are_allowed_where_the_whole_prompt_is_pooled(self, tmp_path):
         model = save_model(tmp_path / "model", pool_system_prompt=True)
         merge_border(model)
         assert run(model, tmp_path / "out") == 0
 
 
-def test_vectors_that_differ_are_told_and_nothing_is_left(plain, tmp_path, capsys, monkeypatch):
+def test_vectors_that_differ_are_reported_and_nothing_is_left(plain, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "MultiVectorMask", lambda words, **options: MultiVectorMask([], **options))
     assert run(plain[0], tmp_path / "out") == 1
     output = capsys.readouterr()

@@ -1,7 +1,7 @@
 """Reading torch DCP shards without letting a file run code.
 
-torch unpickles the metadata, and values that are not tensors, whatever they hold. Here they are made of known classes
-or refused.
+torch unpickles the metadata, and values that are not tensors, without any check. Here only known classes are unpickled;
+anything else is an error.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 DCP_METADATA = ".metadata"
 
-# What a file that is cut off, damaged or something else makes torch.load and pickle raise.
+# The exceptions of torch.load and pickle for files that are truncated, damaged or of another kind.
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
     ImportError, AssertionError,
@@ -34,11 +34,11 @@ _METADATA_CLASSES = {
 
 
 class DcpError(ValueError):
-    """A file is damaged, or holds what could run code; the message names it."""
+    """A file is damaged, or holds something that could run code; the message names the file."""
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader of a folder of shards, with metadata that is metadata."""
+    """torch's reader of a folder of shards, with `read_metadata` below."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         metadata = read_metadata(Path(self.path) / DCP_METADATA)
@@ -49,7 +49,7 @@ class SafeReader(FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """torch's planner, with values that are plain numbers, texts and containers."""
+    """torch's planner; values that are not tensors may only be plain numbers, strings and containers."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         plain = BytesIO()
@@ -59,7 +59,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the objects that DCP metadata consists of, and nothing else."""
+    """Unpickles the classes that DCP metadata consists of, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -78,15 +78,15 @@ def read_metadata(file: Path) -> Metadata:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
     except UNREADABLE as error:
-        raise DcpError(f"{file} is refused: {unreadable_reason(error)}") from error
+        raise DcpError(f"{file} is rejected: {unreadable_reason(error)}") from error
     if not isinstance(metadata, Metadata):
-        raise DcpError(f"{file} is refused: it holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+        raise DcpError(f"{file} is rejected: it holds a {type(metadata).__name__}, not the metadata of a checkpoint")
     return metadata
 
 
 def unreadable_reason(error: BaseException) -> str:
-    """The first sentence of what went wrong."""
+    """The first sentence of an error's message."""
     if isinstance(error, pickle.UnpicklingError):
-        # torch.load wraps what it found in advice to switch its safety off.
+        # torch.load wraps the reason in the advice to load without the check.
         error = error.__context__ or error
     return " ".join(str(error).split()).split(". ")[0].removesuffix(".") or type(error).__name__

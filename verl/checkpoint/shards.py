@@ -1,8 +1,8 @@
 """Full weights from the shards of a checkpoint, in one process and without a process group.
 
-Two layouts are read. Neither lets a file run code: shards hold tensors or are refused.
+Two layouts are read, both without letting a file run code: a file that holds anything but tensors is rejected.
 
-    .metadata, __R_K.distcp             torch DCP shards of verl.checkpoint.training_state, by any number of ranks
+    .metadata, __R_K.distcp             torch DCP shards of verl.checkpoint.training_state, of any number of ranks
     model_world_size_W_rank_R.pt        the FSDP shards of verl 0.4, one state dict per rank
 """
 
@@ -35,37 +35,37 @@ _FSDP_GLOB, _FSDP_NAME = "model_world_size_*_rank_*.pt", re.compile(r"model_worl
 
 @dataclass(frozen=True)
 class ModelKeys:
-    """The state dict that the model of a config has."""
+    """Keys and shapes of a model's state dict."""
 
     architecture: str
     shapes: dict[str, torch.Size]
-    """Of every key but the tied ones."""
+    """The shape of every key but the tied ones."""
     tied: dict[str, str]
-    """Keys that are another key's tensor, and which."""
+    """Tied keys, and the key whose tensor each shares."""
 
 
 class Shards(Protocol):
-    """The weights of a checkpoint under their transformers names; nothing is read before it is asked for."""
+    """The weights of a checkpoint under their transformers names, read one at a time."""
 
     folder: Path
     model_folder: Path
-    """Where the checkpoint keeps its config and tokenizer."""
+    """The folder where the checkpoint has its config and tokenizer."""
     names: frozenset[str]
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
-        """The full tensor of a name, as it was stored.
+        """The full tensor of a name, in the dtype that it was stored in.
 
         Raises:
-            UserError: the shards cannot be read or do not make one tensor of that shape.
+            UserError: the shards cannot be read, or do not form a tensor of that shape.
         """
         ...
 
 
 def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
-    """The folder with the shards of a run folder, a step, or of that folder itself.
+    """Find the shards of a run folder, a step folder, or a folder of shards.
 
     Returns:
-        The folder, and a line for each step of a run that was passed over.
+        The folder with the shards, and a line for each step of a run that was skipped.
 
     Raises:
         UserError: there are none.
@@ -75,12 +75,14 @@ def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
     if (local_dir / "actor").is_dir():
         return local_dir / "actor", []
     unfinished = sorted(local_dir.glob(f".{STEP_PREFIX}*.writing"))
-    skipped = [f"{path.name} is not whole (still being written, or its run ended meanwhile)" for path in unfinished]
+    skipped = [
+        f"{path.name} is not complete (still being written, or the run ended while writing it)" for path in unfinished
+    ]
     for step in reversed(saved_steps(local_dir)):
         folder = step_folder(local_dir, step)
         if _is_complete(folder):
             return folder / "actor", skipped
-        skipped.append(f"{folder.name} is not whole (no trainer_state.json, nor the FSDP shards of all ranks)")
+        skipped.append(f"{folder.name} is not complete (neither trainer_state.json nor the FSDP shards of all ranks)")
     if skipped:
         raise UserError(f"--local_dir={local_dir} holds no complete step: {'; '.join(skipped)}; give another folder")
     raise UserError(
@@ -103,12 +105,12 @@ def _is_complete(step: Path) -> bool:
 
 
 def _fsdp_files(folder: Path) -> list[Path]:
-    """The files of all ranks, in rank order."""
+    """The FSDP shards of all ranks, in rank order."""
     found = [match for path in folder.glob(_FSDP_GLOB) if (match := _FSDP_NAME.fullmatch(path.name))]
     sizes = sorted({int(match[1]) for match in found})
     if len(sizes) != 1:
         raise UserError(
-            f"{folder} holds FSDP shards of world sizes {sizes}; leave those of one, and move the others away"
+            f"{folder} holds FSDP shards of the world sizes {sizes}; keep those of one, and move the others away"
         )
     present = {int(match[2]) for match in found}
     missing = [rank for rank in range(sizes[0]) if rank not in present]
@@ -122,10 +124,10 @@ def _fsdp_files(folder: Path) -> list[Path]:
 
 
 def open_shards(folder: Path) -> Shards:
-    """The shards of a folder, of whichever layout.
+    """The shards of a folder, in either layout.
 
     Raises:
-        UserError: a file is missing, damaged, or refused because it could run code.
+        UserError: a file is missing or damaged, or could run code.
     """
     if (folder / DCP_METADATA).is_file():
         if any(folder.glob(_FSDP_GLOB)):
@@ -134,13 +136,13 @@ def open_shards(folder: Path) -> Shards:
     if any(folder.glob(_FSDP_GLOB)):
         return FsdpShards(folder)
     raise UserError(
-        f"{folder} holds neither {DCP_METADATA} nor model_world_size_W_rank_R.pt; its checkpoint was not written to "
-        "the end: give another step"
+        f"{folder} holds neither {DCP_METADATA} nor model_world_size_W_rank_R.pt; its checkpoint was not "
+        "written completely: give another step"
     )
 
 
 class DcpShards:
-    """What `save_training_state` wrote, on any number of ranks. The optimizer is not read."""
+    """Shards written by `save_training_state` on any number of ranks. The optimizer's state is not read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -163,7 +165,7 @@ class DcpShards:
         return f"torch DCP shards ({len(self.names)} tensors)"
 
     def _check_files(self) -> None:
-        """All files are there, and as long as the metadata says."""
+        """Check that every file exists and is at least as long as the metadata says."""
         ends: dict[str, int] = {}
         wanted = set(self._keys.values())
         for index, place in self._metadata.storage_data.items():
@@ -172,7 +174,9 @@ class DcpShards:
         for name, end in sorted(ends.items()):
             file = self.folder / name
             if Path(name).name != name:
-                raise UserError(f"{self.folder / DCP_METADATA} points out of its folder, to {name!r}; it is refused")
+                raise UserError(
+                    f"{self.folder / DCP_METADATA} points out of its folder, to {name!r}; this is not allowed"
+                )
             if not file.is_file():
                 raise UserError(f"{self.folder} lacks {name}; copy the files of all ranks there")
             if file.stat().st_size < end:
@@ -185,9 +189,9 @@ class DcpShards:
             raise UserError(f"{self.folder}: {name} is not a tensor")
         _check_shape(self.folder, name, stored.size, shape)
         if sum(math.prod(chunk.sizes) for chunk in stored.chunks) != stored.size.numel():
-            raise UserError(f"{self.folder}: the shards hold {name} in part only; give another step")
+            raise UserError(f"{self.folder}: the shards hold only a part of {name}; give another step")
         state: dict[str, Any] = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
-        # What torch.distributed.checkpoint.load does around these calls needs, or stands in for, other ranks.
+        # torch.distributed.checkpoint.load does the same and more, for which it needs a process group.
         planner = DefaultLoadPlanner()
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         try:
@@ -198,7 +202,7 @@ class DcpShards:
 
 
 class FsdpShards:
-    """The files of verl 0.4: each rank's part of the state dict."""
+    """Shards of verl 0.4: a file per rank with its part of the state dict."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -221,33 +225,33 @@ class FsdpShards:
         sharded = [part for part in parts if isinstance(part, DTensor)]
         try:
             if sharded and len(sharded) != len(parts):
-                raise ValueError("only some ranks say how it is sharded")
+                raise ValueError("only some ranks hold it as a DTensor, with its sharding")
             tensor = join_sharded(sharded) if sharded else join_plain(parts, shape)
         except ValueError as error:
-            raise UserError(f"{self.folder}: {name} cannot be put together: {error}") from error
+            raise UserError(f"{self.folder}: {name} cannot be joined: {error}") from error
         _check_shape(self.folder, name, tensor.shape, shape)
         return tensor
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
-    """A rank's tensors, mapped from its file and not yet read."""
+    """The tensors of a rank's file, memory-mapped."""
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is cut off, or not a file of torch.save; copy it again")
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except UNREADABLE as error:
-        raise UserError(f"{file} is refused: {unreadable_reason(error)}") from error
+        raise UserError(f"{file} is rejected: {unreadable_reason(error)}") from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise UserError(f"{file} is refused: it is not a dictionary of tensors")
+        raise UserError(f"{file} is rejected: it is not a dictionary of tensors")
     return held
 
 
 @torch.no_grad()
 def join_sharded(parts: Sequence[DTensor]) -> Tensor:
-    """The whole of a tensor from the parts of all ranks, in rank order; parts may differ in size.
+    """The full tensor from the DTensors of all ranks, in rank order; their parts may differ in size.
 
     Raises:
-        ValueError: the parts do not belong together, or are sums yet to be made.
+        ValueError: the parts do not belong together, or are partial sums.
     """
     mesh, placements = _mesh_ranks(parts[0].device_mesh), parts[0].placements
     for part in parts:
@@ -273,15 +277,15 @@ def join_sharded(parts: Sequence[DTensor]) -> Tensor:
 
 
 def _mesh_ranks(mesh: DeviceMesh) -> Tensor:
-    """[...] the ranks of a mesh. Where torch 2.6 wrote them, newer classes have a property that hides them."""
+    """The ranks of a mesh, in the mesh's shape. A mesh that torch 2.6 saved has them in its __dict__ only."""
     return vars(mesh)["mesh"] if "mesh" in vars(mesh) else mesh.mesh
 
 
 def join_plain(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """The whole of a tensor whose parts tell nothing of their sharding: the expected shape decides.
+    """The full tensor from plain tensors, which do not say how they are sharded: the expected shape decides.
 
     Raises:
-        ValueError: the parts are neither copies of it nor, in rank order, pieces of its first dimension.
+        ValueError: the parts are neither copies of it nor, in rank order, slices along its first dimension.
     """
     if all(part.shape == shape for part in parts):
         if all(same_bits(part, parts[0]) for part in parts[1:]):
@@ -289,7 +293,7 @@ def join_plain(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
         raise ValueError("the ranks hold different values")
     if all(part.ndim == len(shape) > 0 and part.shape[1:] == shape[1:] for part in parts):
         return torch.cat(list(parts))
-    raise ValueError(f"the ranks hold shapes {[list(part.shape) for part in parts]}, the model has {list(shape)}")
+    raise ValueError(f"the ranks hold the shapes {[list(part.shape) for part in parts]}, the model has {list(shape)}")
 
 
 def model_keys(config: Any) -> ModelKeys:
@@ -299,7 +303,7 @@ def model_keys(config: Any) -> ModelKeys:
         ValueError: the config has no such model.
     """
     with torch.device("meta"):
-        # from_config writes into the config it is given.
+        # A copy, because from_config changes the config.
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     first: dict[int, str] = {}
     tied = {}
@@ -318,7 +322,7 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
         dtype: of the floating-point tensors; None = as they were stored.
 
     Raises:
-        UserError: a key is missing, unexpected, of another shape, or not tied although the config says so.
+        UserError: a key is missing or unexpected, has another shape, or differs from the key that it is tied to.
     """
     missing = sorted(keys.shapes.keys() - shards.names)
     unexpected = sorted(shards.names - keys.shapes.keys() - keys.tied.keys())
@@ -332,7 +336,7 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
             shape = keys.shapes[owner]
             if not same_bits(shards.read(name, shape), shards.read(owner, shape)):
                 raise UserError(
-                    f"{shards.folder}: {name} and {owner} differ, and the config ties them; set "
+                    f"{shards.folder}: {name} and {owner} differ, although the config ties them; set "
                     "tie_word_embeddings to false in config.json"
                 )
     for name, shape in keys.shapes.items():
@@ -357,6 +361,6 @@ def _check_shape(folder: Path, name: str, found: torch.Size, expected: torch.Siz
 
 
 def _listed(names: Collection[str], limit: int = 8) -> str:
-    """The first of some names in a line."""
+    """The first `limit` names in one line."""
     shown = ", ".join(list(names)[:limit]) or "none"
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
