@@ -1,13 +1,17 @@
-"""Imports point one way. The table below is the architecture; the test reads the code against it."""
+"""Imports point downwards. The table below is the architecture, and the tests compare the code with it."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from verl import DataProto, GraceEncoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +48,7 @@ RESERVED = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for path in (ROOT / "verl").rglob("*.py"):
@@ -59,6 +64,7 @@ def layer_of(module: str) -> int:
     return max(matches)[1]
 
 
+@cache
 def imports_of(path: Path) -> list[tuple[str, bool]]:
     """(imported module, whether the import stands inside a function)."""
     tree = ast.parse(path.read_text())
@@ -90,19 +96,56 @@ def test_init_files_are_empty_but_for_the_registries(module):
         assert path.read_text() == ""
 
 
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: imported_modules(module) for module in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def imported_modules(module: str) -> set[str]:
+    """The modules of verl that a module imports; `from package import module` counts as the module."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(known[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found &= known.keys()
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_test_imports_no_other_test(path):
+    imported = [name for name, _ in imports_of(path) if name.rpartition(".")[2].startswith("test_")]
+    assert not imported, "move what both need to a module of its own in tests/"
+
+
 def test_nothing_imports_an_entry_point():
     for module, path in modules().items():
         imported = {name for name, _ in imports_of(path)}
         assert not imported & {"verl.trainer.main_ppo", "verl.doctor", "verl.encoder.__main__"}, module
 
 
-def test_the_config_loads_nothing_heavy():
-    code = (
-        "import sys, verl.config, verl.embedding.prompts; "
-        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == "[]"
+def printed_by(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+@pytest.mark.parametrize("imported", ["verl", "verl.config, verl.embedding.prompts"])
+def test_the_package_and_its_config_load_nothing_heavy(imported):
+    heavy = ("torch", "ray", "transformers", "vllm", "pandas")
+    assert printed_by(f"import sys, {imported}; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_the_package_gives_its_two_classes():
+    assert DataProto.__module__ == "verl.protocol" and GraceEncoder.__module__ == "verl.encoder.grace_encoder"
+
+
+def test_an_unknown_name_of_the_package_is_an_error_that_names_it():
+    with pytest.raises(ImportError, match="GraceDecoder"):
+        from verl import GraceDecoder  # noqa: F401
 
 
 def test_no_folder_of_the_tests_passes_for_a_package():
