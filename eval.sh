@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Score a trained embedder.
+# Evaluate a trained embedder.
 #
-#   bash eval.sh                                              the last checkpoint of the run that train.sh makes
+#   bash eval.sh                                              the last checkpoint of train.sh's run
 #   RUN=checkpoints/GRACE/my_run STEP=100 SUITE=eng-v1 bash eval.sh
 #   RUN=models/some-model TASKS="STS17 BIOSSES" bash eval.sh --no_thinking
 #
 # From the environment:
 #   RUN         run folder, step folder or model (a folder or a hub name)
 #   STEP        a step of the run, or latest
-#   SUITE       quick (9 tasks of the paper's), eng-v1 (the paper's 56), eng-v2, nano
-#   TASKS       names instead of a suite; TASK_DIR: a folder of local tasks
-#   BASE_MODEL  is scored too, and differences are shown
+#   SUITE       quick (9 of the paper's tasks), eng-v1 (the paper's 56), eng-v2, nano
+#   TASKS       names of tasks instead of a suite
+#   TASK_DIR    a folder of local tasks
+#   BASE_MODEL  a model to evaluate too, to show the differences
 #   MODEL_NAME, OUTPUT_DIR, BATCH_SIZE, INPUT_MAX_LENGTH, THINKING_MAX_LENGTH, POOLING_METHOD,
 #   VLLM_TENSOR_PARALLEL_SIZE, VLLM_GPU_MEMORY_UTILIZATION, PYTHON
-# Arguments go to eval_mteb.py. Lengths and pooling default to those of training.
+# Arguments are passed to eval_mteb.py. Lengths and pooling default to those of training.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -37,7 +38,7 @@ else
     fi
 fi
 
-# The folder of the model: RUN itself, or the checkpoint in it.
+# The model's folder: RUN itself, or a checkpoint of the run.
 if [[ -f "$RUN/config.json" || ( ! -e "$RUN" && "$RUN" == */* && "$RUN" != checkpoints/* && "$RUN" != /* && "$RUN" != .* ) ]]; then
     MODEL=$RUN
 else
@@ -54,7 +55,7 @@ else
     fi
     MODEL=$CHECKPOINT/huggingface
     if ! compgen -G "$MODEL/*.safetensors" > /dev/null; then
-        # Shards alone, as verl 0.4 writes them.
+        # A checkpoint with shards only, as verl 0.4 writes them.
         MODEL=merge_models/$(basename "$(dirname "$CHECKPOINT")")-$(basename "$CHECKPOINT")
         if [[ ! "$MODEL/merge_model.json" -nt "$CHECKPOINT/actor" ]]; then
             "$PYTHON" -m verl.merge_model merge --backend fsdp --local_dir "$CHECKPOINT" --target_dir "$MODEL"

@@ -3,8 +3,9 @@
     python3 -m verl.eval_generation --model_path MODEL --base_model BASE --data gsm8k_test.jsonl
 
 The model is asked as a chat model, without the embedder's system prompt. --data is JSON lines or parquet with the
-columns question and answer; verl/evaluation/exact_match.py says where the gold number is. OUTPUT_DIR/NAME gets
-generation.json and generations.jsonl. Exit code 0: done; 1: the engine failed; 2: something given is wrong.
+columns question and answer; verl/evaluation/exact_match.py says where the gold number is. The results are written to
+OUTPUT_DIR/NAME: generation.json and generations.jsonl. Exit code 0: done; 1: the engine failed; 2: an argument or a
+file is wrong.
 """
 
 import argparse
@@ -40,8 +41,9 @@ from verl.workers.rollout.choose import choose_device_and_engine
 EXIT_ENGINE_FAILED = 1
 EXIT_USER_ERROR = 2
 INSTRUCTION = f"Reason step by step. Then write {MARK} and after it the final number, alone on the last line."
+# The smallest value of each numeric option.
 LEAST = {"num_examples": 1, "max_new_tokens": 1, "max_prompt_length": 1, "batch_size": 1, "temperature": 0, "seed": 0}
-# What the table shows of a record: title, format, and whether a difference means something.
+# The rows of the table by key of the record: title, format, and whether the difference to the base model is shown.
 SHOWN = {
     "exact_match": ("exact match, %", ".2f", True),
     "standard_error": ("standard error, %", ".2f", False),
@@ -58,17 +60,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_path", required=True, help="folder or hub name of the model")
-    add("--base_model", help="run this one too, with the same settings, and show differences")
+    add("--base_model", help="also run this model, with the same settings, and show the differences")
     add("--data", type=Path, required=True, help="JSON lines, or .parquet")
-    add("--num_examples", type=int, default=100, help="rows taken, from the first on")
+    add("--num_examples", type=int, default=100, help="rows to use, from the beginning of the file")
     add("--max_new_tokens", type=int, default=512, help="most tokens of a response")
     add("--max_prompt_length", type=int, default=1024, help="most tokens of a prompt; a longer one is an error")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--seed", type=int, default=0, help="of the sampling")
-    add("--engine", choices=("auto", "hf", "vllm"), default="auto", help="writes the answers")
+    add("--engine", choices=("auto", "hf", "vllm"), default="auto", help="generates the answers")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--batch_size", type=int, default=64, help="prompts that hf decodes at once")
-    add("--instruction", default=INSTRUCTION, help="what follows a question; default: %(default)s")
+    add("--instruction", default=INSTRUCTION, help="appended to every question; default: %(default)s")
     add("--output_dir", type=Path, default=Path("results/generation"))
     return parser.parse_args(argv)
 
@@ -76,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     quiet_libraries()
-    # A table in a file or a pipe needs no line breaks.
+    # Wide enough that no table is wrapped in a file or a pipe.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     try:
         run(args, console)
@@ -90,7 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """Check what can be checked without weights, run the base model, then the model."""
+    """Check what can be checked without loading weights, run the base model, then the model.
+
+    Raises:
+        UserError, ValueError, OSError: an argument or a file is wrong.
+        RolloutError: the engine failed.
+    """
     check_args(args)
     questions = read_questions(args.data, args.num_examples)
     device, engine, reason = choose_device_and_engine(args.device, args.engine)
@@ -141,26 +148,30 @@ def render(tokenizer: Any, questions: Sequence[Question], args: argparse.Namespa
     """Token ids of each question in the model's chat template.
 
     Raises:
-        UserError: there is no template, or a prompt is longer than the limit.
+        UserError: the tokenizer has no template, or a prompt is longer than the limit.
     """
     if not tokenizer.chat_template:
         raise UserError(f"--model_path {args.model_path} has no chat template; give an instruction-tuned model")
     turns = [f"{question.text}\n\n{args.instruction}".strip() for question in questions]
     chats = [[{"role": "user", "content": turn}] for turn in turns]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    # The template has written the special tokens already.
+    # The template has added the special tokens already.
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for question, ids in zip(questions, prompts, strict=True):
         if len(ids) > args.max_prompt_length:
             raise UserError(
                 f"{question.where}: the prompt has {len(ids)} tokens, more than --max_prompt_length "
-                f"{args.max_prompt_length}; raise it, or take the row out"
+                f"{args.max_prompt_length}; raise it, or remove the row"
             )
     return prompts
 
 
 def fit_context(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Tokens of the longest prompt and response together; beyond its context a model writes on, and writes nonsense."""
+    """Tokens of the longest prompt and response together.
+
+    Raises:
+        UserError: more than the model's context, beyond which its output is meaningless.
+    """
     wanted = max(map(len, prompts)) + max_new_tokens
     context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     if context is not None and wanted > context:
@@ -174,7 +185,7 @@ def fit_context(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: 
 def generate(
     backend: Backend, prompts: Sequence[Sequence[int]], args: argparse.Namespace
 ) -> tuple[list[Response], float]:
-    """The responses in the order of their prompts, and the seconds they took without the engine's start.
+    """The responses in the order of their prompts, and the seconds of generating them without the engine's start.
 
     Raises:
         RolloutError: the engine failed, or left a question without a response.
@@ -193,7 +204,7 @@ def generate(
 
 
 def describe(args: argparse.Namespace, spec: ModelSpec, name: str) -> dict[str, Any]:
-    """What the figures are of, and what decides them."""
+    """Model, settings and versions that the results belong to."""
     settings = {key: value for key, value in vars(args).items() if key in LEAST or key == "instruction"}
     return {
         "model": {"name": name, "path": args.model_path, "revision": weights_revision(Path(spec.folder))},
@@ -204,10 +215,10 @@ def describe(args: argparse.Namespace, spec: ModelSpec, name: str) -> dict[str, 
 
 
 def run_base(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Judged]]:
-    """Run this program on the base model, in a process of its own: two models do not share a GPU's memory.
+    """Run this program on the base model, in another process: two models may not fit a GPU's memory together.
 
     Raises:
-        UserError: something given is wrong for it.
+        UserError: an argument is wrong for the base model.
         RolloutError: its engine failed.
     """
     given = {**vars(args), "model_path": args.base_model, "base_model": None}

@@ -1,4 +1,4 @@
-"""python3 -m verl.encoder.__main__: a file of texts to a file of vectors, and on again after a kill."""
+"""python3 -m verl.encoder: a file of texts to a file of vectors, also continued after a kill."""
 
 import subprocess
 import sys
@@ -45,10 +45,10 @@ def test_rows_are_texts_in_order_with_rationale_and_vector(tiny_folder, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", source.name]
 
 
-def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path, capsys):
+def test_a_killed_run_is_continued(tiny_folder, tmp_path, capsys):
     source, output = tmp_path / "texts.txt", tmp_path / "out.parquet"
     source.write_text("\n".join(TEXTS))
-    # The process kills itself when the third batch of rationales has come.
+    # The process kills itself after the third batch of rationales.
     code = (
         "import os, signal, sys\n"
         "from verl.encoder.call import EncodeCall\n"
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path, capsys):
     assert pq.read_table(output).num_rows == len(TEXTS)
     made = (len(set(TEXTS)) - kept) * 8
     said = capsys.readouterr().out
-    assert int(said.split(" rationale tokens made")[0].split()[-1]) <= made, said
+    assert int(said.split(" rationale tokens generated")[0].split()[-1]) <= made, said
     assert not (tmp_path / "out.store").exists()
 
 

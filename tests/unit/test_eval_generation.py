@@ -1,4 +1,4 @@
-"""eval_generation.py: numbers are read as they were meant, and the figures follow from the generations kept."""
+"""verl.eval_generation: how numbers are read from answers, and that the results follow from the stored generations."""
 
 import json
 import math

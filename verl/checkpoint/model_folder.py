@@ -1,4 +1,4 @@
-"""Model folders: finding the files of a model, and a hash of its weights."""
+"""Model folders: where the files of a model are, and a hash of its weights."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from verl.utils.files import sha256_of_all
 
-# What of a repository a model needs; one format of weights is enough.
+# The files of a hub repository that are downloaded: of several weight formats only safetensors.
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def model_folder(path: str) -> Path:
-    """The folder of `path`, a folder or a hub name; the files of a hub name are downloaded once.
+    """The folder of a model that is given as a folder or a hub name; files from the hub are downloaded once.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the folder holds no model, or the hub has no such model.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -28,16 +28,16 @@ def model_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_NEEDED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{path!r} is not a folder here, and the hub did not give it: {error}\n"
-            "Give a folder that exists, or a hub name on a machine that reaches the hub."
+            f"{path!r} is not a folder, and downloading it from the hub failed: {error}\n"
+            "Give a folder that exists, or a hub name on a machine that can reach the hub."
         ) from error
 
 
 def weights_revision(folder: Path) -> str:
-    """Hex sha256 over a model's weights and config.json: two folders with one revision compute the same.
+    """Hex sha256 over the files of a model's weights and config.json.
 
     Raises:
-        ValueError: there are no weights.
+        ValueError: the folder has no weights.
     """
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:

@@ -1,4 +1,4 @@
-"""Pooling of hidden states to one embedding per row: the same functions for training and evaluation.
+"""Pooling of hidden states to one embedding per row, for training and encoding.
 
 Shapes: N rows, K packed tokens, M pooled positions, H hidden size.
 """
@@ -7,20 +7,20 @@ import torch
 
 
 def mean_pool(hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Mean of the hidden states of each row's pooled positions (arXiv 2510.04506).
+    """Mean of the hidden states at each row's pooled positions (arXiv 2510.04506).
 
-    Sum and mean are taken in float32, whatever the states' dtype.
+    Sums and means are computed in float32, whatever the dtype of the states.
 
     Args:
         hidden: [K,H] last hidden states.
         pool_token: [M] int64, pooled positions.
-        pool_row: [M] int64, the row of each.
+        pool_row: [M] int64, the row of each pooled position.
 
     Returns:
         [N,H] float32.
 
     Raises:
-        ValueError: a row has nothing to pool.
+        ValueError: a row has no pooled position.
     """
     counts = torch.bincount(pool_row, minlength=num_rows)
     if (counts == 0).any():
@@ -31,5 +31,5 @@ def mean_pool(hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Te
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """[N,H] vectors at length 1."""
+    """[N,H]: the vectors scaled to unit length; zero vectors stay zero."""
     return torch.nn.functional.normalize(vectors, dim=1)

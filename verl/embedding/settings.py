@@ -18,22 +18,22 @@ Span = Literal["input+rationale", "rationale"]
 
 
 class EmbedderSettings(BaseModel):
-    """Everything but the weights that decides a vector."""
+    """Everything besides the weights that decides a vector."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     system_prompt: str | None = SYSTEM_PROMPT
-    """The system turn, which asks for the rationale; null = none."""
+    """Text of the system turn, which asks for the rationale; null = no system turn."""
     pooling: Pooling = "mean"
-    """mean of the hidden states of the span, or that of its last token (`eos` is an old name of it)."""
+    """mean: the mean of the hidden states of the span; last: that of its last token (`eos` is an old name for last)."""
     span: Span = "input+rationale"
-    """Pooled tokens: the user's text and everything after it, or the rationale alone."""
+    """Pooled tokens. input+rationale: the user's text and everything after it; rationale: the rationale alone."""
     pool_system_prompt: bool = False
-    """Start the span input+rationale at the first token of the prompt instead of the text's."""
+    """With input+rationale: start at the first token of the prompt instead of the first token of the user's text."""
     max_prompt_length: int = 1024
     """Most tokens of a rendered prompt; the user's text is cut to fit."""
     truncation: Truncation = "right"
-    """Part of an over-long user text that is cut: right keeps its beginning."""
+    """Where a user text that is too long is cut: right keeps its beginning, left its end, middle both; error raises."""
     max_new_tokens: int = 2048
     """Most tokens of a rationale."""
     temperature: float = 1.0
@@ -43,10 +43,10 @@ class EmbedderSettings(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "EmbedderSettings":
-        """The settings of a model folder; a model that was not trained here has none and gets the defaults.
+        """The settings of a model folder, or the defaults when it has no embedder_config.json.
 
         Raises:
-            ValueError: the file is not JSON, or holds a key or a value that is not one of these.
+            ValueError: the file is not JSON, or has an unknown key or a wrong value.
         """
         file = folder / FILE_NAME
         if not file.is_file():
@@ -60,10 +60,12 @@ class EmbedderSettings(BaseModel):
         (folder / FILE_NAME).write_text(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
 
     def pool_start(self, prompt: Prompt, response_length: int) -> int:
-        """Position in prompt and response of the first token that is pooled; all after it are too.
+        """The first pooled position of a row, counted from the start of its prompt; the row is pooled from there on.
+
+        Training and encoding both use it.
 
         Raises:
-            ValueError: the span is the rationale and there is none.
+            ValueError: span=rationale, and the rationale is empty.
         """
         if self.span == "rationale" and not response_length:
             raise ValueError("span=rationale pools rationales; it needs think=True")

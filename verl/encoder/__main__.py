@@ -1,9 +1,9 @@
 """Embed a file: python3 -m verl.encoder --model FOLDER --input texts.jsonl --output vectors.parquet
 
 The input is text (one text a line), JSON lines, CSV or parquet with a column `text` (or `sentence`); blank lines of a
-text file are skipped. The output has a row per text, in order: text, rationale, vector. Whatever is made is kept in
---store at once, so a run that was killed goes on where it was; without --store a store beside the output is used and
-removed when the output is whole.
+text file are skipped. The output has a row per text, in order: text, rationale, vector. Rationales and vectors are
+written to --store as they are made, so the same command continues a run that was killed; without --store a store next
+to the output is used, and removed when the output is complete.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="model folder or hub name")
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a .parquet file")
-    parser.add_argument("--store", type=Path, help="folder of rationales and vectors to re-use and add to")
+    parser.add_argument("--store", type=Path, help="folder of rationales and vectors to re-use and to add to")
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     with open_source(args.input, "unsupervised"):
-        pass  # a missing or empty input is told before a model is loaded
+        pass  # so that a missing or empty input is an error before a model is loaded
     args.output.parent.mkdir(parents=True, exist_ok=True)
     store = args.store or args.output.with_suffix(".store")
     written = args.output.with_name(f".{args.output.name}.writing")
@@ -80,13 +80,13 @@ def run(args: argparse.Namespace) -> None:
     if args.store is None:
         shutil.rmtree(store)
     say(
-        f"{args.output}: {usage.texts:,} texts, {usage.generated_tokens:,} rationale tokens made; {usage.hit_rate:.0%} "
-        f"came from the store; {usage.shortened:,} texts were cut to fit, {usage.truncated:,} rationales hit the limit"
+        f"{args.output}: {usage.texts:,} texts, {usage.generated_tokens:,} rationale tokens generated; "
+        f"{usage.hit_rate:.0%} came from the store; {usage.shortened:,} texts were cut to fit, {usage.truncated:,} rationales hit the limit"
     )
 
 
 def write_vectors(args: argparse.Namespace, encoder: GraceEncoder, path: Path) -> None:
-    """Embed the input chunk by chunk, one row group each."""
+    """Embed the input in chunks, and write each as a row group."""
     vector = pa.list_(pa.float32(), encoder.embedding_dim)
     schema = pa.schema([("text", pa.large_string()), ("rationale", pa.large_string()), ("vector", vector)])
     with pq.ParquetWriter(path, schema) as writer:
@@ -104,7 +104,7 @@ def read_texts(path: Path) -> Iterator[str]:
     """The texts of a file.
 
     Raises:
-        UserError: a line holds none; the message has its number.
+        UserError: a line holds no text; the message has its number.
     """
     with open_source(path, "unsupervised") as source:
         for record in source.records:

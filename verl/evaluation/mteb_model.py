@@ -1,4 +1,4 @@
-"""GraceEncoder behind mteb's EncoderProtocol, with a ModelMeta that tells results of different vectors apart."""
+"""GraceEncoder as a model of mteb, with a ModelMeta that differs whenever the vectors may differ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,14 @@ from verl.encoder.grace_encoder import GraceEncoder
 
 
 class GraceMTEB(AbsEncoder):
-    """What `mteb.evaluate` calls.
+    """The model that `mteb.evaluate` is given.
 
     Args:
-        name: of the model in result folders; the owner `GRACE/` is put before it.
-        options: of `GraceEncoder.encode`, the same for every task.
+        name: of the model in result folders, after the owner `GRACE/`.
+        options: arguments of `GraceEncoder.encode`, the same for every task.
     """
+
+    mteb_model_meta: ModelMeta
 
     def __init__(self, encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> None:
         self.encoder = encoder
@@ -35,7 +37,7 @@ class GraceMTEB(AbsEncoder):
 
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
-    """mteb keeps results by name, revision and experiment: here those are the weights' hash and every setting."""
+    """mteb keeps results by name, revision and experiment. Ours: the hash of the weights, and all settings."""
     size = encoder.backend.size
     return ModelMeta(
         loader=None,

@@ -1,4 +1,4 @@
-"""What an evaluation will cost, before it is run: texts from the tasks' statistics, seconds from a measured sample."""
+"""An estimate of what an evaluation costs: texts from the tasks' statistics, seconds from a measured sample."""
 
 import random
 import time
@@ -13,15 +13,15 @@ from verl.encoder.grace_encoder import GraceEncoder
 from verl.evaluation.local_tasks import LocalTask
 
 ASK_ABOVE_HOURS = 6.0
-# Most texts of the sample, and the share of all texts it may be. What it makes is kept in the store, so it is work done
-# ahead.
+# The sample: most texts, and at most one in so many of all texts. Its rationales and vectors go to the store, where the
+# tasks find them.
 _SAMPLE = 64
 _SAMPLE_SHARE = 8
 
 
 @dataclass(frozen=True)
 class TextCount:
-    """How much text a task has, over its own splits and English subsets."""
+    """How much text the evaluation splits and English subsets of a task hold."""
 
     texts: int
     unique: int
@@ -33,11 +33,11 @@ class TextCount:
 
 @dataclass(frozen=True)
 class Rate:
-    """What one text of the sample took."""
+    """Means over the texts of the sample."""
 
     rationale_tokens: float
     seconds: float
-    """Of the clock, for thinking and embedding, by all processes together."""
+    """Wall-clock seconds per text, for rationale and vector, with all processes at work."""
     chars: float
 
 
@@ -45,14 +45,17 @@ class Rate:
 class TaskCost:
     name: str
     count: TextCount | None
-    """None where the task's size is not known before it is loaded."""
+    """None = the task's size is known only after its data is loaded."""
     rationale_tokens: float
     hours: float
 
 
 def count_texts(task: Any) -> TextCount | None:
-    """Texts of a task: counted in local ones, from mteb's published statistics in others (an upper bound where a task
-    samples from its data)."""
+    """The texts of a task, or None where they are not known.
+
+    Those of a local task are counted. Those of others come from mteb's published statistics: an upper bound for a task
+    that samples from its data.
+    """
     if isinstance(task, LocalTask):
         return TextCount(len(task.texts), len(set(task.texts)), sum(len(text) for text in task.texts))
     subtasks = getattr(task.metadata, "tasks", None)
@@ -72,7 +75,7 @@ def count_texts(task: Any) -> TextCount | None:
 
 
 def _text_columns(statistics: Mapping[str, Any]) -> Iterator[TextCount]:
-    """The columns of text somewhere in a split's statistics."""
+    """The text columns in the nested statistics of a split."""
     for name, value in statistics.items():
         if not isinstance(value, Mapping) or name == "hf_subset_descriptive_stats":
             continue
@@ -83,17 +86,17 @@ def _text_columns(statistics: Mapping[str, Any]) -> Iterator[TextCount]:
             yield from _text_columns(value)
 
 
-def sample_texts(tasks: Sequence[Any], stand_ins: Path) -> list[str]:
-    """Texts to measure with: of the local tasks, else lines of `stand_ins`, as nothing else is loaded yet."""
+def sample_texts(tasks: Sequence[Any], sample_file: Path) -> list[str]:
+    """Texts to measure the rate on: those of local tasks, else lines of `sample_file`; other data is not loaded yet."""
     local = {text for task in tasks if isinstance(task, LocalTask) for text in task.texts}
-    pool = sorted(local) if local else stand_ins.read_text().splitlines()
+    pool = sorted(local) if local else sample_file.read_text().splitlines()
     return random.Random(0).sample(pool, min(_SAMPLE, -(-len(pool) // _SAMPLE_SHARE)))
 
 
 def measure_rate(
     encoder: GraceEncoder, texts: Sequence[str], options: Mapping[str, Any], batch_size: int
 ) -> Rate | None:
-    """Embed `texts`; two others before them warm the engine up. None when all were in the store."""
+    """The rate of embedding `texts`, after a warm-up with two others; None when all were in the store."""
     encoder.encode([f"{text} " * 2 for text in texts[:2]], batch_size=batch_size, show_progress_bar=False, **options)
     before, start = replace(encoder.usage), time.perf_counter()
     encoder.encode(texts, batch_size=batch_size, **options)
@@ -117,7 +120,7 @@ def plan_costs(tasks: Sequence[Any], rate: Rate, thinks: bool) -> list[TaskCost]
         if count is None:
             costs.append(TaskCost(task.metadata.name, None, 0.0, 0.0))
             continue
-        # A rationale costs the same for long and short texts; without one, the cost is that of the text.
+        # With rationales the seconds hardly depend on the text's length; without, they are proportional to it.
         size = 1.0 if thinks else (count.chars / max(count.texts, 1)) / max(rate.chars, 1.0)
         costs.append(
             TaskCost(task.metadata.name, count, count.unique * rate.rationale_tokens,

@@ -1,4 +1,4 @@
-"""The summary of an evaluation: summary.json and summary.md, and the same table on the terminal."""
+"""The summary of an evaluation: summary.json, summary.md, and the same table on the terminal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,26 +14,27 @@ from verl.utils.files import replace_file
 
 @dataclass
 class TaskReport:
-    """One task's outcome. Scores are times 100."""
+    """The result of one task. Scores are in percent: mteb's times 100."""
 
     name: str
     type: str
     metric: str
     score: float | None = None
-    """Mean of the main score over the task's splits and subsets; None when it failed."""
+    """Mean of the main score over the task's splits and subsets; None when the task failed."""
     error: str | None = None
     seconds: float | None = None
-    """Of the evaluation that made the score."""
+    """Seconds of the run that computed the score."""
     usage: dict[str, float] | None = None
-    """What that evaluation cost; None when the score was there and its cost is not known."""
+    """The encoder's `Usage` of that run; None when the score is an earlier run's whose usage is not known."""
 
 
 @dataclass
 class Summary:
-    """Everything that is reported of one model."""
+    """Everything that is reported about one model."""
 
     title: str
     comparable: bool
+    """Whether the mean is that of a published benchmark."""
     wanted: list[str]
     """Names of all tasks of the selection."""
     model: dict[str, Any]
@@ -43,7 +44,7 @@ class Summary:
     command: str
     tasks: list[TaskReport] = field(default_factory=list)
     sample_usage: dict[str, float] | None = None
-    """What the sample of the plan cost; tasks find its texts in the store."""
+    """The encoder's `Usage` for the sample of the plan, whose texts the tasks then find in the store."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -87,7 +88,7 @@ class Summary:
 
     @classmethod
     def read(cls, folder: Path) -> "Summary | None":
-        """What `write` left there, if anything."""
+        """The summary that `write` wrote, or None."""
         file = folder / "summary.json"
         if not file.is_file():
             return None
@@ -96,7 +97,7 @@ class Summary:
         return cls(**{n: record[n] for n in names}, tasks=[TaskReport(**task) for task in record["tasks"]])
 
     def rows(self, base: "Summary | None") -> list[list[str]]:
-        """The table's cells: tasks, then types, then means."""
+        """The table's cells: a row per task, then per type, then per mean."""
         rows = [
             [task.name, task.type, task.metric, _score(task.score),
              *_delta(task.score, base.scores if base else None, task.name), *_cost(task)]

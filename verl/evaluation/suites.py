@@ -30,7 +30,7 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The tasks of one evaluation; their mean is shown when all of them are finished."""
+    """The tasks of one evaluation."""
 
     title: str
     tasks: list[Any]
@@ -39,12 +39,13 @@ class Selection:
 
 
 def select_tasks(benchmark: str | None, suite: str | None, names: Sequence[str], task_dir: Path | None) -> Selection:
-    """The tasks asked for in one of four ways; names pick from the local tasks first.
+    """The tasks that the arguments select: a benchmark, a suite, or names and local tasks.
 
-    Tasks of mteb have their English subsets and their own evaluation splits.
+    A name is looked up among the local tasks first. Tasks of mteb are limited to their English subsets and keep their
+    own evaluation splits.
 
     Raises:
-        UserError: an unknown name, with the nearest ones; several ways at once; or none.
+        UserError: a name is unknown (the error lists the nearest ones), or more than one selection is given.
     """
     if sum([benchmark is not None, suite is not None, bool(names) or task_dir is not None]) > 1:
         raise UserError("give one of --benchmark, --suite, and --tasks or --task_dir")
@@ -80,7 +81,7 @@ def _benchmark_tasks(name: str) -> list[Any]:
 
 
 def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
-    """A task of mteb, as an English benchmark has it if one does."""
+    """A task of mteb; if an English benchmark has it, then with that benchmark's subsets."""
     for benchmark in (ENGLISH_V1, ENGLISH_V2, NANO):
         for task in mteb.get_benchmark(benchmark).tasks:
             if task.metadata.name == name:
@@ -93,7 +94,7 @@ def _english_task(name: str, local: Sequence[str] | Any) -> AbsTask:
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Names that are spelt nearly so, else those that `name` abbreviates, else whatever comes nearest."""
+    """Names with a similar spelling, else names that `name` abbreviates, else the most similar ones."""
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.75)
     if not close:
@@ -102,6 +103,6 @@ def _nearest(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _abbreviates(short: str, name: str) -> bool:
-    """Whether the letters of `short` stand in `name` in order, and begin it."""
+    """Whether `name` begins with the first letter of `short` and contains all its letters in order."""
     letters = iter(name)
     return name[:1] == short[:1] and all(letter in letters for letter in short)
