@@ -22,7 +22,7 @@ from verl.models.policy import PolicyModel
 
 HEAVY = ["verl.models.fsdp", "verl.checkpoint.shards", "transformers.models.qwen2.modeling_qwen2"]
 TIES = {"tied": True, "untied": False}
-# The vocabulary of 259 divides by none of the world sizes.
+# No world size but 1 divides the vocabulary of 259.
 DCP = [f"dcp_{world}_{tie}" for world in (1, 2) for tie in TIES]
 FSDP = [f"{layout}_{tie}" for layout in ("fsdp_2", "old_torch_2", "fsdp_4", "ddp_fsdp_4", "mixed_4") for tie in TIES]
 
@@ -36,7 +36,7 @@ def process_group(folder: Path, rank: int, world_size: int) -> Iterator[None]:
 
 
 def write_everything(rank: int, folder: Path) -> None:
-    """What one of four processes does: groups of 1, 2 and 4 of them write their checkpoints."""
+    """Run in each of four processes: groups of 1, 2 and 4 of them write their checkpoints."""
     torch.set_num_threads(1)
     if rank < 2:
         with process_group(folder, rank, 2):
@@ -91,7 +91,7 @@ def sharded_part(key: str, weight: torch.Tensor, mesh: DeviceMesh) -> torch.Tens
 
 
 def mixed_part(key: str, weight: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Every other way to hold a tensor: a plain copy, a plain piece, replicated, sharded on another dimension."""
+    """The other ways to hold a tensor: a plain copy, a plain slice, replicated, sharded on another dimension."""
     if "layernorm" in key:
         return weight
     if "embed_tokens" in key or "lm_head" in key or "down_proj" in key:
@@ -102,7 +102,7 @@ def mixed_part(key: str, weight: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor
 
 
 def write_odd_tensors(folder: Path, rank: int) -> None:
-    """Of no model: fewer rows than ranks, sums yet to be made, and ranks that do not agree."""
+    """Tensors of no model: fewer rows than ranks, partial sums, and ranks that disagree."""
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
     whole = torch.arange(15.0).view(3, 5)
     parts = {
@@ -119,7 +119,7 @@ def write_odd_tensors(folder: Path, rank: int) -> None:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """A run folder of every layout, world size and kind of head, without the weights that training adds."""
+    """A run folder for every name in DCP and FSDP; its model folder has no weights, so that only the shards count."""
     # The four are forked from one process that has done the imports, which take most of the time.
     multiprocessing.set_forkserver_preload(HEAVY)
     mp.start_processes(write_everything, args=(folder,), nprocs=4, start_method="forkserver")
@@ -146,14 +146,14 @@ def compare(local_dir: Path, reference: Path, *more: str) -> int:
 
 
 def error_line(capsys, code: int) -> str:
-    """The one line of an error."""
+    """The error that the program printed, one line; its exit code was 2."""
     assert code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("merge_model: ")]
     return line
 
 
 def assert_is_tiny(folder: Path, tie: bool, dtype: torch.dtype = torch.float32) -> None:
-    """The folder's weights are exactly the model that was sharded."""
+    """The folder's weights are bit for bit those of the model that was sharded."""
     expected = {k: w.to(dtype) for k, w in tiny_model(tie).state_dict().items() if not (tie and k == "lm_head.weight")}
     merged = load_file(folder / "model.safetensors")
     assert merged.keys() == expected.keys()
@@ -164,7 +164,7 @@ def assert_is_tiny(folder: Path, tie: bool, dtype: torch.dtype = torch.float32) 
 
 @dataclass
 class Single:
-    """verl 0.4's shards of one rank, plain tensors, made without processes; and the model they are of."""
+    """Shards of verl 0.4 by one rank, as plain tensors, written without processes; and the folder of their model."""
 
     folder: Path
     model: Path

@@ -12,7 +12,7 @@ from tiny import save_tiny
 
 from verl import merge_model as program
 
-# ---- What is written
+# ---- Writing and uploading
 
 
 def test_an_earlier_result_is_replaced_and_anything_else_is_kept(checkpoints, tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_a_folder_that_is_the_merged_model_passes(checkpoints, tmp_path, capsys)
         assert merge(checkpoints / name, tmp_path / name) == 0
         assert compare(checkpoints / name, tmp_path / name) == 0
         assert "is the merged model: " in capsys.readouterr().out
-    # In several files; with the tied head; and rounded as the reference is.
+    # Also in several files, with the tied head, and rounded as the reference is.
     weights = load_file(tmp_path / "dcp_2_tied" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     parts = tmp_path / "parts"
@@ -148,7 +148,7 @@ def test_a_reference_that_cannot_be_read_is_an_error(checkpoints, tmp_path, caps
     assert "cannot be read" in error_line(capsys, compare(run, tmp_path))
 
 
-# ---- As a user runs it
+# ---- The command line
 
 
 def test_the_program_says_what_it_wrote(checkpoints, tmp_path):
@@ -169,6 +169,6 @@ def test_the_program_says_what_it_wrote(checkpoints, tmp_path):
     assert_is_tiny(tmp_path / "tmp", tie=True)
 
 
-def test_megatron_checkpoints_do_not_exist(tmp_path, capsys):
+def test_another_backend_is_rejected(tmp_path, capsys):
     code = program.main(["merge", "--backend", "megatron", "--local_dir", str(tmp_path)])
     assert "--backend=megatron: only fsdp checkpoints exist here" in error_line(capsys, code)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 
 class Evil:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -23,7 +23,7 @@ class Evil:
 
 
 def dotted(marker: Path) -> bytes:
-    """A pickle that calls os.mkdir as a member of an innocent module."""
+    """A pickle that reaches os.mkdir through a module that is allowed."""
     path = str(marker).encode()
     return (
         b"\x80\x04\x8c\x05torch\x8c\x16serialization.os.mkdir\x93X" + len(path).to_bytes(4, "little") + path + b"\x85R."

@@ -55,7 +55,7 @@ def test_the_config_is_the_checkpoints_own_or_the_one_given(single, tmp_path, ca
     assert "--hf_model_path" in error_line(capsys, merge(single.folder, tmp_path / "merged"))
     assert merge(single.folder, tmp_path / "merged", "--hf_model_path", str(single.model)) == 0
     assert_is_tiny(tmp_path / "merged", tie=False)
-    # The checkpoint's own goes first; the model given would not fit.
+    # The checkpoint's own config is preferred; that of the given model would not fit.
     save_tiny(single.folder / "huggingface", tie=False)
     other = save_tiny(tmp_path / "other", hidden_size=128)
     assert merge(single.folder, tmp_path / "merged", "--hf_model_path", str(other)) == 0

@@ -37,7 +37,7 @@ def test_the_folder_loads_and_computes_what_the_model_does(checkpoints, tmp_path
     assert not (tmp_path / "merged" / "embedder_config.json").exists()
 
 
-def test_the_optimizer_is_not_read_and_the_embedder_settings_come_along(checkpoints, tmp_path):
+def test_the_optimizer_is_not_read_and_the_embedder_settings_are_copied(checkpoints, tmp_path):
     run = shutil.copytree(checkpoints / "dcp_2_tied", tmp_path / "run")
     step = run / "global_step_4"
     (step / "huggingface" / "embedder_config.json").write_text('{"pooling": "mean"}')
@@ -56,7 +56,7 @@ def test_the_optimizer_is_not_read_and_the_embedder_settings_come_along(checkpoi
 def test_the_dtype_is_the_one_asked_for_or_the_configs(checkpoints, tmp_path, asked):
     run = shutil.copytree(checkpoints / "dcp_1_untied", tmp_path / "run")
     file = run / "global_step_4" / "huggingface" / "config.json"
-    # As transformers wrote it in the days of verl 0.4.
+    # As transformers wrote it at the time of verl 0.4.
     config = json.loads(file.read_text())
     del config["dtype"]
     file.write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
@@ -66,11 +66,11 @@ def test_the_dtype_is_the_one_asked_for_or_the_configs(checkpoints, tmp_path, as
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_parts_of_odd_sizes_and_parts_that_make_no_tensor(checkpoints):
+def test_parts_of_odd_sizes_are_joined_and_parts_that_do_not_fit_are_rejected(checkpoints):
     shards, whole = FsdpShards(checkpoints / "odd"), torch.arange(15.0).view(3, 5)
     for name in ("few_rows", "few_columns"):
         assert torch.equal(shards.read(name, whole.shape), whole)
-    # Equal on all ranks, and still pieces: the model's shape tells.
+    # Equal on all ranks, and still pieces: the model's shape decides.
     assert torch.equal(shards.read("same_pieces", torch.Size([8, 5])), torch.zeros(8, 5))
     assert torch.equal(shards.read("same_pieces", torch.Size([2, 5])), torch.zeros(2, 5))
     assert shards.read("number", torch.Size([])) == 7

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 from eval_files import write_jsonl, write_tasks
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -45,7 +45,7 @@ def summary(out: Path, name: str) -> dict:
 
 
 def results(out: Path) -> dict[Path, float]:
-    """mteb's own files: their main scores."""
+    """The main scores in mteb's own result files."""
     found = {}
     for file in (out / "results").rglob("*.json"):
         if file.stem in NAMES:
@@ -76,7 +76,7 @@ def test_the_summary_holds_every_task_type_and_mean(whole_run, tasks):
     assert len(record["model"]["revision"]) == 64 and record["versions"]["mteb"]
     spent = [record["sample_usage"], *(task["usage"] for task in record["tasks"])]
     texts = {text for task in find_local_tasks(tasks) for text in task.texts}
-    # Each text once, and two that warm the engine up.
+    # Each text once, and two for the warm-up.
     assert sum(usage["rationales_made"] for usage in spent) == len(texts) + 2
     assert sum(usage["generated_tokens"] for usage in spent) > 5 * len(texts)
     assert all(task["seconds"] > 0 for task in record["tasks"])
@@ -88,7 +88,7 @@ def test_the_summary_holds_every_task_type_and_mean(whole_run, tasks):
 
 def test_a_second_run_repeats_nothing_and_reports_the_same(whole_run, tiny_folder, tasks, monkeypatch):
     before = summary(whole_run, "tiny")
-    monkeypatch.setattr(Backend, "generate", lambda *_: pytest.fail("thought again"))
+    monkeypatch.setattr(Backend, "generate", lambda *_: pytest.fail("generated again"))
     monkeypatch.setattr(Backend, "embed", lambda *_: pytest.fail("embedded again"))
     assert eval_mteb.main(arguments(tiny_folder, tasks, whole_run)) == 0
     again = summary(whole_run, "tiny")
@@ -115,7 +115,7 @@ def test_new_weights_under_the_same_name_get_fresh_scores(tmp_path, tasks):
     assert scores[0] != scores[1]
 
 
-def test_other_data_under_the_same_name_is_scored_anew(tmp_path, tiny_folder):
+def test_other_data_under_the_same_name_is_scored_again(tmp_path, tiny_folder):
     rows = [{"sentence1": f"text {i}", "sentence2": f"word {i * i}", "score": i} for i in range(6)]
     scores = []
     for grades in (rows, [{**row, "score": -row["score"]} for row in rows]):
@@ -125,17 +125,15 @@ def test_other_data_under_the_same_name_is_scored_anew(tmp_path, tiny_folder):
     assert scores[0] == pytest.approx(-scores[1]) and scores[0] != 0
 
 
-def test_a_failing_task_stops_neither_the_others_nor_hides(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+def test_a_failing_task_is_reported_and_does_not_stop_the_others(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
     generate = Backend.generate
 
     def fail_on_today(self, prompts, *rest):
-        if any("today" in self_decode(ids) for ids in prompts):
+        if any("today" in decode(ids) for ids in prompts):
             raise RolloutError("the engine lost its worker")
         return generate(self, prompts, *rest)
 
-    from tiny import tiny_tokenizer
-
-    self_decode = tiny_tokenizer().decode
+    decode = tiny_tokenizer().decode
     monkeypatch.setattr(Backend, "generate", fail_on_today)
     monkeypatch.setattr(eval_mteb, "sample_texts", lambda *_: ["a sample", "of texts"])
     code = eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--tasks", "Classes", "Sts", "BIOSSES"))
@@ -176,7 +174,7 @@ def test_a_base_model_is_scored_with_the_same_settings_and_compared(tmp_path, ta
         assert f"| {base_task['score']:.2f} | {task['score'] - base_task['score']:+.2f} |" in markdown
 
 
-def test_an_engine_that_does_not_start_is_told_before_any_task(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+def test_an_engine_that_does_not_start_is_an_error_before_any_task(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
     def fail(*_):
         raise RolloutError("vllm cannot run this model here")
 
@@ -187,7 +185,7 @@ def test_an_engine_that_does_not_start_is_told_before_any_task(tmp_path, tiny_fo
     assert not results(tmp_path)
 
 
-def test_many_hours_need_a_yes(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
+def test_many_hours_need_confirmation(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
     monkeypatch.setattr(eval_mteb, "ASK_ABOVE_HOURS", 0.0)
     assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 2
     assert "give --yes to run it" in capsys.readouterr().err
@@ -203,12 +201,12 @@ def test_many_hours_need_a_yes(tmp_path, tiny_folder, tasks, monkeypatch, capsys
         (["--suite", "quick"], "give one of --benchmark, --suite, and --tasks or --task_dir"),
     ],
 )
-def test_what_is_asked_for_wrongly_is_told(tmp_path, tiny_folder, tasks, capsys, more, message):
+def test_a_wrong_selection_is_an_error_that_helps(tmp_path, tiny_folder, tasks, capsys, more, message):
     assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, *more)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_benchmark_or_model_is_told(tmp_path, tiny_folder, tasks, capsys):
+def test_a_wrong_benchmark_or_model_is_an_error_that_helps(tmp_path, tiny_folder, tasks, capsys):
     wrong = ["--model_path", str(tiny_folder), "--benchmark", "MTEB(engg, v1)", "--output_dir", str(tmp_path)]
     assert eval_mteb.main(wrong) == 2
     assert "Did you mean: MTEB(eng, v1)?" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""eval.sh finds the model of a run, merges shards where there is nothing else, and says what is wrong."""
+"""eval.sh finds the model of a run, merges shards where a checkpoint has nothing else, and names what is wrong."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_the_latest_or_a_chosen_step_of_a_run_is_scored(tmp_path, run_dir):
     assert summary(tmp_path, "my_run-global_step_2_no_thinking")["settings"]["think"] is False
 
 
-def test_without_a_gpu_and_a_choice_the_local_tasks_are_run_and_it_says_so(tmp_path, run_dir):
+def test_without_a_gpu_and_a_selection_the_local_tasks_are_run_with_a_message(tmp_path, run_dir):
     done = evaluate(tmp_path, "--no_thinking", RUN=str(run_dir))
     assert done.returncode == 0, done.stderr
     assert f"no GPU is visible; evaluating {run_dir} on the local tasks of examples/eval" in done.stdout
@@ -91,7 +91,7 @@ def test_shards_alone_are_merged_once_and_again_when_they_change(tmp_path, tiny_
         ({"TASKS": "Nonsense77"}, "there is no task 'Nonsense77'"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_exit_code_is_2(tmp_path, run_dir, environment, message):
+def test_errors_name_what_is_wrong_and_the_exit_code_is_2(tmp_path, run_dir, environment, message):
     (tmp_path / "empty").mkdir()
     filled = {name: value.format(tmp=tmp_path) for name, value in environment.items()}
     done = evaluate(tmp_path, **{"RUN": str(run_dir), **filled})

@@ -1,4 +1,4 @@
-"""The encoder's vectors are those that training rewards, however texts are batched, stored or asked for."""
+"""The encoder's vectors are those that training rewards, whatever the batch, the store and the order of texts."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from verl import GraceEncoder
 from verl.data.dataset import PromptCollator
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.store import EmbeddingStore
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
 from verl.workers.micro_batches import MicroBatchLimit
@@ -45,6 +46,10 @@ def greedy_responses(encoder, texts):
     prompts = encoder.renderer.render([chat(encoder, text) for text in texts])
     responses = finish(encoder.backend.generate([p.ids for p in prompts], 0.0, 12, [0] * len(texts), 64))
     return prompts, [response.ids for response in responses]
+
+
+def sha256(content):
+    return hashlib.sha256(content).digest()
 
 
 def hidden_states(folder, ids):
@@ -95,7 +100,7 @@ def test_last_pooling_takes_the_last_token_of_the_row(tiny_folder, encoder, pool
     np.testing.assert_allclose(vectors[1], (last / last.norm()).numpy(), atol=1e-5)
 
 
-def test_the_span_of_the_rationale_leaves_the_text_out(tiny_folder, encoder):
+def test_the_span_rationale_does_not_pool_the_text(tiny_folder, encoder):
     (prompt,), (rationale,) = greedy_responses(encoder, TEXTS[1:2])
     mean = hidden_states(tiny_folder, prompt.ids + rationale)[len(prompt.ids) :].mean(0)
     other = GraceEncoder(tiny_folder, device="cpu", span="rationale")
@@ -105,7 +110,7 @@ def test_the_span_of_the_rationale_leaves_the_text_out(tiny_folder, encoder):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, {"think": False}])
-def test_batch_size_order_padding_side_and_company_do_not_change_a_vector(encoder, options):
+def test_batch_size_order_padding_side_and_other_texts_do_not_change_a_vector(encoder, options):
     texts = [*TEXTS, *(f"text number {n} of several" for n in range(20))]
     expected, rationales = encoder.encode(texts, return_rationales=True, **options)
     for changed in (
@@ -124,7 +129,7 @@ def test_batch_size_order_padding_side_and_company_do_not_change_a_vector(encode
     assert encoder.encode(texts, return_rationales=True, batch_size=7, **options)[1] == rationales
 
 
-def test_a_text_that_comes_twice_is_embedded_once(encoder):
+def test_a_repeated_text_is_embedded_once(encoder):
     before = encoder.usage.vectors_made
     encoder.encode(["twice", "once", "twice"], **GREEDY)
     assert encoder.usage.vectors_made - before == 2
@@ -138,7 +143,7 @@ def test_seeds_and_temperatures_give_other_rationales(encoder):
     assert rationales(temperature=0.5) != rationales()
 
 
-def test_thinking_changes_the_vector_and_not_thinking_writes_nothing(encoder):
+def test_a_rationale_changes_the_vector_and_without_thinking_there_is_none(encoder):
     thought, rationales = encoder.encode(TEXTS, return_rationales=True, **GREEDY)
     plain, nothing = encoder.encode(TEXTS, return_rationales=True, think=False)
     assert all(rationales) and not any(nothing)
@@ -160,7 +165,7 @@ def test_queries_and_documents_are_embedded_like_any_text(encoder):
     np.testing.assert_allclose(cosine.numpy(), expected @ expected[:2].T, atol=1e-6)
 
 
-def test_a_cut_vector_has_unit_length_again(encoder):
+def test_a_truncated_vector_has_unit_length(encoder):
     whole = encoder.encode(TEXTS, normalize_embeddings=False, **GREEDY)
     cut = encoder.encode(TEXTS, truncate_dim=10, **GREEDY)
     np.testing.assert_allclose(cut, whole[:, :10] / np.linalg.norm(whole[:, :10], axis=1, keepdims=True), atol=1e-6)
@@ -179,7 +184,7 @@ def test_no_texts_give_no_vectors(encoder):
     assert encoder.encode([]).shape == (0, encoder.embedding_dim)
 
 
-def test_an_over_long_text_is_cut_before_it_is_templated_and_counted(tiny_folder):
+def test_a_text_that_is_too_long_is_cut_before_templating_and_counted(tiny_folder):
     encoder = GraceEncoder(tiny_folder, device="cpu", max_prompt_length=230)
     long = "word " * 200
     vectors = encoder.encode([long, "short"], think=False)
@@ -191,7 +196,7 @@ def test_an_over_long_text_is_cut_before_it_is_templated_and_counted(tiny_folder
     np.testing.assert_allclose(vectors[0], encoder.encode(prompt.text, think=False), atol=1e-6)
 
 
-def test_rows_beyond_the_models_positions_are_refused(encoder):
+def test_rows_beyond_the_models_positions_are_rejected(encoder):
     with pytest.raises(
         ValueError, match="max_prompt_length=1024 and max_new_tokens=4000 are more than the model's 4096"
     ):
@@ -219,14 +224,14 @@ def test_settings_of_a_trained_folder_are_used(tiny_folder, tmp_path, encoder):
         GraceEncoder(folder, device="cpu")
 
 
-def test_what_is_written_is_what_is_read(tmp_path):
+def test_settings_are_read_as_they_were_written(tmp_path):
     settings = EmbedderSettings(system_prompt="naïve", pooling="last", temperature=0.3)
     settings.write(tmp_path)
     assert EmbedderSettings.read(tmp_path) == settings
 
 
 class TestStore:
-    """With a store nothing is made twice, and nothing of other weights or settings is taken over."""
+    """With a store nothing is made twice, and nothing made with other weights or settings is used."""
 
     def encode(self, folder, store, expect=None, constructor=(), **options):
         with GraceEncoder(folder, device="cpu", store=store, **dict(constructor)) as encoder:
@@ -244,7 +249,7 @@ class TestStore:
         without = GraceEncoder(tiny_folder, device="cpu").encode(TEXTS, **SAMPLED)
         np.testing.assert_allclose(vectors, without, atol=1e-6)
 
-    def test_another_pooling_uses_the_rationales_again(self, tiny_folder, tmp_path):
+    def test_another_pooling_uses_the_stored_rationales(self, tiny_folder, tmp_path):
         self.encode(tiny_folder, tmp_path, (4, 4))
         for change in ({"pooling": "last"}, {"span": "rationale"}):
             stored, _ = self.encode(tiny_folder, tmp_path, (0, 4), constructor=change)
@@ -274,9 +279,30 @@ class TestStore:
         EmbedderSettings(system_prompt="Other words.").write(folder)
         self.encode(folder, tmp_path / "store", (4, 4))
 
+    def test_keys_are_hashes_of_settings_and_prompt_as_in_earlier_versions(self, tiny_folder, tmp_path):
+        with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as encoder:
+            encoder.encode(TEXTS[1], **SAMPLED)
+            (prompt,) = encoder.renderer.render([chat(encoder, TEXTS[1])])
+            revision = encoder.revision
+        sampling = (
+            f'{{"dtype": "float32", "engine": "hf", "max_new_tokens": 12, "seed": 0, "temperature": 1.0, '
+            f'"think": true, "weights": "{revision}"}}'
+        )
+        pooling = (
+            f'{{"forward_dtype": "float32", "pool_system_prompt": false, "pooling": "mean", "rationales": {sampling}, '
+            '"span": "input+rationale"}'
+        )
+        ids, start = (np.array(numbers, "<i4").tobytes() for numbers in (prompt.ids, [prompt.text_start]))
+        rationale_key = sha256(sha256(sampling.encode()) + ids)
+        vector_key = sha256(sha256(pooling.encode()) + rationale_key + start)
+        with EmbeddingStore(tmp_path) as store:
+            assert store.find_rationales([rationale_key]).keys() == {rationale_key}
+            assert store.find_vectors([vector_key]).keys() == {vector_key}
+            assert store.count() == (1, 1)
+
 
 class TestFailure:
-    """An engine that fails ends the call with its cause; no vector is made up."""
+    """When the engine fails, the call raises the cause and returns no vectors."""
 
     @pytest.fixture
     def broken(self, tiny_folder, tmp_path, monkeypatch):
@@ -292,7 +318,7 @@ class TestFailure:
         monkeypatch.setattr(encoder.backend, "generate", fail_after_two)
         return encoder
 
-    def test_the_cause_is_raised_and_what_was_made_is_kept(self, broken, tiny_folder, tmp_path):
+    def test_the_cause_is_raised_and_finished_rationales_are_stored(self, broken, tiny_folder, tmp_path):
         with pytest.raises(RolloutError, match="ran out of cache blocks"):
             broken.encode(TEXTS, batch_size=1, **SAMPLED)
         broken.close()

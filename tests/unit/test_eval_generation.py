@@ -52,7 +52,7 @@ def results(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def answering(monkeypatch, *answers, truncated=False):
-    """Let models write `answers`, the first model the first of them; returns what they are asked, call by call."""
+    """Replace generation: the n-th call returns the n-th of `answers`. Returns the calls with their arguments."""
     calls = []
 
     def generate(self, prompts, *sampling):
@@ -112,7 +112,7 @@ def test_the_number_of_an_answer(text, number, rule):
 
 
 class TestData:
-    def test_gold_numbers_come_after_the_mark_or_from_final_answer_or_are_the_answer(self, tmp_path):
+    def test_gold_numbers_are_read_after_the_mark_or_from_final_answer_or_are_the_answer(self, tmp_path):
         questions = read_questions(write_rows(tmp_path), 100)
         assert [question.gold for question in questions] == [Decimal(gold) for gold in GOLD]
         assert [question.text for question in questions] == [row["question"].strip() for row in ROWS]
@@ -121,7 +121,7 @@ class TestData:
         row = {"question": "?", "answer": "#### 1", "final_answer": "2"}
         assert read_questions(write_rows(tmp_path, [row]), 1)[0].gold == 1
 
-    def test_the_first_rows_are_taken_and_blank_lines_are_none(self, tmp_path):
+    def test_the_first_rows_are_used_and_blank_lines_are_skipped(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"question": "a", "answer": "1"}\n\n{"question": "b", "answer": "2"}\nnot JSON\n')
         assert [(question.text, question.where) for question in read_questions(path, 2)] == [
@@ -153,7 +153,7 @@ class TestData:
             ('{"question": "a", "answer": true}\n', r"no gold number: 'True'"),
         ],
     )
-    def test_what_cannot_be_used_is_named_with_its_line(self, tiny_folder, tmp_path, capsys, text, message):
+    def test_an_unusable_row_is_an_error_with_its_line(self, tiny_folder, tmp_path, capsys, text, message):
         path = tmp_path / "rows.jsonl"
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -172,7 +172,7 @@ class TestRun:
         assert run(tiny_folder, write_rows(folder), folder, "--batch_size", 2) == 0
         return results(folder / "tiny")
 
-    def test_the_figures_are_those_of_the_generations(self, greedy):
+    def test_the_results_follow_from_the_generations(self, greedy):
         record, rows = greedy
         assert [row["gold"] for row in rows] == GOLD
         for row in rows:
@@ -191,7 +191,7 @@ class TestRun:
         assert record["mean_tokens"] == pytest.approx(sum(row["tokens"] for row in rows) / count)
         assert record["tokens_per_s"] > 0
 
-    def test_what_decided_them_is_kept(self, greedy, tiny_folder):
+    def test_model_settings_and_versions_are_recorded(self, greedy, tiny_folder):
         record, _ = greedy
         assert record["model"]["name"] == "tiny" and len(record["model"]["revision"]) == 64
         expected = {"engine": "hf", "device": "cpu", "max_new_tokens": 16, "temperature": 0.0, "seed": 0,
@@ -244,7 +244,7 @@ class TestRun:
         tokenizer = tiny_tokenizer()
         start = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[start])
-        assert tokenizer("a")["input_ids"][0] == start[1]  # as many models do; the template wrote it already
+        assert tokenizer("a")["input_ids"][0] == start[1]  # as many models do; the template has added it already
         monkeypatch.setattr(program, "load_tokenizer", lambda _: tokenizer)
         calls = answering(monkeypatch, ["1"] * 5)
         assert run(tiny_folder, write_rows(tmp_path), tmp_path, "--instruction", "Be brief.") == 0
@@ -285,14 +285,14 @@ class TestBase:
             [cell.strip() for cell in line.split("│")[2:5]] for line in out.splitlines()
         ]
 
-    def test_a_base_model_gets_a_process_and_its_failure_a_name(self, tiny_folder, tmp_path, capfd):
+    def test_a_base_model_runs_in_another_process_and_its_failure_is_named(self, tiny_folder, tmp_path, capfd):
         missing = tmp_path / "missing"
         assert run(tiny_folder, write_rows(tmp_path), tmp_path, "--base_model", missing) == 2
         error = capfd.readouterr().err
         assert f"model path '{missing}' does not exist" in error
         assert f"--base_model {missing} could not be evaluated (exit code 2, see above)" in error
 
-    def test_two_models_of_one_name_are_refused(self, tiny_folder, tmp_path, capsys):
+    def test_two_models_of_the_same_name_are_rejected(self, tiny_folder, tmp_path, capsys):
         assert run(tiny_folder, write_rows(tmp_path), tmp_path, "--base_model", "org/tiny") == 2
         assert "--base_model org/tiny has the name of --model_path" in capsys.readouterr().err
 
@@ -316,13 +316,13 @@ class TestErrors:
             (["--model_path", "./nowhere"], "model path './nowhere' does not exist"),
         ],
     )
-    def test_what_is_given_wrong_is_told_in_one_line(self, tiny_folder, tmp_path, capsys, options, message):
+    def test_a_wrong_option_is_an_error_in_one_line(self, tiny_folder, tmp_path, capsys, options, message):
         assert run(tiny_folder, write_rows(tmp_path), tmp_path / "out", *options) == 2
         error = capsys.readouterr().err
         assert error.startswith("eval_generation: ") and message in error and error.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
-    def test_a_tokenizer_without_a_chat_template_is_refused(self, tmp_path, capsys):
+    def test_a_tokenizer_without_a_chat_template_is_rejected(self, tmp_path, capsys):
         folder = save_tiny(tmp_path / "plain")
         (folder / "chat_template.jinja").unlink()
         assert run(folder, write_rows(tmp_path), tmp_path / "out") == 2

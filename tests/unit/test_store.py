@@ -1,4 +1,4 @@
-"""The store: what was flushed is there after any kill, several processes share it, and errors say what to do."""
+"""The store: flushed rows survive every kill, several processes share it, and errors say what to do."""
 
 import random
 import sqlite3
@@ -18,7 +18,7 @@ KILLS = 24
 
 
 def check_rows(store: EmbeddingStore, rows: range) -> None:
-    """Every row is there, with its own content."""
+    """Every row is stored, with its own content."""
     keys = [keys_of(row) for row in rows]
     rationales = store.find_rationales([key for key, _ in keys])
     vectors = store.find_vectors([key for _, key in keys])
@@ -27,7 +27,7 @@ def check_rows(store: EmbeddingStore, rows: range) -> None:
         np.testing.assert_array_equal(vectors[vector_key], vector_of(row))
 
 
-def test_what_is_added_is_found_before_and_after_a_flush_and_by_a_later_process(tmp_path):
+def test_added_rows_are_found_before_and_after_a_flush_and_by_a_later_process(tmp_path):
     with EmbeddingStore(tmp_path) as store:
         for row in range(3):
             add(store, row)
@@ -40,7 +40,7 @@ def test_what_is_added_is_found_before_and_after_a_flush_and_by_a_later_process(
         assert store.count() == (3, 3)
 
 
-def test_a_thousand_rows_or_some_seconds_make_a_flush(tmp_path, monkeypatch):
+def test_a_flush_follows_a_thousand_rows_or_some_seconds(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(store_module.time, "monotonic", lambda: clock[0])
     store, reader = EmbeddingStore(tmp_path), EmbeddingStore(tmp_path)
@@ -58,7 +58,7 @@ def test_a_thousand_rows_or_some_seconds_make_a_flush(tmp_path, monkeypatch):
 
 
 def test_a_killed_writer_loses_at_most_what_it_had_not_flushed(tmp_path):
-    """Killed again and again at random moments; the rows it reported as flushed are all there, and whole."""
+    """The writer is killed many times at random moments; all rows that it reported as flushed are stored and intact."""
     draw = random.Random(0)
     flushed = 0
     for kill in range(KILLS):
@@ -88,7 +88,7 @@ def test_processes_that_start_and_write_together_share_a_store(tmp_path):
         assert store.count() == (1000, 1000)
 
 
-def test_the_first_of_two_rows_with_one_key_stays(tmp_path):
+def test_the_first_of_two_rows_with_the_same_key_stays(tmp_path):
     first, second = EmbeddingStore(tmp_path), EmbeddingStore(tmp_path)
     key = row_key(b"vectors", [1])
     first.add_vector(b"vectors", key, vector_of(1))
@@ -98,7 +98,7 @@ def test_the_first_of_two_rows_with_one_key_stays(tmp_path):
     np.testing.assert_array_equal(EmbeddingStore(tmp_path).find_vectors([key])[key], vector_of(1))
 
 
-def test_keys_tell_contexts_and_parts_apart():
+def test_keys_differ_by_context_and_parts():
     keys = [
         row_key(b"a", [1, 2]), row_key(b"a", [1, 3]), row_key(b"b", [1, 2]), row_key(b"a", [1, 2], [3]),
         row_key(b"a", b"x", [1]), row_key(b"a", b"x", [2]),
@@ -106,7 +106,7 @@ def test_keys_tell_contexts_and_parts_apart():
     assert len(set(keys)) == len(keys)
 
 
-def test_contexts_are_told_in_words(tmp_path):
+def test_a_context_is_stored_as_json(tmp_path):
     with EmbeddingStore(tmp_path) as store:
         key = store.open_context({"weights": "abc", "seed": 1})
         assert key == store.open_context({"seed": 1, "weights": "abc"}) != store.open_context({"seed": 2})
@@ -114,14 +114,14 @@ def test_contexts_are_told_in_words(tmp_path):
     assert rows[key] == '{"seed": 1, "weights": "abc"}'
 
 
-def test_another_kind_of_file_is_refused_and_left_alone(tmp_path):
+def test_another_kind_of_file_is_rejected_and_not_changed(tmp_path):
     (tmp_path / "store.sqlite").write_text("not a database, and longer than a header of one hundred bytes " * 9)
     with pytest.raises(StoreError, match=r"store\.sqlite cannot be used: file is not a database.* Give another folder"):
         EmbeddingStore(tmp_path)
     assert (tmp_path / "store.sqlite").read_text().startswith("not a database")
 
 
-def test_a_store_of_another_version_is_refused(tmp_path):
+def test_a_store_of_another_version_is_rejected(tmp_path):
     EmbeddingStore(tmp_path).close()
     with sqlite3.connect(tmp_path / "store.sqlite") as database:
         database.execute("PRAGMA user_version = 7")
@@ -129,7 +129,7 @@ def test_a_store_of_another_version_is_refused(tmp_path):
         EmbeddingStore(tmp_path)
 
 
-def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path):
+def test_a_full_disk_is_an_error_and_flushed_rows_stay(tmp_path):
     store = EmbeddingStore(tmp_path)
     for row in range(10):
         add(store, row)

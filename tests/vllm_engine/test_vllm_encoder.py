@@ -1,4 +1,4 @@
-"""The encoder with vLLM: the same rationales and vectors as with transformers, alone, in two processes, and TP 2."""
+"""The encoder with vLLM in one process, in two, and with TP 2: the rationales and vectors are those of transformers."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_two_processes_write_what_transformers_writes(folder, expected, tensor_parallel_size):
+def test_two_processes_generate_what_transformers_generates(folder, expected, tensor_parallel_size):
     with GraceEncoder(
         folder, engine="vllm", device="cpu", num_processes=2, tensor_parallel_size=tensor_parallel_size, **LENGTHS
     ) as encoder:
@@ -47,7 +47,7 @@ def test_two_processes_write_what_transformers_writes(folder, expected, tensor_p
 def test_a_program_with_vllm_in_its_own_process(folder, expected, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     command = [
-        sys.executable, "-m", "verl.encoder.__main__", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
+        sys.executable, "-m", "verl.encoder", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
         "--output", str(tmp_path / "out.parquet"), "--engine", "vllm", "--device", "cpu", "--temperature", "0",
         *(part for name, value in LENGTHS.items() for part in (f"--{name}", str(value))),
     ]  # fmt: skip

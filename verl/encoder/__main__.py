@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
         shutil.rmtree(store)
     say(
         f"{args.output}: {usage.texts:,} texts, {usage.generated_tokens:,} rationale tokens generated; "
-        f"{usage.hit_rate:.0%} came from the store; {usage.shortened:,} texts were cut to fit, {usage.truncated:,} rationales hit the limit"
+        f"{usage.hit_rate:.0%} came from the store; {usage.shortened:,} texts were cut to fit, {usage.truncated:,} "
+        "rationales hit the limit"
     )
 
 
