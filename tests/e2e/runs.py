@@ -15,6 +15,7 @@ from typing import Any
 import verl.trainer.main_ppo
 
 REPO = Path(__file__).parents[2]
+PAIRS = "pairs.jsonl"
 WORDS = "river stone paper cloud engine garden winter bottle window copper violin market island shadow".split()
 
 
@@ -37,6 +38,15 @@ def write_texts(file: Path, count: int = 24) -> Path:
     return file
 
 
+def write_pairs(file: Path, count: int = 8) -> None:
+    """Scored pairs for validation, far fewer than those that the default names."""
+    pairs = [
+        {"sentence1": f"{WORDS[i]} here", "sentence2": f"{WORDS[(i * i) % 14]} there", "score": i % 6}
+        for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPO / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -46,6 +56,7 @@ def prepare(mode: str, input_file: Path, folder: Path) -> Path:
     done = program("process_data.py", "--mode", mode, "--input_file", str(input_file), "--local_dir", str(folder),
                    "--test_ratio", "0.25")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    write_pairs(folder / PAIRS)
     return folder
 
 
@@ -84,6 +95,7 @@ def recipe(model: Path, data: Path, run_dir: Path, mode: str = "supervised") -> 
         f"+data.train_mode={mode}",
         f"data.train_files={data}/train.parquet",
         f"data.val_files={data}/test.parquet",
+        f"data.val_sts_file={data / PAIRS}",
         "data.train_batch_size=4",
         "data.max_prompt_length=220",
         "data.max_response_length=10",

@@ -118,7 +118,7 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path, tiny_folder, t
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
     mark = "GRACE_HANG"
     process = start_main_ppo(
-        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=8",
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=15",
         "trainer.total_training_steps=500", "trainer.save_freq=0", **{mark: "1"},
     )  # fmt: skip
     wait_for(process, "step 2/500")
@@ -128,7 +128,7 @@ def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_tha
     _, errors = process.communicate(timeout=90)
     said = message(errors)
     assert process.returncode == 1, errors
-    assert re.search(r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=8", said), (
+    assert re.search(r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=15", said), (
         said
     )
     assert re.search(rf"rank \d \(pid {workers[1]} on .*\): no answer and no stacks; it is stopped", said), said
@@ -230,7 +230,8 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
     best = json.loads((run_dir / "best_checkpointed_iteration.txt").read_text())
     assert best == {"step": max(found, key=lambda step: (found[step], -step)), "value": max(found.values())}
     kept = sorted(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
-    assert kept == sorted({best["step"], 6})
+    newest = max(step for step in found if step != best["step"])
+    assert kept == sorted({best["step"], newest}), "the newest one is kept besides the best one"
     for name in ("triplet_accuracy", "mrr", "alignment", "uniformity", "effective_rank"):
         assert all(f"val/{name}" in m for m in numbers(run_dir) if "val/sts_spearman" in m)
     assert re.search(r"texts in [\d.]+ s: \d+% of the run at every 1 steps", done.stdout)

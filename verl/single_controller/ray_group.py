@@ -243,7 +243,7 @@ class RayWorkerGroup(WorkerGroup):
                 lines.append(f"{self._name(rank)}: finished")
             elif not node.here and not file.is_file():
                 lines.append(f"{self._name(rank)}: still running; its stacks are in {file} on that machine")
-            elif stacks := file.read_text().strip():
+            elif stacks := file.read_text().strip() if file.is_file() else "":
                 lines.append(f"{self._name(rank)}: still running; its stacks:\n{stacks}")
             else:
                 lines.append(f"{self._name(rank)}: no answer and no stacks; it is stopped, or its machine is gone")
