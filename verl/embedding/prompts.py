@@ -1,11 +1,11 @@
 """The prompt that asks for a rationale, and its exact rendering to token ids.
 
-Training, data preparation and evaluation all render through `PromptRenderer`. It knows, for every
-prompt, which token is the first of the user's text (where pooling starts), and it shortens an
-over-long *user text*, never the rendered prompt, so that the assistant header always survives.
+Training, data preparation and evaluation all render through `PromptRenderer`. It finds, for every prompt, the first
+token of the user's text (where pooling starts), and it shortens an over-long *user text*, never the rendered prompt, so
+that the assistant header is always complete.
 
-A text may hold the template's own markers, such as <|im_end|>. They are its author's characters and are tokenized as
-such: they end no turn.
+A text may contain the template's own markers, such as <|im_end|>. They are tokenized as plain characters, so that they
+end no turn.
 
 Imports neither torch nor transformers: the data programs use it too.
 """
@@ -26,12 +26,12 @@ Message = dict[str, str]
 Offsets = list[tuple[int, int]]
 Truncation = Literal["left", "right", "middle", "error"]
 
-# Two texts no template or user would write; rendering both shows where a template puts the user's words.
+# Two texts that no template or user would write; rendering both shows where a template puts the user's text.
 _PROBES = ("QZXprobeoneXZQ", "JVWprobesecondWVJ")
 
 
 def rationale_messages(text: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
-    """The chat that asks for a rationale of `text`; without a system turn when its prompt is None."""
+    """The chat that asks for a rationale of `text`; without a system turn if `system_prompt` is None."""
     user = {"role": "user", "content": text.strip()}
     return [user] if system_prompt is None else [{"role": "system", "content": system_prompt}, user]
 
@@ -50,7 +50,7 @@ class Prompt:
     text_start: int
     """Index in `ids` of the first token that holds a character of the user's text."""
     text: str
-    """The user's text as it stands in the prompt, after any shortening."""
+    """The user's text in the prompt, after any shortening."""
     shortened: bool
     """Whether the user's text was cut to fit."""
 
@@ -61,8 +61,8 @@ class PromptRenderer:
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
         max_length: most tokens a prompt may have; None for no limit.
-        truncation: which part of an over-long user text goes: `right` keeps its beginning, `left` its
-            end, `middle` both ends; `error` raises.
+        truncation: which part of an over-long user text is cut: `right` keeps its beginning, `left` its end, `middle`
+            both ends; `error` raises.
         allow_empty: render a user turn without text; its pooling starts at the token after the turn's header.
 
     Raises:
@@ -94,8 +94,8 @@ class PromptRenderer:
         """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
 
         Raises:
-            ValueError: a text is empty or not valid Unicode, a template does not show it, or a prompt is over-long
-                and `truncation` is `error` or leaves no room for any text.
+            ValueError: a text is empty or not valid Unicode, the template does not contain it exactly once, or a
+                prompt is over-long and `truncation` is `error`, or nothing of the text would be left.
         """
         if not conversations:
             return []
@@ -113,12 +113,12 @@ class PromptRenderer:
         parts = [(prefix, self._user_text(c), suffix) for c in conversations for prefix, suffix in [self.frame(c)]]
         counts = {i: len(self._tokenize_marked(*part)[0]) for i, part in enumerate(parts) if self._has_marker(part[1])}
         plain = ["".join(part) for i, part in enumerate(parts) if i not in counts]
-        # The backend's own call: no lists of ids and masks are built only to be counted.
+        # The backend's own call, which builds no lists of ids and masks.
         encoded = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
         return [counts[i] if i in counts else len(next(encoded)) for i in range(len(parts))]
 
     def fingerprint(self) -> str:
-        """Hash of what decides a prompt's length: the tokenizer's tokens and its chat template."""
+        """SHA-256 of what determines a prompt's length: the tokenizer and its chat template."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
         return digest.hexdigest()
@@ -170,7 +170,7 @@ class PromptRenderer:
         return [marked[i] if i in marked else next(encoded) for i in range(len(parts))]
 
     def _tokenize_marked(self, prefix: str, text: str, suffix: str) -> tuple[list[int], Offsets]:
-        """As one line, but with the text's markers as plain characters."""
+        """Ids and offsets of prefix + text + suffix, with the text's markers as plain characters."""
         (head,), (middle,), (tail,) = (
             self._encode([prefix]),
             self._encode([text], markers=False),
@@ -187,7 +187,7 @@ class PromptRenderer:
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=not markers
         )
-        # The backend keeps what the last call wanted, and `lengths` calls it directly.
+        # The backend keeps the setting of the last call, and `lengths` calls it directly.
         self.tokenizer.backend_tokenizer.encode_special_tokens = False
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
@@ -218,7 +218,7 @@ class PromptRenderer:
             ((ids, offsets),) = self._tokenize([(prefix, cut, suffix)])
             if len(ids) <= self.max_length:
                 return cut, ids, offsets
-            # Text cut in the middle of a word can tokenize to a few more ids than it had inside.
+            # A text that is cut inside a word can have a few more tokens than it had as part of the whole text.
             keep -= len(ids) - self.max_length
         raise ValueError(
             f"the chat template alone fills data.max_prompt_length={self.max_length} and leaves no room for text; "
@@ -227,7 +227,7 @@ class PromptRenderer:
 
 
 def _cut(text: str, spans: list[tuple[int, int]], keep: int, side: Truncation) -> str:
-    """`text` reduced to `keep` of the tokens whose character spans are given."""
+    """`text` cut to `keep` of its tokens, whose character spans are given."""
     if side == "right":
         return text[: spans[keep - 1][1]].rstrip()
     if side == "left":

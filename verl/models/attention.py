@@ -1,7 +1,8 @@
 """Attention of packed micro-batches and of decoding, registered with transformers as one implementation.
 
-A model that uses it is called with `packed_segments` (a packed line of rows), with both (the line is a set of
-prompts, and their keys and values are kept), or with `decoding_cache` alone (one new token for every row).
+A model that uses it is called with `packed_segments` (a packed line of rows), with `packed_segments` and
+`decoding_cache` (a packed line of prompts, whose keys and values are written to the cache), or with `decoding_cache`
+(one new token for every row).
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ ATTENTION = "grace_packed"
 
 
 class DecodingCache:
-    """Keys and values of rows that are being decoded, in buffers that never grow.
+    """Keys and values of rows that are being decoded, in buffers of their final size.
 
-    Rows are aligned at the end of their prompts: a short prompt leaves columns in front empty.
+    Prompts are right-aligned: in front of a short prompt, columns are empty.
 
     Args:
         prompt_lengths: tokens of each of the B prompts.
@@ -45,16 +46,17 @@ class DecodingCache:
         return self._bias[:, None, None, : self.length]
 
     def expect(self, rows: Tensor, source: Tensor) -> None:
-        """Say where the prompts of the next forward go.
+        """Set where the keys and values of the next forward's prompts are written.
 
         Args:
             rows: [R] int64, rows of this cache.
-            source: [R, width] int64, for every column the packed token that it comes from; any, where it is empty.
+            source: [R, width] int64, for every column the position in the packed line that it comes from; any value
+                for an empty column.
         """
         self._rows, self._source = rows, source
 
     def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep a layer's keys and values [1, heads, K, head size] of packed prompts."""
+        """Write a layer's keys and values [1, heads, K, head size] of packed prompts."""
         for buffers, packed in ((self._keys, key), (self._values, value)):
             if layer not in buffers:
                 heads, size = packed.shape[1], packed.shape[3]
@@ -71,9 +73,9 @@ class DecodingCache:
         return found[0], found[1]
 
     def keep(self, going: Tensor) -> Tensor:
-        """Drop the other rows; return [B'] int64, the former place of every row that is left.
+        """Keep the rows where `going` [B] bool is True; return [B'] int64, the former index of every row kept.
 
-        The last rows move into the places that become free, so a row that ends costs one row's copy.
+        The last rows are copied over the dropped ones, so dropping a row costs the copy of one row.
         """
         count = int(going.sum())
         place = torch.arange(len(going), device=going.device)
@@ -107,7 +109,7 @@ def grace_attention(  # noqa: PLR0913 - transformers' interface
     Args:
         query: [1, heads, K, head size] of a packed line, or [B, heads, 1, head size]; key and value may have
             fewer heads.
-        packed_segments: what each token of the line may attend to.
+        packed_segments: which tokens of the line each token attends to.
 
     Returns:
         [1, K, heads, head size] or [B, 1, heads, head size], and None.
@@ -146,7 +148,7 @@ def _check_window(sliding_window: int | None, longest: int) -> None:
 def _segment_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None
 ) -> Tensor:
-    # Split rather than sliced: backward is then one concatenation, not a line of zeros for every segment.
+    # split, not slices: its backward is one concatenation, and that of a slice fills a whole line with zeros.
     lengths = [s.end - s.start for s in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     place = {(s.start, s.end): i for i, s in enumerate(segments)}
@@ -164,9 +166,10 @@ def _segment_attention(
 
 
 def _one_token_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
-    """The query heads of one key head stand in line as if they were its queries, so that no key is copied.
+    """Grouped-query attention of one token: the query heads that share a key head are that head's queries.
 
-    Two plain products: for one query, torch's fused attention takes twice as long on a CPU.
+    So no key is repeated. Two plain products, because torch's fused attention takes twice as long for one query on a
+    CPU.
     """
     rows, heads, _, size = query.shape
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)

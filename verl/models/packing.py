@@ -1,10 +1,9 @@
-"""A micro-batch without padding, in which rows of one prompt compute that prompt once.
+"""A micro-batch without padding, in which a prompt that several rows have is computed once.
 
-The tokens of a micro-batch stand in one line, cut into segments. A segment attends to itself
-(causally) and to its ancestors: a response to its prompt, and a prompt to the trunk, the beginning
-that all prompts of the micro-batch share (the system turn). So a group of n rationales costs one
-prompt and n responses, and the system turn is computed once per micro-batch; hidden states, and
-gradients, are those of separate rows.
+The tokens of a micro-batch form one line, cut into segments. A segment attends to itself (causally) and to its
+ancestors: a response to its prompt, and a prompt to the trunk, the beginning that all prompts of the micro-batch share
+(the system turn). So a group of n rationales costs one prompt and n responses, and the system turn is computed once per
+micro-batch. Hidden states and gradients are those of separate rows.
 
 Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions.
 """
@@ -25,9 +24,9 @@ class Row:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     pool_start: int
-    """First pooled position of the row; from there on everything is pooled."""
+    """First pooled position in prompt + response; all positions from there to the end are pooled."""
     scored: bool
-    """Whether log-probs of the response are wanted."""
+    """Whether to compute log-probs of the response."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Segment:
     start: int
     end: int
     ancestors: tuple[tuple[int, int], ...]
-    """[start, end) of the segments that come before this one in its rows."""
+    """[start, end) of each segment that comes before this one in its rows, in order."""
     mask: torch.Tensor | None
     """[end - start, ancestor tokens + end - start] bool; None when there are no ancestors (plain causal)."""
 
@@ -47,20 +46,20 @@ class PackedBatch:
     input_ids: torch.Tensor
     """[1,K] int64."""
     position_ids: torch.Tensor
-    """[1,K] int64, each token's place in its own row."""
+    """[1,K] int64, each token's position in its own row."""
     segments: list[Segment]
     pool_token: torch.Tensor
-    """[M] int64, packed positions that are pooled."""
+    """[M] int64, position in the line of each pooled token."""
     pool_row: torch.Tensor
-    """[M] int64, the row that each belongs to."""
+    """[M] int64, its row."""
     score_token: torch.Tensor
-    """[S] int64, packed position whose hidden state predicts a scored response token."""
+    """[S] int64, position in the line whose hidden state predicts a scored response token."""
     score_target: torch.Tensor
     """[S] int64, that response token's id."""
     score_row: torch.Tensor
     """[S] int64, its row."""
     score_column: torch.Tensor
-    """[S] int64, its place in the response."""
+    """[S] int64, its position in the response."""
     num_rows: int
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -80,7 +79,7 @@ class _Builder:
     segments: list[Segment] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], parent: "_Node | None") -> "_Node":
-        """Append a segment; an empty one adds nothing and passes its parent's ranges on."""
+        """Append a segment; without ids nothing is added, and the result equals the parent."""
         ranges, depth = (parent.ranges, parent.depth) if parent else ((), 0)
         if not ids:
             return _Node(ranges, depth)
@@ -97,16 +96,16 @@ class _Node:
     depth: int
 
     def packed_positions(self, start: int) -> list[int]:
-        """Packed position of every token of this row from row position `start` on."""
+        """Position in the line of every token of this row, from row position `start` to the end."""
         return [p for first, last in self.ranges for p in range(first, last)][start:]
 
 
 def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
-    """Lay `rows` out in one line.
+    """Put `rows` into one line.
 
     Args:
-        share_prompts: compute equal prompts, and the beginning common to all, once. Kernels that know
-            only rows (flash-attention) need False: then every row is one segment.
+        share_prompts: compute equal prompts, and the beginning common to all, once. Kernels that support only
+            separate rows (flash-attention) need False: then every row is one segment.
     """
     builder = _Builder()
     if share_prompts:

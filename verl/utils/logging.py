@@ -1,4 +1,4 @@
-"""Keeping the warnings and progress bars of libraries from burying the run's own lines."""
+"""Turn off warnings and progress bars of libraries, so that the run's own lines can be read."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Turn down what libraries print; called once at the start of a process."""
+    """Turn off what libraries print below an error; called once at the start of a process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""A progress bar over things that are counted."""
+"""A progress bar."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def count_bar(total: int, title: str, show: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr over `total` things; yields what advances it.
+    """A bar on stderr that counts to `total`; yields the function that advances it by a number.
 
     Args:
-        show: None = on a terminal.
+        show: None = only where stderr is a terminal.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip

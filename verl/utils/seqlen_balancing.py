@@ -1,8 +1,7 @@
-"""Spreading rows over ranks and into micro-batches by their number of tokens. Pure Python.
+"""Distribute rows over ranks and micro-batches by their number of tokens. Pure Python.
 
-Invariants: every row appears exactly once; rows of one group stay together on a rank when there are
-at least as many groups as ranks; a micro-batch stays within its token budget unless one row alone is
-over it.
+Invariants: every row appears exactly once; rows of one group are on one rank when there are at least as many groups as
+ranks; a micro-batch has at most its number of tokens, unless a single row has more.
 """
 
 import heapq
@@ -10,7 +9,9 @@ from collections.abc import Hashable, Iterable, Sequence
 
 
 def balanced_partitions(costs: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Split positions into `num_parts` lists of nearly equal total cost (longest first to the lightest part).
+    """Split positions into `num_parts` lists of nearly equal total cost.
+
+    Greedy: the position of the highest cost goes to the part with the lowest total (Graham 1969, LPT rule).
 
     Args:
         costs: cost of each position, such as its number of tokens.
@@ -25,9 +26,9 @@ def balanced_partitions(costs: Sequence[int], num_parts: int) -> list[list[int]]
 
 
 def partition_rows(groups: Iterable[Hashable], costs: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Split rows over ranks by cost, whole groups at a time where there are enough groups.
+    """Distribute rows over `num_parts` ranks by cost; whole groups where there are enough groups.
 
-    Rows of a group share their prompt, so a group that stays together is computed with one prompt.
+    Rows of a group have the same prompt, which is computed once where they are on one rank.
     """
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
@@ -44,12 +45,13 @@ def pack_rows(
     max_tokens: int | None,
     max_rows: int | None = None,
 ) -> list[list[int]]:
-    """Cut rows into micro-batches; a prompt is counted once per micro-batch.
+    """Split rows into micro-batches; a prompt is counted once per micro-batch.
 
     Args:
-        prompts: what identifies each row's prompt; rows of one prompt are put side by side.
-        max_tokens: token budget, or None.
-        max_rows: most rows, or None.
+        prompts: identifies each row's prompt; rows with equal ones are put next to each other.
+        prompt_tokens, response_tokens: number of tokens of each row.
+        max_tokens: most tokens of a micro-batch; None = no limit. A row that has more is a micro-batch of its own.
+        max_rows: most rows of a micro-batch; None = no limit.
     """
     first_seen = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
     order = sorted(range(len(prompts)), key=lambda i: (first_seen[prompts[i]], i))

@@ -8,7 +8,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model folder or hub name; its pad token falls back to eos.
 
     Raises:
-        ValueError: `path` looks like a folder and is not there, or no tokenizer can be read from it.
+        ValueError: `path` looks like a folder and does not exist, or no tokenizer can be read from it.
     """
     from transformers import AutoTokenizer
 
@@ -30,7 +30,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 def stop_token_ids(tokenizer: Any, *configs: Any) -> list[int]:
     """Every id that ends a response: the tokenizer's eos and those of the model's configs, sorted.
 
-    Models disagree with their tokenizers about eos (Qwen base and chat), so the union is taken.
+    The union, because a model and its tokenizer may name different tokens (Qwen base and chat).
 
     Args:
         configs: objects with an `eos_token_id` that is None, an int or a list (config, generation config).

@@ -1,8 +1,10 @@
-"""The transformers rollout engine: the CPU default, and the reference for others.
+"""The transformers rollout engine: the default where vllm is not installed, and the reference for vllm.
 
-transformers' `generate` is not used: it has neither a temperature per row nor log-probs without keeping every
-step's logits, it runs equal prompts and the system turn once per row, and it copies the whole cache in every
-step. Here prompts are prefilled as a packed line, and keys and values stay where they are.
+transformers' `generate` is not used: it takes one temperature for all rows, gives log-probs only by keeping the logits
+of every step, computes equal prompts and the system turn once per row, and copies the whole cache in every step. Here
+the prompts are prefilled as one packed line, and keys and values are written once into buffers of their final size.
+
+Shapes: B rows that are decoded together, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +20,9 @@ from verl.models.packing import Row, pack
 from verl.utils.seqlen_balancing import pack_rows
 from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout, held_by_product
 
-# Tokens that a uniform number chooses among directly.
+# The likeliest tokens, which are drawn by their cumulative probabilities; see `_sample`.
 _HEAD_TOKENS = 64
-# Tokens of one prefill forward.
+# Most tokens of one prefill forward.
 _PREFILL_TOKENS = 8192
 
 
@@ -28,11 +30,11 @@ class HFRollout(Rollout):
     """Decodes with a transformers causal language model.
 
     Args:
-        lm: the model with `grace_attention`, on its device, in its dtype, its linear layers packed or not; its
-            weights change through `update_weights`.
+        lm: the model with `grace_attention`, on its device and in its dtype; its linear layers may be packed
+            (`onednn.pack_linears`). `update_weights` changes its weights.
         stop_ids: token ids that end a response.
         max_num_seqs: most rows decoded at once.
-        ignore_eos: go on after an end token.
+        ignore_eos: continue after an end token, to the length limit.
     """
 
     name = "hf"
@@ -45,7 +47,7 @@ class HFRollout(Rollout):
         self._holders = _holders(lm)
 
     def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
-        """The parameter itself, whole; of a packed layer what it multiplies by."""
+        """The whole parameter; of a packed layer the weight that it multiplies by, read back through its product."""
         parts = []
         for place, module, leaf in self._holders[name]:
             own = getattr(module, leaf)
@@ -59,7 +61,7 @@ class HFRollout(Rollout):
     def _generate(
         self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
     ) -> Iterator[Responses]:
-        # Prompts of similar length side by side need little padding; the sort keeps equal prompts together.
+        # Prompts of similar length in one batch need little padding; sorting also puts equal prompts together.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i])))
         for start in range(0, len(order), self.max_num_seqs):
             rows = order[start : start + self.max_num_seqs]
@@ -69,13 +71,13 @@ class HFRollout(Rollout):
                 yield {rows[place]: response for place, response in ended.items()}
 
     def wake_weights(self) -> None:
-        """They are always there."""
+        """Nothing to do: this engine never frees its weights."""
 
     def sleep(self) -> None:
-        """Nothing to free: the cache goes with each call."""
+        """Nothing to do: each call frees its own cache."""
 
     def _wake_cache(self) -> None:
-        """Nothing to take."""
+        """Nothing to do: each call allocates its own cache."""
 
     @torch.no_grad()
     def _score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -104,7 +106,7 @@ class HFRollout(Rollout):
         max_new_tokens: int,
         draws: Tensor,
     ) -> Iterator[Responses]:
-        """Decode one batch [B] to its end; draws: [B, max_new_tokens], see `_sample`."""
+        """Decode one batch of B rows to its end; draws: [B, max_new_tokens] float64, see `uniform` of `_sample`."""
         device = self.lm.device
         ids: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
@@ -133,14 +135,14 @@ class HFRollout(Rollout):
             logits = self._step(token, prompt_length[rows] + step, cache)
 
     def _prefill(self, prompts: list[Sequence[int]], cache: DecodingCache) -> Tensor:
-        """Run each different prompt once, and their common beginning once; return every row's logits [B,V]."""
+        """Compute each distinct prompt once, and their common beginning once; return the next logits [B,V]."""
         rows = [Row(tuple(prompt), (), 0, scored=False) for prompt in prompts]
         lengths = [len(prompt) for prompt in prompts]
         parts = pack_rows([row.prompt for row in rows], lengths, [0] * len(rows), _PREFILL_TOKENS)
         last_hidden: dict[int, Tensor] = {}
         for part in parts:
             packed = pack([rows[i] for i in part], share_prompts=self.lm.device.type == "cpu")
-            # Where each row's tokens lie in the line, in order: what is pooled when everything is.
+            # The packed positions of each row's tokens: as pool_start is 0, every token of a row is pooled.
             lines = packed.pool_token.split([lengths[i] for i in part])
             source = torch.stack([F.pad(line, (cache.width - len(line), 0)) for line in lines]).to(self.lm.device)
             cache.expect(torch.tensor(part, device=self.lm.device), source)
@@ -163,7 +165,7 @@ class HFRollout(Rollout):
 
 
 def _holders(lm: nn.Module) -> dict[str, list[tuple[str, Any, str]]]:
-    """For every weight the modules that hold it, with their place and the attribute; a tied weight has two."""
+    """For every weight the modules that hold it, as (name, module, attribute); a tied weight has two."""
     names = {id(parameter): name for name, parameter in lm.named_parameters()}
     found: dict[str, list[tuple[str, Any, str]]] = {name: [] for name in names.values()}
     for place, module in lm.named_modules():
@@ -177,17 +179,18 @@ def _is_packed(module: nn.Module, leaf: str) -> bool:
 
 
 def _uniform_draws(seeds: Sequence[int], count: int) -> Tensor:
-    """[B, count] float64 in [0,1): `count` numbers from each seed, the same on every device."""
+    """[B, count] float64 in [0,1): `count` numbers from each of B seeds, the same for every device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator) for generator in generators])
 
 
 def _sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
+    """Draw one token per row, so that rounding hardly ever changes it (other rows in the batch change the rounding).
 
-    The likeliest tokens are found in their sorted sums; a number beyond those is decided among all others by a race.
-    So a token changes under rounding, which other rows in the batch cause, only where probabilities are all but equal.
-    Sums over the whole vocabulary would have tens of thousands of borders to slip over.
+    Inverting the cumulative distribution of the whole vocabulary has tens of thousands of bin edges, and rounding can
+    move a draw across any of them. So only the `_HEAD_TOKENS` likeliest tokens are drawn that way. Where `uniform` lies
+    beyond their cumulative probability, the token is drawn among all others by the Gumbel-max trick (`_race`), whose
+    result changes only where two candidates are almost equal.
 
     Args:
         logits: [B,V].
@@ -195,7 +198,7 @@ def _sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tenso
         uniform: [B] float64 in [0,1); decides the token.
 
     Returns:
-        Tokens [B] int64 and their log-probs [B] float32 under the tempered distribution.
+        Tokens [B] int64 and their log-probs [B] float32 under softmax(logits / temperature).
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, torch.ones_like(temperature), temperature).unsqueeze(1)
@@ -213,7 +216,10 @@ def _sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tenso
 
 
 def _race(scaled: Tensor, excluded: Tensor, uniform: float) -> Tensor:
-    """Draw from softmax(scaled [V]) without `excluded`: the largest of log-weights plus Gumbel noise."""
+    """Draw from softmax(scaled [V]) without the tokens `excluded`: the largest of logits plus Gumbel noise.
+
+    The noise is seeded by `uniform`. Source: the Gumbel-max trick, see Maddison et al. 2014 (arXiv 1411.0030).
+    """
     generator = torch.Generator().manual_seed(int(uniform * 2**53))
     noise = torch.rand(len(scaled), dtype=torch.float64, generator=generator).to(scaled.device)
     weights = scaled.double().index_fill(0, excluded, -torch.inf)

