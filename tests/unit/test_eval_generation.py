@@ -339,8 +339,8 @@ class TestErrors:
 
         monkeypatch.setattr(Backend, "generate", generate)
         assert run(tiny_folder, write_rows(tmp_path), tmp_path) == 1
-        told = {"raise": "the engine ran out of cache blocks", "lose": "the engine answered 1 of 5 questions"}
-        assert capsys.readouterr().err == f"eval_generation: {told[failure]}\n"
+        expected = {"raise": "the engine ran out of cache blocks", "lose": "the engine answered 1 of 5 questions"}
+        assert capsys.readouterr().err == f"eval_generation: {expected[failure]}\n"
         assert not list((tmp_path / "tiny").iterdir())
 
 
