@@ -1,9 +1,12 @@
 """Whole runs of main_ppo that generate with vLLM."""
 
+import json
 import re
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny
@@ -14,9 +17,9 @@ if find_spec("vllm") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from runs import main_ppo, prepare, read_metrics, read_samples, recipe, write_triplets
+from runs import REPO, main_ppo, prepare, read_metrics, read_samples, recipe, train_here, write_triplets
 
-TIMING = ("time/", "perf/", "memory/")
+MEASURED = ("time/", "perf/", "memory/", "sync/")
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +33,47 @@ def triplets(tmp_path_factory) -> Path:
     return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
 
 
-def run(model: Path, data: Path, run_dir: Path, engine: str, *overrides: str):
+def settings(model: Path, data: Path, run_dir: Path, engine: str) -> list[str]:
+    """Of a run of five steps."""
     base = [o for o in recipe(model, data, run_dir) if "rollout.name" not in o]
-    return main_ppo(*base, f"actor_rollout_ref.rollout.name={engine}", "trainer.total_training_steps=5", *overrides)
+    return [*base, f"actor_rollout_ref.rollout.name={engine}", "trainer.total_training_steps=5", "trainer.test_freq=5",
+            "trainer.save_freq=0"]  # fmt: skip
 
 
-def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets):
-    steps = {}
-    for engine, says in (("auto", "vllm: version 0.32"), ("hf", "hf: asked for")):
-        done = run(model, triplets, tmp_path / engine, engine, "trainer.test_freq=5", "trainer.save_freq=0")
-        assert done.returncode == 0, done.stderr
-        assert says in " ".join(done.stdout.split()), done.stdout
-        steps[engine] = [m for m in read_metrics(tmp_path / engine) if "reward/mean" in m]
-    vllm, hf = steps["auto"], steps["hf"]
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory, model, triplets) -> Path:
+    """The folder of a run on Ray with the engine that `auto` chooses: vllm."""
+    folder = tmp_path_factory.mktemp("on_ray")
+    done = main_ppo(*settings(model, triplets, folder, "auto"))
+    assert done.returncode == 0, done.stderr
+    assert "vllm: version 0.32" in " ".join(done.stdout.split()), done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_ray(tmp_path_factory, model, triplets) -> dict[str, dict[str, Any]]:
+    """Two runs without Ray, by name: their `folder`, and how they ended (see runs_without_ray.py)."""
+    root = tmp_path_factory.mktemp("without_ray")
+    jobs = {}
+    for name in ("same seed", "stale head"):
+        overrides = settings(model, triplets, root / name, "vllm")
+        if name == "same seed":
+            overrides.append("actor_rollout_ref.rollout.check_weight_sync=full")
+        jobs[name] = {
+            "overrides": overrides, "stale_head": name == "stale head", "out": str(root / f"{name}.json"),
+        }  # fmt: skip
+    (root / "jobs.json").write_text(json.dumps(list(jobs.values())))
+    script = Path(__file__).parent / "runs_without_ray.py"
+    subprocess.run([sys.executable, str(script), str(root / "jobs.json")], check=True, cwd=REPO, timeout=400)
+    return {name: {**json.loads(Path(job["out"]).read_text()), "folder": root / name} for name, job in jobs.items()}
+
+
+def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets, on_ray):
+    done = train_here(*settings(model, triplets, tmp_path, "hf"))
+    assert done.returncode == 0, done.stderr
+    assert "hf: asked for" in " ".join(done.stdout.split()), done.stdout
+    vllm, hf = ([m for m in read_metrics(folder) if "reward/mean" in m] for folder in (on_ray, tmp_path))
+    assert len(vllm) == len(hf) == 5
     for m in vllm + hf:
         assert 0 < m["rollout/probs_diff_max"] < 1e-3
         assert m["sync/weights_compared"] >= 8 and m["sync/canary_log_prob_diff"] < 1e-3 and m["sync/proof_s"] > 0
@@ -54,28 +85,27 @@ def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets
     for name, tolerance in (("data/prompt_tokens_mean", 1e-6), ("actor/entropy", 0.1), ("embedding/mean_cosine", 0.1),
                             ("rationale/positive_tokens_mean", 0.1)):  # fmt: skip
         assert vllm[0][name] == pytest.approx(hf[0][name], rel=tolerance, abs=tolerance), name
-    texts = [{s["rationale"] for s in read_samples(tmp_path / "auto", n) if s["role"] == "positive"} for n in (1, 5)]
+    texts = [{s["rationale"] for s in read_samples(on_ray, n) if s["role"] == "positive"} for n in (1, 5)]
     assert len(texts[0]) > 8 and len(texts[1]) > 8, "rationales of a group must differ"
 
 
-def test_two_runs_with_one_seed_agree(tmp_path, model, triplets):
+def test_two_runs_with_one_seed_agree(on_ray, without_ray):
+    """One on Ray that compares a sample of the weights in each sync, and one without Ray that compares all."""
+    second = without_ray["same seed"]
+    assert second["returncode"] == 0, second["stderr"] + second["error"]
     found = []
-    for name in ("first", "second"):
-        done = run(model, triplets, tmp_path / name, "vllm", "trainer.total_training_steps=2", "trainer.save_freq=0",
-                   "actor_rollout_ref.rollout.check_weight_sync=full")  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        timeless = [
-            {k: v for k, v in m.items() if not k.startswith((*TIMING, "sync/"))} for m in read_metrics(tmp_path / name)
-        ]
-        found.append((timeless, [s["rationale"] for s in read_samples(tmp_path / name, 2)]))
+    for folder in (on_ray, second["folder"]):
+        metrics = [{k: v for k, v in m.items() if not k.startswith(MEASURED)} for m in read_metrics(folder)]
+        found.append((metrics, [[s["rationale"] for s in read_samples(folder, step)] for step in (1, 5)]))
     assert found[0] == found[1]
+    assert [m["step"] for m in found[0][0] if "reward/mean" in m] == [1, 2, 3, 4, 5]
 
 
 def test_four_workers_in_two_engines(tmp_path, model, triplets):
-    done = run(
-        model, triplets, tmp_path / "run", "vllm", "trainer.n_gpus_per_node=4", "ray_init.num_cpus=4",
+    done = main_ppo(
+        *settings(model, triplets, tmp_path / "run", "vllm"), "trainer.n_gpus_per_node=4", "ray_init.num_cpus=4",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=2", "trainer.total_training_steps=2",
-        "actor_rollout_ref.rollout.check_weight_sync=full",
+        "actor_rollout_ref.rollout.check_weight_sync=full", "trainer.test_freq=-1", "trainer.save_freq=-1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = (m for m in read_metrics(tmp_path / "run") if "reward/mean" in m)
@@ -87,24 +117,23 @@ def test_four_workers_in_two_engines(tmp_path, model, triplets):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "global_step_2" / "huggingface")
 
 
-def test_a_broken_sync_stops_the_run(tmp_path, model, triplets):
-    base = [o for o in recipe(model, triplets, tmp_path / "run") if "rollout.name" not in o]
-    script = str(Path(__file__).parent / "broken_run.py")
-    done = main_ppo(*base, "actor_rollout_ref.rollout.name=vllm", "trainer.total_training_steps=3", program=(script,))
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert "WeightSyncError: weight sync 2: model.embed_tokens.weight differs in the engine's lm_head (trainer" in last
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1]
+def test_a_broken_sync_stops_the_run(without_ray):
+    broken = without_ray["stale head"]
+    assert broken["returncode"] == 1
+    said = "WeightSyncError: weight sync 2: model.embed_tokens.weight differs in the engine's lm_head (trainer"
+    assert broken["error"].startswith(said)
+    assert [m["step"] for m in read_metrics(broken["folder"])] == [1]
 
 
 def test_a_model_that_vllm_cannot_run_here(tmp_path, tiny_folder, triplets):
-    done = run(tiny_folder, triplets, tmp_path / "run", "vllm")
+    """On Ray, so that the message of an error in a worker is seen to come last."""
+    done = main_ppo(*settings(tiny_folder, triplets, tmp_path / "run", "vllm"))
     assert done.returncode == 1
     last = "\n".join(done.stderr.strip().splitlines()[-3:])
     assert "RolloutError: vllm 0.32.0 cannot run" in last and "actor_rollout_ref.rollout.name=hf" in last, last
 
 
-def test_the_doctor_lets_both_engines_write(tmp_path, model, triplets):
+def test_the_doctor_generates_with_both_engines(tmp_path, model, triplets):
     base = [o for o in recipe(model, triplets, tmp_path / "run") if "rollout.name" not in o]
     done = main_ppo(*base, program=("-m", "verl.doctor"))
     assert done.returncode == 0, done.stdout + done.stderr
