@@ -1,4 +1,4 @@
-"""Fixtures that every part of the suite shares."""
+"""Fixtures that all tests share."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A tiny random model and a byte tokenizer with a ChatML template, made from code: no download."""
+"""A tiny random model and a byte tokenizer with a ChatML template, built by code, so that nothing is downloaded."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tie: bool = True, context: int = 4096, hidden_size: int = 64, llama: bool = False) -> Qwen2Config:
-    """4 heads and 2 key-value heads. vLLM on a CPU knows heads of 32 (hidden_size=128) and not those of 16."""
+    """4 heads and 2 key-value heads. vLLM on a CPU supports heads of size 32 (hidden_size=128), not of size 16."""
     tokenizer = tiny_tokenizer()
     return (LlamaConfig if llama else Qwen2Config)(
         vocab_size=len(tokenizer),
@@ -46,7 +46,7 @@ def tiny_config(tie: bool = True, context: int = 4096, hidden_size: int = 64, ll
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        # Wide weights give a model whose distributions differ visibly from token to token.
+        # Large weights, so that the distributions of different tokens differ clearly.
         initializer_range=0.2,
     )
 
@@ -58,7 +58,7 @@ def tiny_model(tie: bool = True, seed: int = 0, hidden_size: int = 64, llama: bo
 
 
 def save_tiny(folder: Path, tie: bool = True, seed: int = 0, hidden_size: int = 64, llama: bool = False) -> Path:
-    """Write a model folder that the programs can be pointed at."""
+    """Write a model folder that the programs can load."""
     tiny_model(tie, seed, hidden_size, llama).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

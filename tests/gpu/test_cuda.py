@@ -1,6 +1,6 @@
-"""What only a GPU shows: the packed forward on CUDA, flash-attention, a run with offload.
+"""What can only be tested on a GPU: the packed forward on CUDA, flash-attention, a run with offload.
 
-Skipped, saying so, where there is no CUDA device.
+Skipped with that reason where there is no CUDA device.
 """
 
 import sys
@@ -16,6 +16,8 @@ from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+
+from runs import main_ppo, prepare, read_metrics, recipe, write_triplets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -53,8 +55,6 @@ def test_bfloat16_on_cuda_is_near_float32():
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_a_run_on_a_gpu(tmp_path, engine, offload):
-    from runs import main_ppo, prepare, read_metrics, recipe, write_triplets
-
     if engine == "vllm" and find_spec("vllm") is None:
         pytest.skip("vllm is not installed (pip install -e '.[vllm]')")
     model = save_tiny(tmp_path / "model", hidden_size=256, llama=True)

@@ -51,42 +51,42 @@ def others_of(i: int, groups: list[int]) -> list[int]:
 
 
 def slow_grpo(rows: Rows, groups: list[int], norm: bool, gamma: float) -> Rows:
-    scores = [math.fsum(row) for row in rows]
+    rewards = [math.fsum(row) for row in rows]
     advantages = []
-    for i, score in enumerate(scores):
-        group = [scores[i], *(scores[j] for j in others_of(i, groups))]
+    for i, reward in enumerate(rewards):
+        group = [rewards[i], *(rewards[j] for j in others_of(i, groups))]
         centre, spread = (mean(group), sample_std(group)) if len(group) > 1 else (0.0, 1.0)
-        advantages.append((score - centre) / (spread + 1e-6) if norm else score - centre)
+        advantages.append((reward - centre) / (spread + 1e-6) if norm else reward - centre)
     return [[a] * len(row) for a, row in zip(advantages, rows, strict=True)]
 
 
 def slow_rloo(rows: Rows, groups: list[int], norm: bool, gamma: float) -> Rows:
-    scores = [math.fsum(row) for row in rows]
+    rewards = [math.fsum(row) for row in rows]
     baselines = []
     for i in range(len(rows)):
-        rest = [scores[j] for j in others_of(i, groups)]
+        rest = [rewards[j] for j in others_of(i, groups)]
         baselines.append(mean(rest) if rest else 0.0)
-    return [[scores[i] - baselines[i]] * len(row) for i, row in enumerate(rows)]
+    return [[rewards[i] - baselines[i]] * len(row) for i, row in enumerate(rows)]
 
 
 def slow_grpo_passk(rows: Rows, groups: list[int], norm: bool, gamma: float) -> Rows:
-    scores = [math.fsum(row) for row in rows]
+    rewards = [math.fsum(row) for row in rows]
     advantages = []
-    for i, score in enumerate(scores):
-        rest = [scores[j] for j in others_of(i, groups)]
-        gain = max(0.0, score - max(rest))
-        advantages.append(gain / (sample_std([score, *rest]) + 1e-6) if norm else gain)
+    for i, reward in enumerate(rewards):
+        rest = [rewards[j] for j in others_of(i, groups)]
+        gain = max(0.0, reward - max(rest))
+        advantages.append(gain / (sample_std([reward, *rest]) + 1e-6) if norm else gain)
     return [[a] * len(row) for a, row in zip(advantages, rows, strict=True)]
 
 
 def slow_opo(rows: Rows, groups: list[int], norm: bool, gamma: float) -> Rows:
-    scores = [math.fsum(row) for row in rows]
+    rewards = [math.fsum(row) for row in rows]
     advantages = []
-    for i, score in enumerate(scores):
+    for i, reward in enumerate(rewards):
         rest = others_of(i, groups)
         weights = math.fsum(len(rows[j]) for j in [i, *rest])
-        baseline = math.fsum(len(rows[j]) * scores[j] for j in [i, *rest]) / weights if rest else 0.0
-        advantages.append(score - baseline)
+        baseline = math.fsum(len(rows[j]) * rewards[j] for j in [i, *rest]) / weights if rest else 0.0
+        advantages.append(reward - baseline)
     return [[a] * len(row) for a, row in zip(advantages, rows, strict=True)]
 
 
@@ -152,17 +152,17 @@ def test_estimator_equals_its_loop(name: str, layout: str, norm: bool) -> None:
 @pytest.mark.parametrize("size", [2, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_identical_scores_give_no_advantage_and_no_nan(name: str, norm: bool, size: int) -> None:
-    """Scores that float32 sums and means round: what is left of them must not be blown up by a division."""
-    for score in (0.7, -1.0, 10.137, -3.3):
+def test_identical_rewards_give_no_advantage_and_no_nan(name: str, norm: bool, size: int) -> None:
+    """Rewards that float32 sums and means round: what is left of them must not be blown up by a division."""
+    for reward in (0.7, -1.0, 10.137, -3.3):
         # reinforce_plus_plus compares with the whole batch, the others with the group.
         step = 0.0 if name == "reinforce_plus_plus" else 1.37
         groups = [g for g in range(3) for _ in range(size)]
-        rows = [[0.0] * (i % 4) + [score + step * g] for i, g in enumerate(groups)]
+        rows = [[0.0] * (i % 4) + [reward + step * g] for i, g in enumerate(groups)]
         rewards, mask = padded(rows, filler=0.0)
         got = get_adv_estimator_fn(name)(rewards, mask, torch.tensor(groups), norm_by_std=norm)
         largest = got.abs().max().item()
-        assert largest <= 5e-6, f"scores of {score} in groups of {size}"
+        assert largest <= 5e-6, f"rewards of {reward} in groups of {size}"
 
 
 def test_best_row_of_a_tied_group_gains_nothing() -> None:

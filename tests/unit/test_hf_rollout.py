@@ -49,7 +49,7 @@ def test_greedy_output_is_that_of_generate_with_rows_that_end_early(max_num_seqs
     assert any(r.truncated for r in responses) and not all(r.truncated for r in responses)
 
 
-def test_every_response_is_given_once_as_it_ends():
+def test_every_response_is_yielded_once_when_it_ends():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
     parts = list(engine(stop_ids).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
     assert sorted(row for part in parts for row in part) == [0, 1, 2, 3]
@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_a_forward_at_the_rows_temperature():
 
 @pytest.mark.parametrize("size", [4, 90])
 def test_samples_follow_the_tempered_distribution(size):
-    """With 90 tokens about a tenth of the mass lies beyond those that are drawn directly."""
+    """With 90 tokens about a tenth of the probability is outside the 64 tokens that are drawn by cumulative sums."""
     logits = torch.linspace(2.0, 0.0, size)[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
     generator = torch.Generator().manual_seed(0)
     count = 40_000
@@ -105,7 +105,7 @@ def test_rationales_of_one_prompt_differ_and_a_seed_repeats_them():
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 100])
-def test_a_row_draws_the_same_whatever_stands_beside_it(max_num_seqs):
+def test_a_rows_draws_do_not_depend_on_the_other_rows(max_num_seqs):
     stop_ids = list(range(60))
     seeds = [5, 2**62, 17, 5]
     together = finish(engine(stop_ids).generate(prompts(), [1.0] * 4, 24, seeds))
@@ -117,7 +117,7 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(max_num_seqs):
     assert len({len(r.ids) for r in together}) > 1
 
 
-def test_ignore_eos_writes_to_the_limit():
+def test_ignore_eos_generates_to_the_limit():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
     responses = finish(engine(stop_ids, ignore_eos=True).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
     assert [len(r.ids) for r in responses] == [24] * 4
@@ -149,7 +149,7 @@ def test_a_weight_sent_twice_is_an_error_that_names_it():
         engine([]).update_weights([*weights, ("model.norm.weight", torch.zeros(64))])
 
 
-def test_scores_are_the_log_probs_of_a_plain_forward():
+def test_score_gives_the_log_probs_of_a_plain_forward():
     lm = tiny_model()
     for prompt, scores in zip(prompts(), engine([]).score(prompts()), strict=True):
         log_probs = lm(torch.tensor([prompt])).logits[0].detach().log_softmax(-1)
@@ -167,7 +167,7 @@ def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
         rollout.score(prompts())
 
 
-def test_what_is_held_is_the_parameter_itself_beside_what_was_sent():
+def test_a_held_weight_is_the_parameter_itself_and_the_tensor_sent():
     rollout, sent = engine([]), torch.arange(64, dtype=torch.float64)
     (weight,) = rollout.held("model.norm.weight", sent, most_columns=1)
     assert weight.place == "model.norm"

@@ -64,7 +64,7 @@ def as_data(rows: list[Row]) -> DataProto:
     )
 
 
-def score(rows: list[Row], **kwargs: Any) -> RewardOutput:
+def reward(rows: list[Row], **kwargs: Any) -> RewardOutput:
     return HiddenRewardManager(**kwargs)(as_data(rows))
 
 
@@ -166,7 +166,7 @@ def test_grace_equals_its_loop(layout: str, negatives: bool, with_scale: bool, c
     rows = make_rows(LAYOUTS[layout], negatives, truncated=True)
     main = positives(rows)
     assert any(row.truncated for row in main)
-    out = score(rows, **WEIGHTS, with_scale=with_scale, enable_clustering=clustering, enable_length_penalty=penalty)
+    out = reward(rows, **WEIGHTS, with_scale=with_scale, enable_clustering=clustering, enable_length_penalty=penalty)
     raw = [slow_grace(rows, row, clustering) for row in main]
     weights = grace_weights(negatives, with_scale)
     assert set(out.columns) == {*raw[0], "before_penalty"}
@@ -206,7 +206,7 @@ def test_infonce_equals_its_loop(
     rows = with_equal_texts(rows) if same_texts else rows
     main = positives(rows)
     kwargs = {"enable_length_penalty": False} if penalty is None else {"length_penalty": penalty}
-    out = score(rows, objective="infonce", **WEIGHTS, enable_clustering=clustering, **kwargs)
+    out = reward(rows, objective="infonce", **WEIGHTS, enable_clustering=clustering, **kwargs)
     contrast = [slow_contrast(rows, row, 0.1) for row in main]
     close(out.columns["contrast"], contrast, atol=1e-5)
     total = contrast
@@ -227,7 +227,7 @@ def test_infonce_equals_its_loop(
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_infonce_contrast_to_1e_6_at_temperatures_that_float32_allows(temperature: float) -> None:
     rows = with_equal_texts(make_rows([3, 2, 4, 5]))
-    out = score(rows, objective="infonce", temperature=temperature)
+    out = reward(rows, objective="infonce", temperature=temperature)
     close(out.columns["contrast"], [slow_contrast(rows, r, temperature) for r in positives(rows)], atol=1e-6)
 
 
@@ -243,14 +243,14 @@ def test_false_negatives_in_the_example_matter() -> None:
 
 def test_infonce_where_every_other_candidate_is_a_false_negative_is_certain() -> None:
     rows = [replace(row, text="one text") for row in make_rows([2, 3])]
-    out = score(rows, objective="infonce", enable_clustering=False)
+    out = reward(rows, objective="infonce", enable_clustering=False)
     assert out.scores.tolist() == [0.0] * 5
 
 
-def test_a_cut_off_row_never_scores_above_its_group_with_infonce() -> None:
+def test_a_cut_off_row_is_never_rewarded_above_its_group_with_infonce() -> None:
     rows = make_rows([4, 3, 5], truncated=True, seed=3)
     main = positives(rows)
-    out = score(rows, objective="infonce", temperature=0.1)
+    out = reward(rows, objective="infonce", temperature=0.1)
     for row, value in zip(main, out.scores.tolist(), strict=True):
         finished = [v for r, v in zip(main, out.scores.tolist(), strict=True) if r.uid == row.uid and not r.truncated]
         if row.truncated:
@@ -265,7 +265,7 @@ def with_other_negatives(rows: list[Row], seed: int) -> list[Row]:
 def test_negative_and_cross_group_terms_cancel_in_the_advantage_of_supervised_grace() -> None:
     rows = make_rows([3, 2, 4, 5])
     other = with_other_negatives(rows, seed=1)
-    first, second = score(rows, temperature=0.1), score(other, temperature=0.1, cross_group_weight=5.0)
+    first, second = reward(rows, temperature=0.1), reward(other, temperature=0.1, cross_group_weight=5.0)
     assert furthest(first.scores.tolist(), second.scores.tolist()) > 1
     for out, step in ((first, rows), (second, other)):
         for name in ("negative", "cross_group"):
@@ -279,7 +279,7 @@ def test_negatives_reach_the_advantage_of_infonce() -> None:
     rows = make_rows([3, 2, 4, 5])
     other = with_other_negatives(rows, seed=1)
     advantages = [
-        centred(step, score(step, objective="infonce", temperature=0.1, enable_clustering=False).scores.tolist())
+        centred(step, reward(step, objective="infonce", temperature=0.1, enable_clustering=False).scores.tolist())
         for step in (rows, other)
     ]
     assert furthest(*advantages) > 0.1
@@ -288,7 +288,7 @@ def test_negatives_reach_the_advantage_of_infonce() -> None:
 def test_cross_group_term_reaches_the_advantage_of_unsupervised_grace() -> None:
     rows = make_rows([3, 2, 4, 5], negatives=False)
     advantages = [
-        centred(rows, score(rows, temperature=0.1, cross_group_weight=weight).scores.tolist()) for weight in (0.0, 1.0)
+        centred(rows, reward(rows, temperature=0.1, cross_group_weight=weight).scores.tolist()) for weight in (0.0, 1.0)
     ]
     assert furthest(*advantages) > 0.1
 
@@ -297,7 +297,7 @@ def test_cross_group_term_reaches_the_advantage_of_unsupervised_grace() -> None:
 @pytest.mark.parametrize("objective", ["grace", "infonce"])
 def test_variance_shares_are_covariances_with_the_reward_and_sum_to_one(objective: str, negatives: bool) -> None:
     rows = make_rows([3, 2, 4, 5], negatives)
-    out = score(rows, objective=objective, **WEIGHTS)
+    out = reward(rows, objective=objective, **WEIGHTS)
     names = [name for name in out.columns if name != "before_penalty"]
     total = centred(rows, out.columns["before_penalty"].tolist())
     shares = {name: out.metrics[f"{name}/variance_share"] for name in names}
@@ -318,21 +318,21 @@ def test_variance_shares_of_identical_rows_are_zero(size: int, objective: str) -
         rows = make_rows([size, size], seed=seed)
         same = {row.uid: row.vector for row in positives(rows)}
         rows = [replace(row, vector=same[row.uid]) if row.role == "positive" else row for row in rows]
-        out = score(rows, objective=objective, temperature=0.1)
+        out = reward(rows, objective=objective, temperature=0.1)
         shares = {name: v for name, v in out.metrics.items() if name.endswith("variance_share")}
         assert shares == dict.fromkeys(shares, 0.0), f"seed {seed}"
 
 
 @pytest.mark.parametrize("negatives", [True, False])
 @pytest.mark.parametrize("objective", ["grace", "infonce"])
-def test_permuting_the_rows_permutes_the_scores(objective: str, negatives: bool) -> None:
+def test_permuting_the_rows_permutes_the_rewards(objective: str, negatives: bool) -> None:
     rows = make_rows([3, 1, 4, 2], negatives, truncated=True)
-    first = score(rows, objective=objective, **WEIGHTS)
+    first = reward(rows, objective=objective, **WEIGHTS)
     by_row = dict(zip(positives(rows), first.scores.tolist(), strict=True))
     for seed in range(5):
         moved = list(rows)
         random.Random(seed).shuffle(moved)
-        second = score(moved, objective=objective, **WEIGHTS)
+        second = reward(moved, objective=objective, **WEIGHTS)
         close(second.scores, [by_row[row] for row in positives(moved)], atol=2e-5)
         assert second.metrics == pytest.approx(first.metrics, abs=1e-4)
 
@@ -340,12 +340,12 @@ def test_permuting_the_rows_permutes_the_scores(objective: str, negatives: bool)
 def test_samples_are_grouped_by_uid_and_not_by_text() -> None:
     rows = make_rows([2, 3])
     same = [replace(row, text="one text") for row in rows]
-    assert torch.equal(score(rows).scores, score(same).scores)
+    assert torch.equal(reward(rows).scores, reward(same).scores)
 
 
 def test_a_sample_without_a_query_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs a query row"):
-        score(positives(make_rows([2, 2])))
+        reward(positives(make_rows([2, 2])))
 
 
 def test_a_missing_column_is_named() -> None:

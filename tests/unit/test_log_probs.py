@@ -51,7 +51,7 @@ def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, 
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_no_token_has_no_log_prob_and_leaves_no_gradient():
+def test_without_tokens_there_are_no_log_probs_and_gradients_are_zero():
     head, hidden = nn.Linear(HIDDEN, VOCAB, bias=False), torch.randn(0, HIDDEN, requires_grad=True)
     log_probs, _ = token_log_probs(head, hidden, torch.empty(0, dtype=torch.int64), 1.0, entropy=False)
     log_probs.sum().backward()

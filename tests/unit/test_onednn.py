@@ -25,7 +25,7 @@ def test_the_product_is_that_of_a_linear_layer(bias, rows):
     torch.testing.assert_close(packed(x).double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
+def test_a_row_does_not_depend_on_the_other_rows():
     torch.manual_seed(0)
     packed = PackedLinear(nn.Linear(64, 96).requires_grad_(False), keep_weight=False)
     x = torch.randn(100, 64)

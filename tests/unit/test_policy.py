@@ -99,7 +99,7 @@ def test_sharing_computes_a_prompt_and_the_common_beginning_once():
     assert pack(rows, share_prompts=True).input_ids.shape[1] == tokens - shared
 
 
-def test_scored_positions_say_which_row_and_column_they_belong_to():
+def test_scored_positions_have_the_row_and_column_of_their_tokens():
     rows = make_rows()
     packed = pack(rows, share_prompts=True)
     for row, column, target in zip(packed.score_row, packed.score_column, packed.score_target, strict=True):

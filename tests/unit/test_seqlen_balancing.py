@@ -1,4 +1,4 @@
-"""Spreading rows over ranks and micro-batches: properties that must hold for every input."""
+"""Distributing rows over ranks and micro-batches: properties that must hold for every input."""
 
 from collections import Counter
 
@@ -83,10 +83,10 @@ def test_groups_are_split_only_where_there_are_fewer_than_ranks() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(prompted_rows(), st.one_of(st.none(), st.integers(1, 300)), st.one_of(st.none(), st.integers(1, 7)))
-def test_micro_batches_keep_their_limits_and_are_as_full_as_they_allow(
+def test_micro_batches_keep_their_limits_and_are_as_full_as_these_allow(
     rows: tuple[list[int], list[int], list[int]], max_tokens: int | None, max_rows: int | None
 ) -> None:
-    """Fullness (the next row would not fit) holds only if a prompt is counted once per micro-batch."""
+    """That the next row would not have fitted holds only if a prompt is counted once per micro-batch."""
     prompts = rows[0]
     batches = pack_rows(*rows, max_tokens=max_tokens, max_rows=max_rows)
     assert sorted(row for batch in batches for row in batch) == list(range(len(prompts)))
@@ -101,7 +101,7 @@ def test_micro_batches_keep_their_limits_and_are_as_full_as_they_allow(
 
 @settings(max_examples=100, deadline=None)
 @given(prompted_rows(), st.integers(1, 300))
-def test_rows_of_a_prompt_are_side_by_side(rows: tuple[list[int], list[int], list[int]], max_tokens: int) -> None:
+def test_rows_of_a_prompt_are_next_to_each_other(rows: tuple[list[int], list[int], list[int]], max_tokens: int) -> None:
     line = [rows[0][row] for batch in pack_rows(*rows, max_tokens=max_tokens) for row in batch]
     changes = sum(1 for before, after in zip(line, line[1:], strict=False) if before != after)
     assert changes == len(set(line)) - 1
@@ -118,7 +118,7 @@ def test_rows_of_a_prompt_are_side_by_side(rows: tuple[list[int], list[int], lis
         (44, None, [[0, 2, 4, 1], [3]]),
         (None, 2, [[0, 2], [4, 1], [3]]),
         (None, None, [[0, 2, 4, 1, 3]]),
-        (1, None, [[0], [2], [4], [1], [3]]),  # over the budget, each alone
+        (1, None, [[0], [2], [4], [1], [3]]),  # each row alone has more than max_tokens
     ],
 )
 def test_a_prompt_is_counted_once_per_micro_batch(

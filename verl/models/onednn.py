@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: the layer that it replaces.
-        keep_weight: another module uses the weight too (a tied embedding), so it is kept beside the packed copy.
+        keep_weight: another module uses the weight too (a tied embedding), so it is kept as well as the packed copy.
             Otherwise `weight` becomes a meta parameter: a name and a shape without numbers.
     """
 
