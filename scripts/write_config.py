@@ -2,8 +2,8 @@
 
     python3 scripts/write_config.py [--check]
 
-The YAML is what hydra composes and what people read; the classes are where keys, defaults and meanings
-are kept. With --check nothing is written: exit code 1 says that the two differ.
+hydra composes the YAML, and people read it; keys, defaults, ranges and meanings are defined in the models. With --check
+nothing is written, and exit code 1 means that the YAML differs from the models.
 """
 
 import argparse
@@ -25,6 +25,7 @@ HEADER = "# All keys with their defaults. Generated from verl/config.py by scrip
 
 
 def yaml_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
+    """Each key of a section as a comment line with meaning, type and range, and a line with its default."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield f"{indent}{name}:"
@@ -38,7 +39,7 @@ def yaml_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
 
 
 def type_name(annotation: Any) -> str:
-    """A field's type as a reader writes it."""
+    """A field's type in YAML's words, such as `int | null`."""
     if typing.get_origin(annotation) is Literal:
         return "|".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     text = HEADER + "\n".join(yaml_lines(RunConfig)) + "\n"
     if parser.parse_args().check:
-        sys.exit(0 if TARGET.read_text() == text else "ppo_trainer.yaml is stale: run scripts/write_config.py")
+        sys.exit(0 if TARGET.read_text() == text else "ppo_trainer.yaml differs from verl/config.py: run make config")
     TARGET.write_text(text)
     print(f"wrote {TARGET}")
 

@@ -1,8 +1,9 @@
 """The configuration: every key, its default and its meaning.
 
-The composed hydra config is merged into the frozen models below once, at start (`config_checks.build_config`).
+The composed hydra config is validated by the frozen models below once, at start (`config_checks.build_config`).
 `trainer/config/ppo_trainer.yaml` is generated from here (`make config`): a key's documentation is its docstring, and
-its range is the constraint of its type. Combinations of keys are checked in `config_checks`.
+its range is the constraint of its type. Combinations of keys are checked in `config_checks`; keys that can have one
+value only are in `verl_keys`.
 
 Key names follow verl 0.4. Imports neither torch, ray nor transformers.
 """
@@ -25,6 +26,8 @@ PROJECT = Path(__file__).parents[1]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Bound = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+"""Infinity = no bound; NaN is not above 0 and therefore rejected."""
 
 
 class _Section(BaseModel):
@@ -41,7 +44,7 @@ class DataConfig(_Section):
     prompt_key: str = "prompt"
     """Column that holds the chat messages of the trained text."""
     reward_fn_key: str = "data_source"
-    """Column that tells the naive reward manager which rule scores a row."""
+    """Column that names the rule by which the naive reward manager rewards a row."""
     train_batch_size: PositiveInt = 64
     """Samples (prompts) per training step."""
     val_batch_size: PositiveInt | None = None
@@ -49,8 +52,8 @@ class DataConfig(_Section):
     val_max_samples: PositiveInt = 200
     """Most held-out samples a validation uses, taken from the front."""
     val_sts_file: str | None = "examples/eval/ExampleSTS.sts.jsonl"
-    """Scored pairs that a validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none.
-    A relative path is looked for in the working directory, then in the project's folder."""
+    """Scored pairs that validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none.
+    A relative path is looked up in the working directory, then in the project's folder."""
     max_prompt_length: PositiveInt = 1024
     """Most tokens of a rendered prompt; over-long user text is cut by data.truncation."""
     max_response_length: PositiveInt = 2048
@@ -68,7 +71,7 @@ class DataConfig(_Section):
 
     @property
     def sts_path(self) -> Path | None:
-        """`val_sts_file`, found from any working directory."""
+        """The file of `val_sts_file`; a relative path that the working directory does not have is the project's."""
         if self.val_sts_file is None:
             return None
         given = Path(self.val_sts_file).expanduser()
@@ -82,9 +85,9 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     override_config: dict[str, Any] = {}
-    """Values that replace those of the model's config.json."""
+    """Values that replace those in the model's config.json."""
     use_remove_padding: bool = True
-    """Always true here: every forward is packed."""
+    """Must be true: every forward is packed."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 
@@ -127,7 +130,7 @@ class ActorConfig(_Section):
     ppo_mini_batch_size: PositiveInt = 16
     """Samples (prompts) per optimizer step."""
     ppo_epochs: PositiveInt = 1
-    """Passes over a step's rows."""
+    """Passes over the rows of a step."""
     shuffle: bool = False
     """Draw the mini-batches of an epoch in a random order of samples."""
     use_dynamic_bsz: bool = True
@@ -136,19 +139,19 @@ class ActorConfig(_Section):
     """Token budget of a micro-batch in the update."""
     ppo_micro_batch_size_per_gpu: PositiveInt | None = None
     """Rows of a micro-batch when use_dynamic_bsz is false."""
-    grad_clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
-    clip_ratio: PositiveFloat = 0.2
+    clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
-    clip_ratio_low: PositiveFloat | None = None
+    clip_ratio_low: Bound | None = None
     """Lower clip range; null = clip_ratio."""
-    clip_ratio_high: PositiveFloat | None = None
+    clip_ratio_high: Bound | None = None
     """Upper clip range; null = clip_ratio."""
     clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
     """Dual-clip bound for negative advantages, above 1."""
-    tis_imp_ratio_cap: float | None = None
-    """Cap of the importance weight that corrects each token for engine and trainer disagreeing on its
-    probability; null = 2.0 with vllm and none with hf, 0 or less = none."""
+    tis_imp_ratio_cap: Annotated[float, Field(allow_inf_nan=True)] | None = None
+    """Cap of each token's importance weight p_trainer / p_engine; null = 2.0 with vllm and no weighting with hf,
+    0 or less = no weighting."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -185,8 +188,8 @@ class ValKwargs(_Section):
 class RolloutConfig(_Section):
     name: Literal["auto", "vllm", "hf"] = "auto"
     """Engine that writes the rationales: hf = transformers, vllm; auto = vllm where it imports, else hf."""
-    mode: Literal["sync"] = "sync"
-    """Generation and training take turns."""
+    mode: str = "sync"
+    """Must be sync: generation and training take turns."""
     n: PositiveInt = 8
     """Rationales per trained text (group size); GRPO needs 2 or more."""
     temperature: PositiveFloat = 1.0
@@ -200,7 +203,7 @@ class RolloutConfig(_Section):
     do_sample: bool = True
     """Must be true: a greedy group has no spread to learn from."""
     ignore_eos: bool = False
-    """Continue after an end token, to max_response_length (for measurements)."""
+    """Continue after an end token, up to max_response_length (for measurements)."""
     seed: int = 0
     """Base seed; each row of a step draws from a seed of its own."""
     calculate_log_probs: bool = True
@@ -208,16 +211,16 @@ class RolloutConfig(_Section):
     max_num_seqs: PositiveInt = 1024
     """Most sequences decoded at once."""
     log_prob_use_dynamic_bsz: bool | None = None
-    """Scoring pass; null = actor.use_dynamic_bsz."""
+    """Forward after generation (embeddings and old log-probs); null = actor.use_dynamic_bsz."""
     log_prob_max_token_len_per_gpu: PositiveInt | None = None
-    """Scoring pass; null = actor.ppo_max_token_len_per_gpu."""
+    """Of that forward; null = actor.ppo_max_token_len_per_gpu."""
     log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Scoring pass; null = actor.ppo_micro_batch_size_per_gpu."""
+    """Of that forward; null = actor.ppo_micro_batch_size_per_gpu."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the engine on CUDA; on a CPU it is float32, as the trainer's."""
     check_weight_sync: Literal["full", "sample", "off"] = "sample"
-    """Proof after every weight sync: sample = read a few weights back, in turn, and compare log-probs of fixed
-    sentences; full = read every weight back; off = none."""
+    """Proof after every weight sync: sample = read a few weights back, others each time, and compare log-probs
+    of fixed sentences; full = the same with every weight; off = none."""
     tensor_model_parallel_size: PositiveInt = 1
     """vllm: neighbouring workers that share one engine."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -229,7 +232,7 @@ class RolloutConfig(_Section):
     free_cache_engine: bool = True
     """vllm on CUDA: free the memory of weights and KV cache between generations (sleep mode)."""
     load_format: str = "dummy_dtensor"
-    """vllm: dummy* = start with random weights, as the trainer's replace them anyway; or a format of vLLM's."""
+    """vllm: dummy* = start with random weights, which the trainer's replace anyway; or one of vLLM's load formats."""
     max_num_batched_tokens: PositiveInt = 8192
     """vllm: most tokens of one engine step."""
     max_model_len: PositiveInt | None = None
@@ -329,7 +332,7 @@ class TrainerConfig(_Section):
     nnodes: PositiveInt = 1
     """Machines; join them with ray start and set RAY_ADDRESS."""
     n_gpus_per_node: PositiveInt | None = None
-    """Worker processes per machine; null = the visible GPUs, or 1 on a CPU."""
+    """Worker processes per machine; null = the number of visible GPUs, or 1 on a CPU or without Ray."""
     total_epochs: PositiveInt = 2
     """Passes over the training file."""
     total_training_steps: PositiveInt | None = None
@@ -362,7 +365,7 @@ class TrainerConfig(_Section):
     resume_force: bool = False
     """Resume even if the model, data, batch size or n differ from the checkpoint's."""
     phase_timeout_s: NonNegativeInt = 3600
-    """Seconds without a result or progress from any worker after which the run ends with their stacks; 0 = never."""
+    """Seconds without a result or progress from any worker after which the run ends with their stacks; 0 = no limit."""
     critic_warmup: int = 0
     """Must be 0: there is no critic."""
     balance_batch: bool = True
@@ -371,7 +374,7 @@ class TrainerConfig(_Section):
 
 class RayInitConfig(_Section):
     num_cpus: PositiveInt | None = None
-    """CPUs Ray may use when it is started here; null = all."""
+    """CPUs Ray may use when the run starts it; null = all."""
 
 
 class RunConfig(_Section):
@@ -395,7 +398,7 @@ class RunConfig(_Section):
         return Path(trainer.default_local_dir or f"checkpoints/{trainer.project_name}/{trainer.experiment_name}")
 
     def with_engine(self, name: str) -> "RunConfig":
-        """The same run with `rollout.name` resolved."""
+        """This config with `rollout.name` resolved."""
         section = self.actor_rollout_ref
         rollout = section.rollout.model_copy(update={"name": name})
         return self.model_copy(update={"actor_rollout_ref": section.model_copy(update={"rollout": rollout})})
@@ -421,4 +424,5 @@ class RunConfig(_Section):
 
 
 def file_list(files: str | list[str] | None) -> list[str]:
+    """`data.train_files` or `data.val_files` as a list."""
     return [] if files is None else [files] if isinstance(files, str) else list(files)

@@ -17,26 +17,36 @@ from verl.config import HiddenRewardConfig, RunConfig, file_list
 from verl.errors import UserError
 from verl.verl_keys import NO_COUNTERPART, ONLY_VALUE
 
-# What validation reports as val/<name>; plain texts have no triplets, and `reward` stands for all where a rule rewards.
-_TRIPLET_FIGURES = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
-_FIGURES = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman", "reward"}
+# What validation reports as val/<name>: the first set for triplets only, `reward` alone if rewards come from a rule.
+_TRIPLET_METRICS = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
+_METRICS = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman", "reward"}
+
+_CRITIC_ESTIMATORS = {
+    "gae": "it needs a critic (value model)",
+    "remax": "it needs a greedy rollout of each prompt",
+}
+_GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"}
+
+_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+_LIMITS = (("gt", "above {}"), ("ge", "{} or more"), ("lt", "below {}"), ("le", "at most {}"))
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
-    """Merge a plain nested mapping into a checked `RunConfig`.
+    """A checked `RunConfig` of a plain nested mapping; keys that it lacks have their defaults.
 
     Raises:
-        UserError: unknown key, wrong type, or a combination that cannot work.
+        UserError: unknown key, wrong type, value out of range, or a combination that cannot work.
     """
     for key in _leaf_keys(values, RunConfig):
         check_key(key)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _as_user_error(error, RunConfig) from None
+        raise UserError(_explain(error, RunConfig)) from None
     _check_required(config)
     _check_only_values(config)
-    _check_sizes(config)
+    _check_batch_sizes(config)
+    _check_micro_batches(config)
     _check_engine(config)
     _check_without_ray(config)
     _check_algorithm(config)
@@ -45,9 +55,10 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def check_key(key: str) -> None:
-    """Raise `UserError` unless `key` (dotted) exists; say why, or name the closest one."""
-    known = set(all_keys())
-    if key in known or any(key.startswith(k + ".") for k in known if _is_open(k)):
+    """Raise `UserError` unless `key` (dotted) exists; the message has the reason, or the closest key."""
+    known = dict(walk_fields(RunConfig))
+    mappings = [name for name, field in known.items() if typing.get_origin(field.annotation) is dict]
+    if key in known or any(key.startswith(f"{name}.") for name in mappings):
         return
     for prefix in sorted(NO_COUNTERPART, key=len, reverse=True):
         if key == prefix or key.startswith(prefix + "."):
@@ -91,7 +102,7 @@ def build_reward_kwargs(kwargs: Mapping[str, Any]) -> HiddenRewardConfig:
     try:
         return HiddenRewardConfig.model_validate(dict(kwargs))
     except ValidationError as error:
-        raise _as_user_error(error, HiddenRewardConfig, "reward_model.reward_kwargs.") from None
+        raise UserError(_explain(error, HiddenRewardConfig, "reward_model.reward_kwargs.")) from None
 
 
 def multiples_near(value: int, divisor: int) -> str:
@@ -100,48 +111,12 @@ def multiples_near(value: int, divisor: int) -> str:
     return " or ".join(str(v) for v in (lower, lower + divisor) if v > 0)
 
 
-def _is_open(key: str) -> bool:
-    """Whether a leaf is a mapping that takes keys of the user's."""
-    annotation = {k: f.annotation for k, f in walk_fields(RunConfig)}[key]
-    return typing.get_origin(annotation) is dict
-
-
-def _leaf_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        field = section.model_fields.get(name)
-        inner = field.annotation if field else None
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _leaf_keys(value, inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _as_user_error(error: ValidationError, section: type[BaseModel], prefix: str = "") -> UserError:
-    """Every value that is not allowed, with what its key allows."""
-    fields = dict(walk_fields(section))
-    messages = []
-    for found in error.errors():
-        path = [str(part) for part in found["loc"]]
-        # After the key, pydantic names members of unions and tuples.
-        candidates = [".".join(path[:end]) for end in range(len(path), 0, -1)]
-        key = next((name for name in candidates if name in fields), candidates[0])
-        if found["type"] in _OUT_OF_RANGE:
-            or_null = ", or null" if type(None) in typing.get_args(fields[key].annotation) else ""
-            messages.append(f"{prefix}{key}={found['input']} must be {limits_of(fields[key])}{or_null}.")
-        else:
-            messages.append(f"{prefix}{key}={found['input']!r}: {found['msg']}.")
-    return UserError("\n".join(dict.fromkeys(messages)))
-
-
-_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
-
-
 def limits_of(field: FieldInfo) -> str:
     """The range of a number in words, such as "above 0, at most 1"; empty without one."""
     words = [
         text.format(getattr(constraint, name))
         for constraint in [*field.metadata, *_inner_constraints(field.annotation)]
-        for name, text in (("gt", "above {}"), ("ge", "{} or more"), ("lt", "below {}"), ("le", "at most {}"))
+        for name, text in _LIMITS
         if getattr(constraint, name, None) is not None
     ]
     return ", ".join(dict.fromkeys(words))
@@ -155,8 +130,32 @@ def _inner_constraints(annotation: Any) -> Iterator[Any]:
                 yield from constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]
 
 
-def _value_of(config: BaseModel, key: str) -> Any:
-    return reduce(getattr, key.split("."), config)
+def _leaf_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every leaf key of `values`, dotted, known or not."""
+    for name, value in values.items():
+        field = section.model_fields.get(name)
+        inner = field.annotation if field else None
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _leaf_keys(value, inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> str:
+    """Each rejected value with its key and what the key allows, one a line."""
+    fields = dict(walk_fields(section))
+    messages = []
+    for found in error.errors():
+        path = [str(part) for part in found["loc"]]
+        # Behind the key, `loc` has the member of a union, tuple or list.
+        candidates = [".".join(path[:end]) for end in range(len(path), 0, -1)]
+        key = next((name for name in candidates if name in fields), candidates[0])
+        if found["type"] in _OUT_OF_RANGE:
+            or_null = ", or null" if type(None) in typing.get_args(fields[key].annotation) else ""
+            messages.append(f"{prefix}{key}={found['input']} must be {limits_of(fields[key])}{or_null}.")
+        else:
+            messages.append(f"{prefix}{key}={found['input']!r}: {found['msg']}.")
+    return "\n".join(dict.fromkeys(messages))
 
 
 def _check_required(config: RunConfig) -> None:
@@ -184,14 +183,14 @@ def _check_files(key: str, files: str | list[str]) -> None:
 
 def _check_only_values(config: RunConfig) -> None:
     for key, (only, why) in ONLY_VALUE.items():
-        if (value := _value_of(config, key)) != only:
+        value = reduce(getattr, key.split("."), config)
+        if value != only:
             raise UserError(f"{key}={value} is not supported: {why}. Set it to {only} or leave it out.")
 
 
-def _check_sizes(config: RunConfig) -> None:
-    data, actor = config.data, config.actor_rollout_ref.actor
-    if data.train_batch_size % actor.ppo_mini_batch_size:
-        size, mini = data.train_batch_size, actor.ppo_mini_batch_size
+def _check_batch_sizes(config: RunConfig) -> None:
+    size, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if size % mini:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
         near = sorted(divisors, key=lambda d: abs(d - mini))[:3]
         raise UserError(
@@ -199,10 +198,22 @@ def _check_sizes(config: RunConfig) -> None:
             f"(both count prompts). Nearest: train_batch_size {multiples_near(size, mini)}, "
             f"or ppo_mini_batch_size {', '.join(map(str, sorted(near)))}."
         )
-    for key, dynamic, rows in _micro_batch_rules(config):
-        if not dynamic and rows is None:
+
+
+def _check_micro_batches(config: RunConfig) -> None:
+    """Each kind of forward needs a size of micro-batches, its own or the actor's."""
+    section = config.actor_rollout_ref
+    actor = section.actor
+    kinds = [("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu)] + [
+        (f"{name}.log_prob", kind.log_prob_use_dynamic_bsz, kind.log_prob_micro_batch_size_per_gpu)
+        for name, kind in (("rollout", section.rollout), ("ref", section.ref))
+    ]
+    for name, dynamic, rows in kinds:
+        by_tokens = actor.use_dynamic_bsz if dynamic is None else dynamic
+        if not by_tokens and not (rows or actor.ppo_micro_batch_size_per_gpu):
             raise UserError(
-                f"{key}: micro-batches need a size when dynamic batching is off; set it, or use_dynamic_bsz=True."
+                f"actor_rollout_ref.{name}_micro_batch_size_per_gpu: micro-batches need a size when dynamic batching "
+                "is off; set it, or use_dynamic_bsz=True."
             )
 
 
@@ -214,7 +225,7 @@ def _check_engine(config: RunConfig) -> None:
         raise UserError(
             f"{prefix}max_model_len={rollout.max_model_len} is less than data.max_prompt_length="
             f"{data.max_prompt_length} + data.max_response_length={data.max_response_length} = {needed}; "
-            "leave it out, or lower those."
+            "leave it out, or lower these two."
         )
     if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < (rollout.max_model_len or needed):
         raise UserError(
@@ -223,59 +234,39 @@ def _check_engine(config: RunConfig) -> None:
             f"{prefix}enable_chunked_prefill=True."
         )
     if unknown := set(rollout.engine_kwargs) - {"vllm"}:
-        raise UserError(f"{prefix}engine_kwargs.{min(unknown)} belongs to no engine; put arguments under .vllm.")
+        raise UserError(
+            f"{prefix}engine_kwargs.{min(unknown)}: only engine_kwargs.vllm is read; put arguments under it."
+        )
 
 
 def _check_without_ray(config: RunConfig) -> None:
-    """Without Ray there is one worker, in this process."""
-    trainer, size = config.trainer, config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    several = {
+    """Without Ray there is one worker, in the driver's process."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    if trainer.use_ray:
+        return
+    counts = {
         "trainer.nnodes": trainer.nnodes,
         "trainer.n_gpus_per_node": trainer.n_gpus_per_node or 1,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": size,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": rollout.tensor_model_parallel_size,
     }
-    for key, count in several.items():
-        if not trainer.use_ray and count > 1:
+    for key, count in counts.items():
+        if count > 1:
             raise UserError(f"{key}={count} needs Ray, and trainer.use_ray=False runs one worker; set it to 1.")
-
-
-def _micro_batch_rules(config: RunConfig) -> list[tuple[str, bool, int | None]]:
-    actor = config.actor_rollout_ref.actor
-    rules = [("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", actor.use_dynamic_bsz)]
-    sizes = [actor.ppo_micro_batch_size_per_gpu]
-    for name, section in (
-        ("rollout", config.actor_rollout_ref.rollout),
-        ("ref", config.actor_rollout_ref.ref),
-    ):
-        dynamic = section.log_prob_use_dynamic_bsz
-        rules.append(
-            (
-                f"actor_rollout_ref.{name}.log_prob_micro_batch_size_per_gpu",
-                actor.use_dynamic_bsz if dynamic is None else dynamic,
-            )
-        )
-        sizes.append(section.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu)
-    return [(key, dynamic, rows) for (key, dynamic), rows in zip(rules, sizes, strict=True)]
 
 
 def _check_save_best(config: RunConfig) -> None:
     name = config.trainer.save_best
     if name is None:
         return
-    figures = _FIGURES | (_TRIPLET_FIGURES if config.train_mode == "supervised" else set())
-    figures -= {"sts_spearman"} if config.data.val_sts_file is None else set()
-    if name not in {f"val/{figure}" for figure in figures}:
-        listed = ", ".join(sorted(f"val/{figure}" for figure in figures))
-        raise UserError(f"trainer.save_best={name} is not a figure of this run's validation; use one of {listed}.")
+    metrics = _METRICS | (_TRIPLET_METRICS if config.train_mode == "supervised" else set())
+    metrics -= {"sts_spearman"} if config.data.val_sts_file is None else set()
+    names = sorted(f"val/{metric}" for metric in metrics)
+    if name not in names:
+        raise UserError(
+            f"trainer.save_best={name} is not a metric of this run's validation; use one of {', '.join(names)}."
+        )
     if config.trainer.test_freq <= 0:
-        raise UserError(f"trainer.save_best={name} needs validation; set trainer.test_freq to some steps.")
-
-
-_CRITIC_ESTIMATORS = {
-    "gae": "it needs a critic (value model)",
-    "remax": "it needs a greedy rollout of each prompt",
-}
-_GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"}
+        raise UserError(f"trainer.save_best={name} needs validation; set trainer.test_freq to a number of steps.")
 
 
 def _check_algorithm(config: RunConfig) -> None:
@@ -293,7 +284,7 @@ def _check_algorithm(config: RunConfig) -> None:
     if config.custom_reward_function.path and config.reward_model.reward_manager != "naive":
         raise UserError(
             f"custom_reward_function.path={config.custom_reward_function.path} is read by reward_model.reward_manager="
-            f"naive only, and that is {config.reward_model.reward_manager}; set one of them."
+            f"naive only, and this run uses {config.reward_model.reward_manager}; change one of them."
         )
     if config.reward_model.reward_manager == "hidden":
         build_reward_kwargs(config.reward_model.reward_kwargs)

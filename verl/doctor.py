@@ -1,6 +1,7 @@
 """Whether this machine can train: python3 -m verl.doctor [key=value ...], or bash train.sh --doctor [key=value ...]
 
-Every line is OK, or says what to do. The overrides are those of the run that is meant. Exit code 1: something is wrong.
+Each line is OK, or FIX with what to do. Give the overrides of the run that you plan. Exit code 1: a check failed; 2: an
+override is wrong.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hydra.errors import HydraException
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.checkpoint.training_state import checkpoint_bytes
@@ -32,7 +33,7 @@ from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
-from verl.trainer.prepare import build_renderer, compose_config, find_devices, start_ray
+from verl.trainer.prepare import build_renderer, compose_config, find_devices, load_model_config, start_ray
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Rollout, finish
@@ -44,31 +45,28 @@ _TIMEOUT_S = 120
 _WRITE_MIB = 256
 
 
-class Trouble(Exception):
-    """What a check found wrong; the message says what to do."""
+class CheckFailed(Exception):
+    """The message says what is wrong, and what to do."""
 
 
 def check_versions(_: RunConfig) -> str:
-    """The packages that are installed against those that were tested together."""
-    wrong, count = [], 0
-    for line in _REQUIREMENTS.read_text().splitlines():
-        if not (pinned := re.match(r"([\w.-]+)==([\w.+]+)", line)):
-            continue
-        name, wanted = pinned.groups()
-        count += 1
+    """The installed packages are those that were tested together."""
+    pinned = re.findall(r"^([\w.-]+)==([\w.+]+)", _REQUIREMENTS.read_text(), re.MULTILINE)
+    wrong = []
+    for name, tested in pinned:
         try:
             found = version(name).split("+")[0]
         except PackageNotFoundError:
-            wrong.append(f"{name} is missing (tested: {wanted})")
-            continue
-        if found != wanted.split("+")[0]:
-            wrong.append(f"{name} {found} (tested: {wanted})")
+            found = "is missing"
+        if found != tested.split("+")[0]:
+            wrong.append(f"{name} {found} (tested: {tested})")
     if wrong:
-        raise Trouble("; ".join(wrong) + ". Run pip install -r requirements.txt, or expect surprises.")
-    return f"Python {platform.python_version()}, {count} packages as tested"
+        raise CheckFailed("; ".join(wrong) + ". Run pip install -r requirements.txt; other versions are untested.")
+    return f"Python {platform.python_version()}, {len(pinned)} packages as tested"
 
 
 def check_devices(config: RunConfig) -> str:
+    """Enough devices for the workers, and GPUs that nothing else uses."""
     device, workers = find_devices(config)
     if device == "cpu":
         memory = psutil.virtual_memory()
@@ -78,34 +76,36 @@ def check_devices(config: RunConfig) -> str:
         free, total = torch.cuda.mem_get_info(i)
         lines.append(f"{torch.cuda.get_device_name(i)} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free)")
         if free < total / 2:
-            raise Trouble(f"GPU {i} is in use: {lines[-1]}. Stop what runs there (nvidia-smi), or hide it "
+            raise CheckFailed(f"GPU {i} is in use: {lines[-1]}. Stop what runs there (nvidia-smi), or hide it "
                           "(CUDA_VISIBLE_DEVICES).")  # fmt: skip
     flash = "flash-attn" if importlib.util.find_spec("flash_attn") else "no flash-attn (slower; see the README)"
     return f"{workers} worker(s) per machine, {', '.join(lines)}, {flash}"
 
 
 def check_ray(config: RunConfig) -> str:
-    """A cluster with room for the workers."""
+    """Ray has enough machines and free devices for the workers."""
+    if not config.trainer.use_ray:
+        return "not used: trainer.use_ray=False"
     device, workers = find_devices(config)
-    reaper = start_ray(config, workers * config.trainer.nnodes)
+    wanted = workers * config.trainer.nnodes
+    reaper = start_ray(config, wanted)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         free = ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0)
     finally:
         ray.shutdown()
         del reaper
-    wanted = workers * config.trainer.nnodes
     if len(nodes) < config.trainer.nnodes or free < wanted:
-        raise Trouble(
-            f"the cluster has {len(nodes)} machine(s) and {free:g} free {device} slots; the run wants "
+        raise CheckFailed(
+            f"the cluster has {len(nodes)} machine(s) and {free:g} free {device} slots; the run needs "
             f"{config.trainer.nnodes} and {wanted}. Add machines (ray start --address=HEAD:6379), or stop the job that "
             "holds them (ray list actors)."
         )
-    return f"{len(nodes)} machine(s), {free:g} {device} slots free, {wanted} wanted"
+    return f"{len(nodes)} machine(s), {free:g} {device} slots free, {wanted} needed"
 
 
 def check_all_reduce(config: RunConfig) -> str:
-    """Two processes add their ranks up: over the network stack that training uses."""
+    """Two processes sum a number over the network stack that training uses."""
     device, _ = find_devices(config)
     use_cuda = device == "cuda" and torch.cuda.device_count() > 1
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def check_all_reduce(config: RunConfig) -> str:
             if time.monotonic() > start + _TIMEOUT_S:
                 for process in context.processes:
                     process.kill()
-                raise Trouble(f"no answer in {_TIMEOUT_S} s. Set NCCL_DEBUG=INFO and look at NCCL_SOCKET_IFNAME, "
+                raise CheckFailed(f"no answer in {_TIMEOUT_S} s. Set NCCL_DEBUG=INFO and look at NCCL_SOCKET_IFNAME, "
                               "GLOO_SOCKET_IFNAME and the firewall.")  # fmt: skip
         return f"2 processes over {'nccl' if use_cuda else 'gloo'} in {time.monotonic() - start:.1f} s"
 
@@ -131,36 +131,35 @@ def _all_reduce(rank: int, meet: str, use_cuda: bool) -> None:
 
 
 def check_model(config: RunConfig) -> str:
-    """The model's config, tokenizer and chat template, and that a prompt fits."""
-    model = config.actor_rollout_ref.model
-    assert model.path is not None
+    """The model has a config, a tokenizer and a chat template, and a prompt fits."""
     renderer = build_renderer(config)
     (prompt,) = renderer.render([rationale_messages("A text.")])
-    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    found = load_model_config(config)
     stops = stop_token_ids(renderer.tokenizer, found)
+    note = ""
     if renderer.tokenizer.pad_token_id in stops:
-        note = "; pad is an end token, which is fine here (lengths are counted)"
-    else:
-        note = ""
-    return f"{model.path}: {found.model_type}, a short text takes {len(prompt.ids)} tokens, ends at {stops}{note}"
+        note = "; the pad token is an end token too, which is fine here (lengths are counted)"
+    return (
+        f"{config.actor_rollout_ref.model.path}: {found.model_type}, the prompt of a short text has {len(prompt.ids)} "
+        f"tokens, end tokens {stops}{note}"
+    )
 
 
 def check_hf(config: RunConfig) -> str:
-    """A short rationale from transformers."""
+    """transformers generates a short rationale."""
     lm, stops = _load(config)
     device, model = torch.device(find_devices(config)[0]), config.actor_rollout_ref.model
     return _generate(config, lm, HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8))
 
 
 def check_vllm(config: RunConfig) -> str:
-    """The same from vLLM, unless the run is to generate without it."""
+    """vLLM generates a short rationale, if the run may use it."""
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "hf":
-        return "not asked for: actor_rollout_ref.rollout.name=hf"
-    if choose_engine("auto")[0] != "vllm":
-        if rollout.name == "vllm":
-            raise Trouble("actor_rollout_ref.rollout.name=vllm, and vllm does not import. Install it, or use hf.")
-        return "not installed; hf is used"
+        return "not used: actor_rollout_ref.rollout.name=hf"
+    name, reason = choose_engine(rollout.name)
+    if name == "hf":
+        return reason
     lm, stops = _load(config)
     worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, os.cpu_count() or 1))
     worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
@@ -193,9 +192,24 @@ def _generate(config: RunConfig, lm: Any, engine: Rollout) -> str:
 
 
 def check_folder(config: RunConfig) -> str:
-    """The run's folder: written to, how fast, and room for its checkpoints."""
-    run = RunFolder(config.run_dir.absolute())
-    file = run.path / ".doctor_write_test"
+    """The run folder can be written to, at which speed, and has room for the checkpoints."""
+    folder = RunFolder(config.run_dir.absolute()).path
+    speed, size = _write_speed(folder), _checkpoint_size(config)
+    free, keep = shutil.disk_usage(folder).free, config.trainer.max_actor_ckpt_to_keep
+    # The next checkpoint is written before the oldest is removed.
+    needed = (keep or 0) + 1
+    if free < needed * size:
+        raise CheckFailed(
+            f"{folder} has {free / 2**30:.1f} GiB free and a checkpoint takes {size / 2**30:.1f}; the run needs room "
+            f"for {needed} (trainer.max_actor_ckpt_to_keep={keep}). Free some, or set trainer.default_local_dir."
+        )
+    kept = f"{keep} are kept" if keep else "all are kept (trainer.max_actor_ckpt_to_keep)"
+    return f"{speed:.0f} MiB/s; a checkpoint takes {size / 2**30:.2f} GiB, room for {free // size}; {kept}"
+
+
+def _write_speed(folder: Path) -> float:
+    """MiB per second of a file that is written and flushed to the disk."""
+    file = folder / ".doctor_write_test"
     block = os.urandom(2**20)
     start = time.monotonic()
     try:
@@ -206,23 +220,15 @@ def check_folder(config: RunConfig) -> str:
             os.fsync(opened.fileno())
     finally:
         file.unlink(missing_ok=True)
-    speed = _WRITE_MIB / (time.monotonic() - start)
-    model = config.actor_rollout_ref.model
-    assert model.path is not None
-    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
+    return _WRITE_MIB / (time.monotonic() - start)
+
+
+def _checkpoint_size(config: RunConfig) -> int:
+    """Bytes of one checkpoint; the model is built without memory for its weights."""
+    found = load_model_config(config)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
-    size = checkpoint_bytes(sum(p.numel() for p in lm.parameters()), found.dtype)
-    free, keep = shutil.disk_usage(run.path).free, config.trainer.max_actor_ckpt_to_keep
-    # One more is written before the oldest is removed.
-    wanted = (keep or 0) + 1
-    if free < wanted * size:
-        raise Trouble(
-            f"{run.path} has {free / 2**30:.1f} GiB free and a checkpoint takes {size / 2**30:.1f}; the run needs room "
-            f"for {wanted} (trainer.max_actor_ckpt_to_keep={keep}). Free some, or set trainer.default_local_dir."
-        )
-    kept = f"{keep} are kept" if keep else "all are kept (trainer.max_actor_ckpt_to_keep)"
-    return f"{speed:.0f} MiB/s; a checkpoint takes {size / 2**30:.2f} GiB, room for {free // size}; {kept}"
+        lm = AutoModelForCausalLM.from_config(found, trust_remote_code=config.actor_rollout_ref.model.trust_remote_code)
+    return checkpoint_bytes(sum(p.numel() for p in lm.parameters()), found.dtype)
 
 
 CHECKS: dict[str, Callable[[RunConfig], str]] = {
@@ -237,14 +243,15 @@ CHECKS: dict[str, Callable[[RunConfig], str]] = {
 }
 
 
-def examine(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
-    """Run every check: (its name, whether it is fine, what was found or what to do)."""
+def run_checks(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """The name of each check, whether it passed, and what was found or what to do."""
     for name, check in CHECKS.items():
         try:
             yield name, True, check(config)
-        except (Trouble, UserError, CheckpointError, ValueError, RuntimeError, OSError, ImportError) as error:
-            # The other checks say more about the machine; the exit code says that this one failed.
-            yield name, False, f"{error}" if isinstance(error, Trouble) else f"{type(error).__name__}: {error}"
+        except (CheckFailed, UserError, CheckpointError, ValueError, RuntimeError, OSError, ImportError) as error:
+            # The other checks still run: their results help, and the exit code shows that this one failed.
+            kind = "" if isinstance(error, CheckFailed | UserError) else f"{type(error).__name__}: "
+            yield name, False, f"{kind}{error}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,9 +267,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"\ndoctor: {error}\n")
         return 2
     failed = 0
-    for name, fine, text in examine(config):
-        failed += not fine
-        sys.stdout.write(f"{'OK  ' if fine else 'FIX '} {name:<12} {text}\n")
+    for name, passed, text in run_checks(config):
+        failed += not passed
+        sys.stdout.write(f"{'OK  ' if passed else 'FIX '} {name:<12} {text}\n")
         sys.stdout.flush()
     sys.stdout.write("everything is fine\n" if not failed else f"{failed} of {len(CHECKS)} checks failed\n")
     return int(failed > 0)

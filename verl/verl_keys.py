@@ -1,8 +1,8 @@
-"""Keys of verl 0.4 that have no meaning here, and keys that can have one value only; both with the reason."""
+"""Keys of verl 0.4 that do not exist here, and keys that can have one value only; each with the reason."""
 
 from typing import Any
 
-# The longest matching prefix wins.
+# Key or section: reason. The longest entry that a key begins with counts.
 NO_COUNTERPART = {
     "critic": "GRPO has no critic",
     "data.tokenizer": "the tokenizer is the model's",
@@ -68,9 +68,11 @@ NO_COUNTERPART = {
 _FULL_DISTRIBUTION = (
     "training sampling must keep the full distribution, or the importance ratio is biased; use temperature"
 )
+# Key: (value, reason).
 ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "actor_rollout_ref.hybrid_engine": (True, "generation and training share the devices"),
     "actor_rollout_ref.model.use_remove_padding": (True, "every forward is packed"),
+    "actor_rollout_ref.rollout.mode": ("sync", "generation and training take turns"),
     "actor_rollout_ref.rollout.top_p": (1.0, _FULL_DISTRIBUTION),
     "actor_rollout_ref.rollout.top_k": (-1, _FULL_DISTRIBUTION),
     "actor_rollout_ref.rollout.do_sample": (True, "a greedy group has no spread to learn from"),

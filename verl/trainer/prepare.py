@@ -1,12 +1,13 @@
-"""What a run needs before its parts are built: configuration, devices, prompt renderer, cluster.
+"""What a run needs before its parts are built: configuration, devices, prompt renderer, Ray.
 
-Used by the training program, and by the doctor, which checks what that program would find.
+The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
 import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -42,7 +43,11 @@ def compose_config(overrides: list[str], config_name: str = "ppo_trainer", confi
 
 
 def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
-    """The texts of a sample that get a rationale; the first one is trained."""
+    """The roles of the texts of a sample that get a rationale; the first is the trained one.
+
+    Args:
+        needs_embeddings: False = the reward comes from a rule, and there are no anchors.
+    """
     if not needs_embeddings:
         return ("positive",)
     return ("positive", "query", "negative") if train_mode == "supervised" else ("positive", "query")
@@ -52,15 +57,14 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
     """The device and the number of workers per machine.
 
     Raises:
-        UserError: cuda is asked for and not there, or there are fewer devices than workers.
+        UserError: trainer.device=cuda without a visible GPU, or fewer devices than workers.
     """
-    wanted, gpus = config.trainer.device, torch.cuda.device_count()
-    cpus = config.ray_init.num_cpus or os.cpu_count() or 1
-    device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+    trainer, gpus = config.trainer, torch.cuda.device_count()
+    device = ("cuda" if gpus else "cpu") if trainer.device == "auto" else trainer.device
     if device == "cuda" and not gpus:
         raise UserError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
-    available = gpus if device == "cuda" else cpus
-    workers = config.trainer.n_gpus_per_node or (gpus if device == "cuda" else 1)
+    available = gpus if device == "cuda" else config.ray_init.num_cpus or os.cpu_count() or 1
+    workers = trainer.n_gpus_per_node or (gpus if device == "cuda" and trainer.use_ray else 1)
     if workers > available:
         raise UserError(
             f"trainer.n_gpus_per_node={workers}, but this machine has {available} "
@@ -70,7 +74,7 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
 
 
 def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
-    """Raise UserError unless the workers of a machine divide into engines."""
+    """Raise `UserError` unless tensor_model_parallel_size divides the workers of a machine, and the engine has it."""
     rollout = config.actor_rollout_ref.rollout
     size = rollout.tensor_model_parallel_size
     if size > 1 and rollout.name != "vllm":
@@ -86,19 +90,28 @@ def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
         )
 
 
+def load_model_config(config: RunConfig) -> Any:
+    """The model's config.json with `override_config`.
+
+    Raises:
+        OSError: the model has none.
+    """
+    model = config.actor_rollout_ref.model
+    assert model.path is not None
+    return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
+
+
 def build_renderer(config: RunConfig) -> PromptRenderer:
     """The prompt renderer of the model's tokenizer.
 
     Raises:
-        UserError: no such model, or prompt and response do not fit its context.
+        UserError: prompt and response do not fit the model's context.
+        ValueError: no such model, or it has no tokenizer or chat template.
     """
     model, data = config.actor_rollout_ref.model, config.data
     assert model.path is not None
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    model_config = AutoConfig.from_pretrained(
-        model.path, trust_remote_code=model.trust_remote_code, **model.override_config
-    )
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
     wanted = data.max_prompt_length + data.max_response_length
     if context is not None and wanted > context:
         raise UserError(
@@ -109,21 +122,17 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
 
 
 def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine.
+    """Join the cluster at RAY_ADDRESS, or start one on this machine.
 
     Returns:
-        For a cluster that was started here, its reaper, to be kept as long as the cluster.
+        The reaper of a cluster that was started here; keep it as long as the cluster runs.
+
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS, or the run wants several machines without one.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise UserError(
-                f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
-                "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
-            ) from error
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join_ray(address)
         return None
     if config.trainer.nnodes > 1:
         raise UserError(
@@ -131,19 +140,34 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
     reaper = Reaper()
-    cpus = config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size)
-    # Ray's processes inherit a blocked SIGTERM. A batch system sends it to all processes of a job, and the last step
-    # can only be saved while Ray is running.
+    _start_local_ray(config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size))
+    return reaper
+
+
+def _join_ray(address: str) -> None:
+    try:
+        ray.init(logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
+        ) from error
+
+
+def _start_local_ray(num_cpus: int) -> None:
+    """Start Ray on the loopback address, with SIGTERM blocked in its processes.
+
+    Ray's processes inherit the mask. A batch system sends SIGTERM to all processes of a job, and the last step can only
+    be saved while Ray is running.
+    """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        # Nothing outside this machine needs to reach a cluster of one machine. In spite of the loopback address Ray
-        # listens on all interfaces, unless it is told that clusters of several machines are impossible.
+        # Otherwise Ray listens on all interfaces in spite of the loopback address, for clusters of several machines.
         ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
-            num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
-            # No idle worker process for tasks: there are none here, and it would cost memory and time.
+            num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
+            # No idle worker processes for tasks: a run has no tasks, and they cost memory and time.
             _system_config={"prestart_worker_first_driver": False},
         )  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    return reaper

