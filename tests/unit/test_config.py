@@ -12,6 +12,7 @@ import yaml
 from verl.batch_plan import BatchPlan
 from verl.config import DataConfig, RunConfig
 from verl.config_checks import build_config, limits_of, walk_fields
+from verl.doctor import check_ray
 from verl.errors import UserError
 from verl.trainer.ppo.validation import read_pairs
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
@@ -204,7 +205,9 @@ def test_the_cpus_given_to_ray_bound_the_workers(tiny_folder, files):
 def test_without_ray_there_is_one_worker_however_many_gpus_are_visible(tiny_folder, files, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert find_devices(tiny_run(tiny_folder, files)) == ("cuda", 4)
-    assert find_devices(tiny_run(tiny_folder, files, "trainer.use_ray=False")) == ("cuda", 1)
+    alone = tiny_run(tiny_folder, files, "trainer.use_ray=False")
+    assert find_devices(alone) == ("cuda", 1)
+    assert check_ray(alone) == "not used: trainer.use_ray=False"
 
 
 def test_infinity_switches_clipping_off(tiny_folder, files):
