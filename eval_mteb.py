@@ -188,7 +188,7 @@ class Evaluation:
         name = task.metadata.name
         report = TaskReport(name, task.metadata.type, task.metadata.main_score)
         stored = self.cache.load_task_result(name, self.model.mteb_model_meta)
-        # mteb also re-uses a finished result when the task's data has changed.
+        # mteb also reuses a finished result when the task's data has changed.
         outdated = stored is not None and stored.dataset_revision != task.metadata.revision
         before, start = replace(self.encoder.usage), time.perf_counter()
         result = mteb.evaluate(

@@ -42,8 +42,8 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
+    from verl import GraceEncoder
     from verl.embedding.prompts import rationale_messages
-    from verl.encoder.grace_encoder import GraceEncoder
 
     ours = GraceEncoder(MODEL, device="cpu")
     module = Transformer(MODEL, model_kwargs={"torch_dtype": "float32"})
@@ -71,7 +71,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
 
 def measure_thinking(engine: str, rounds: int) -> dict[str, Any]:
     """Seconds with rationales, and the share of them in which rationales were generated."""
-    from verl.encoder.grace_encoder import GraceEncoder
+    from verl import GraceEncoder
 
     texts = sentences(THINKING_TEXTS)
     encoder = GraceEncoder(

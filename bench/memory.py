@@ -5,7 +5,6 @@ resident memory during each phase (Linux lets a process reset that mark), and on
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,14 +16,16 @@ import torch
 from common import MODEL, markdown, prepare_data, write_json
 
 from verl.batch_plan import BatchPlan
-from verl.config import DataConfig, RunConfig
+from verl.config import RunConfig
 from verl.data.dataset import PromptCollator, PromptDataset
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, is_trained
-from verl.single_controller.worker import WorkerPlace
+from verl.single_controller.local_group import LocalWorkerGroup
 from verl.trainer.ppo.step_rows import expand
+from verl.utils.tokenizer import load_tokenizer
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
+from verl.workers.group import ActorRolloutRefGroup
 
 TRIPLETS, N, TOKENS = 4, 8, 96
 
@@ -41,35 +42,29 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def build_worker(model: str, device: str) -> ActorRolloutRefWorker:
-    rollout = {"name": "hf", "n": N, "ignore_eos": True}
-    settings: dict[str, Any] = {
-        "data": {"train_batch_size": TRIPLETS, "max_prompt_length": 160, "max_response_length": TOKENS},
-        "actor_rollout_ref": {
-            "model": {"path": model, "enable_gradient_checkpointing": False},
-            "actor": {"ppo_mini_batch_size": TRIPLETS},
-            "rollout": rollout,
-        },
-    }
-    place = WorkerPlace(0, 1, device, 1, len(os.sched_getaffinity(0)))
-    config = RunConfig.model_validate(settings)
+def build_config(model: str) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "data": {"train_batch_size": TRIPLETS, "max_prompt_length": 160, "max_response_length": TOKENS},
+            "actor_rollout_ref": {
+                "model": {"path": model, "enable_gradient_checkpointing": False},
+                "actor": {"ppo_mini_batch_size": TRIPLETS},
+                "rollout": {"name": "hf", "n": N, "ignore_eos": True},
+            },
+        }
+    )
+
+
+def start_workers(config: RunConfig, device: str) -> ActorRolloutRefGroup:
     plan = BatchPlan.from_config(config, num_samples=TRIPLETS, num_anchors=2, world_size=1)
-    worker = ActorRolloutRefWorker(place, config, plan)
-    worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
-    return worker
+    return ActorRolloutRefGroup(LocalWorkerGroup(ActorRolloutRefWorker, (config, plan), device), ranks_per_engine=1)
 
 
-def prompt_rows(worker: ActorRolloutRefWorker, train_file: Path) -> DataProto:
-    renderer = PromptRenderer(worker.tokenizer, 160)
-    samples = PromptDataset([str(train_file)], DataConfig(), ("positive", "query", "negative"), renderer)
-    collate = PromptCollator(renderer, EmbedderSettings(), samples.config.reward_fn_key)
-    return expand(collate([samples[i] for i in range(TRIPLETS)]), worker.config.rollout)
-
-
-def generate(worker: ActorRolloutRefWorker, prompts: DataProto, step: int) -> DataProto:
-    *_, responses = worker.generate(prompts, step, TOKENS)
-    assert isinstance(responses, DataProto)
-    return responses
+def prompt_rows(config: RunConfig, model: str, train_file: Path) -> DataProto:
+    renderer = PromptRenderer(load_tokenizer(model), config.data.max_prompt_length)
+    samples = PromptDataset([str(train_file)], config.data, ("positive", "query", "negative"), renderer)
+    collate = PromptCollator(renderer, EmbedderSettings(), config.data.reward_fn_key)
+    return expand(collate([samples[i] for i in range(TRIPLETS)]), config.actor_rollout_ref.rollout)
 
 
 def trained_rows(rows: DataProto, scored: DataProto) -> DataProto:
@@ -102,15 +97,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         train_file = prepare_data(Path(folder))
-        worker = build_worker(args.model, args.device)
-        phase("loading", worker.init_model)
-        prompts = prompt_rows(worker, train_file)
+        config = build_config(args.model)
+        workers = start_workers(config, args.device)
+        phase("loading", workers.init_model)
+        prompts = prompt_rows(config, args.model, train_file)
         for step in range(2):
-            phase("sync", worker.sync_rollout_weights)
-            responses = phase("gen", partial(generate, worker, prompts, step))
+            phase("sync", workers.sync_rollout_weights)
+            responses = phase("gen", partial(workers.generate, prompts, step, TOKENS, on_progress=lambda count: None))
             rows = prompts.union(responses)
-            scored = phase("score", partial(worker.compute_log_prob, rows, embed=True, for_update=True))
-            phase("update", partial(worker.update_actor, trained_rows(rows, scored), 1))
+            scored = phase("score", partial(workers.compute_log_prob, rows, embed=True, for_update=True))
+            phase("update", partial(workers.update_actor, trained_rows(rows, scored), 1))
+        workers.shutdown()
     columns = list(found["update"])
     table = [[name, *(f"{values[column]:.2f}" for column in columns)] for name, values in found.items()]
     print(markdown(["phase", *columns], table))

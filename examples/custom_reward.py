@@ -10,7 +10,7 @@ per trained row, in their order; metrics and columns appear in metrics.jsonl and
 
 import torch
 
-from verl.protocol import DataProto
+from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
 
@@ -34,7 +34,7 @@ class MarginReward:
             )
             if role != "positive"
         }
-        main = rows[rows.non_tensor_batch["role"] == "positive"]
+        main = rows[is_trained(rows)]
         query = torch.stack([vector[uid, "query"] for uid in main.non_tensor_batch["uid"]])
         negative = torch.stack([vector[uid, "negative"] for uid in main.non_tensor_batch["uid"]])
         gap = (query * main.batch["embeddings"]).sum(1) - (query * negative).sum(1)

@@ -27,8 +27,9 @@ from transformers import AutoConfig
 from verl.checkpoint.model_folder import model_folder, weights_revision
 from verl.encoder.backend import Backend, ModelSpec
 from verl.errors import UserError
-from verl.evaluation.exact_match import MARK, Judged, Question, compare, judge, read_questions, score
+from verl.evaluation.exact_match import Judged, Question, compare, judge, read_questions, score
 from verl.evaluation.records import name_of
+from verl.utils.answers import MARK
 from verl.utils.console import complain
 from verl.utils.files import replace_file
 from verl.utils.logging import quiet_libraries

@@ -1,12 +1,12 @@
 """Two gloo processes with FSDP2 against one process without: scores, gradients, weights, checkpoints."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ports import free_port
 from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
 
 from verl.checkpoint.training_state import load_training_state, save_training_state
@@ -50,12 +50,6 @@ def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int)
     weights = {name: weight.clone() for name, weight in full_weights(policy)}
     torch.save(weights, Path(folder) / f"resumed_{source}_{world_size}_{rank}.pt")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def spawn(function, world_size: int, *args) -> None:

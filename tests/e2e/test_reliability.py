@@ -128,9 +128,9 @@ def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_tha
     _, errors = process.communicate(timeout=90)
     said = message(errors)
     assert process.returncode == 1, errors
-    assert re.search(r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=15", said), (
-        said
-    )
+    assert re.search(
+        r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=15", said
+    ), said
     assert re.search(rf"rank \d \(pid {workers[1]} on .*\): no answer and no stacks; it is stopped", said), said
     assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (finished|still running; its stacks:\nT)", said), said
     assert left_after(mark) == []

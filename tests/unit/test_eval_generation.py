@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from verl import eval_generation as program
 from verl.encoder.backend import Backend
 from verl.errors import UserError
-from verl.evaluation.exact_match import Judged, compare, extract, read_questions, score
+from verl.evaluation.exact_match import Judged, compare, read_questions, score
 from verl.evaluation.records import name_of
+from verl.utils.answers import extract
 from verl.workers.rollout.base import Response, RolloutError, row_seeds
 
 ROOT = Path(__file__).resolve().parents[2]

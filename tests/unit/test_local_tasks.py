@@ -141,10 +141,10 @@ def test_the_revision_follows_the_content(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("A.sts.jsonl", GOOD + '{"sentence1": "a"}\n', "row 2: sentence2 is None"),
-        ("A.sts.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "high"}\n', "row 1: score is 'high'"),
+        ("A.sts.jsonl", GOOD + '{"sentence1": "a"}\n', "line 2: sentence2 is None"),
+        ("A.sts.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "high"}\n', "line 1: score is 'high'"),
         ("A.sts.jsonl", '\n{"sentence1": \n', "A.sts.jsonl, line 2: not valid JSON"),
-        ("A.sts.jsonl", "[1]\n", "row 1: a JSON list instead of an object"),
+        ("A.sts.jsonl", "[1]\n", "line 1: a JSON list instead of an object"),
         ("A.sts.jsonl", "\n", "A.sts.jsonl is empty"),
         ("A.sts.parquet", "x", "A.sts.parquet is not a readable parquet file"),
         ("A.classification.jsonl", "{}\n", "is a folder A.classification with train.jsonl, test.jsonl"),

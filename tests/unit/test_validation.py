@@ -40,7 +40,7 @@ def test_spearman_is_the_correlation_of_ranks_with_ties_shared():
         ('{"sentence1": "a", "sentence2": 3, "score": 1}', "line 2 is not a scored pair"),
         ('{"sentence1": "a", "sentence2": " ", "score": 1}', "line 2 has an empty text"),
         ('{"sentence1": "a", "sentence2": "b", "score": "high"}', "line 2 is not a scored pair"),
-        ("nothing", "line 2 is not a scored pair"),
+        ("nothing", "line 2: not valid JSON"),
     ],
 )
 def test_a_bad_pair_is_named_with_its_line(tmp_path, line, said):

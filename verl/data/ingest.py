@@ -13,7 +13,7 @@ from typing import Any, Self
 import orjson
 import pyarrow as pa
 
-from verl.data.readers import Record
+from verl.data.lines import Record
 from verl.data.samples import FIELDS, BadSample, MissingField, Mode, Sample, read_sample
 
 _EXCERPT = 120

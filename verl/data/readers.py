@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.data.lines import MAX_LINE_BYTES, Line, read_lines
+from verl.data.lines import MAX_LINE_BYTES, Line, Record, read_lines, read_objects
 from verl.data.samples import FIELDS, Mode, describe_fields
 from verl.errors import UserError
 
@@ -24,15 +23,6 @@ TEXT_SOURCE = "wiki1m"
 
 _READ_BUFFER = 2**20
 _PARQUET_ROWS = 2_000
-
-
-class Record(NamedTuple):
-    """One record; `fields` is None for a blank line and for a record with a `problem`."""
-
-    line_idx: int
-    fields: dict[str, Any] | None
-    problem: str | None
-    raw: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ def open_source(path: Path, mode: Mode) -> Iterator[Source]:
         elif extension == ".txt" and mode == "unsupervised":
             records = map(_text_record, read_lines(file))
         else:
-            records = map(_json_record, read_lines(file))
+            records = read_objects(file)
         yield Source(records, file.tell, size)
 
 
@@ -77,22 +67,6 @@ def _text_record(line: Line) -> Record:
         return Record(line.line_idx, None, line.problem, line.text)
     text = line.text.strip()
     fields = {"text": text, "source": TEXT_SOURCE} if text else None
-    return Record(line.line_idx, fields, None, text)
-
-
-def _json_record(line: Line) -> Record:
-    if line.problem:
-        return Record(line.line_idx, None, line.problem, line.text)
-    text = line.text.strip()
-    if not text:
-        return Record(line.line_idx, None, None, "")
-    try:
-        fields = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        return Record(line.line_idx, None, f"not valid JSON: {error.msg}, character {error.pos + 1}", text)
-    if not isinstance(fields, dict):
-        problem = f"a JSON {type(fields).__name__} instead of an object; write one object per line"
-        return Record(line.line_idx, None, problem, text)
     return Record(line.line_idx, fields, None, text)
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, NamedTuple, get_args
 
+from verl.data.columns import find_value, names_of
+
 
 class BadSample(ValueError):
     """One record cannot be used; its message is the reason written to rejected.jsonl."""
@@ -15,12 +17,8 @@ Mode = Literal["supervised", "unsupervised"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 FIELDS: dict[Mode, dict[str, tuple[str, ...]]] = {
-    "supervised": {
-        "query": ("query", "anchor"),
-        "positive": ("positive", "pos"),
-        "negative": ("negative", "neg", "negatives"),
-    },
-    "unsupervised": {"text": ("text", "sentence")},
+    "supervised": {name: names_of(name) for name in ("query", "positive", "negative")},
+    "unsupervised": {"text": names_of("text")},
 }
 """Per mode, each field and the names under which a record may hold it; columns are never read by position."""
 
@@ -43,26 +41,22 @@ def read_sample(record: dict[str, Any], mode: Mode) -> Sample:
     Raises:
         BadSample: a field is missing, empty, not a string or list of strings, or holds a NUL character.
     """
-    texts = tuple(_read_text(record, field, aliases) for field, aliases in FIELDS[mode].items())
+    texts = tuple(_read_text(record, field) for field in FIELDS[mode])
     source = record.get("source")
     return Sample(texts, None if source is None else _check_text(source, "source"))
 
 
-def _read_text(record: dict[str, Any], field: str, aliases: tuple[str, ...]) -> str:
-    for alias in aliases:
-        value = record.get(alias)
-        if value is not None:
-            break
-    else:
-        present = [alias for alias in aliases if alias in record]
-        if present:
-            raise BadSample(f"{present[0]} is empty")
-        raise MissingField(f"no {field} ({'|'.join(aliases)})")
+def _read_text(record: dict[str, Any], field: str) -> str:
+    name, value = find_value(record, field)
+    if name is None:
+        raise MissingField(f"no {field} ({'|'.join(names_of(field))})")
+    if value is None:
+        raise BadSample(f"{name} is empty")
     if isinstance(value, list):
         value = _first_filled(value)
-    text = _check_text(value, alias).strip()
+    text = _check_text(value, name).strip()
     if not text:
-        raise BadSample(f"{alias} is empty")
+        raise BadSample(f"{name} is empty")
     return text
 
 

@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="model folder or hub name")
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="a .parquet file")
-    parser.add_argument("--store", type=Path, help="folder of rationales and vectors to re-use and to add to")
+    parser.add_argument("--store", type=Path, help="folder of rationales and vectors to reuse and to add to")
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")

@@ -43,7 +43,7 @@ class GraceEncoder:
         pooling, span: replace those of the settings.
         max_prompt_length: most tokens of a prompt; replaces that of the settings.
         max_new_tokens: most tokens of a rationale; replaces that of the settings. vllm is started with this limit.
-        store: folder of rationales and vectors to re-use and to add to.
+        store: folder of rationales and vectors to reuse and to add to.
         num_processes: processes that share the work, one per GPU; on a CPU they share its cores. A program that
             asks for more than one must guard its main code with `if __name__ == "__main__":`.
         tensor_parallel_size: vllm: neighbouring processes that share one engine.

@@ -6,7 +6,7 @@ mode does not work on a file system that several machines share: give each machi
 
 A row is found by a key: the hash of everything that decides its content. A rationale's key covers weights, sampling and
 the ids of the rendered prompt (which hold system prompt, template, role and text); a vector's key covers the
-rationale's key and the pooling. So another pooling re-uses rationales, and no setting finds what another one made.
+rationale's key and the pooling. So another pooling reuses rationales, and no setting finds what another one made.
 """
 
 import hashlib

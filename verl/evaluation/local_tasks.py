@@ -14,18 +14,15 @@ A folder holds one entry per task, NAME.TYPE.jsonl or NAME.TYPE.parquet, or a fo
 | retrieval | corpus | id, text, title (optional) |
 | | queries | id, text, relevant (list of corpus ids) |
 
-Columns are found by name; see `_ALIASES` for other names that are accepted.
+Columns are found by name; `verl.data.columns` lists other names that are accepted.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import (
@@ -41,27 +38,14 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 from torch.utils.data import DataLoader
 
+from verl.data.columns import find_value, names_of
+from verl.data.rows import read_rows
 from verl.embedding.metrics import triplet_report
 from verl.errors import UserError
 
 Rows = list[dict[str, Any]]
 Parts = Mapping[str, Rows]
 
-_ALIASES = {
-    "id": ("id", "_id", "doc_id", "query_id"),
-    "label": ("label", "labels", "label_text"),
-    "relevant": ("relevant", "relevant_doc_ids", "relevant_doc_id"),
-    "text": ("text", "sentence"),
-    "sentence1": ("sentence1",),
-    "sentence2": ("sentence2",),
-    "score": ("score",),
-    "query": ("query", "anchor"),
-    "positive": ("positive", "pos"),
-    "negative": ("negative", "neg"),
-    "human_summaries": ("human_summaries",),
-    "machine_summaries": ("machine_summaries",),
-    "relevance": ("relevance",),
-}
 _SPLIT = "test"
 
 
@@ -162,47 +146,26 @@ def _part_file(folder: Path, part: str) -> Path:
 
 def _read_rows(file: Path, columns: Mapping[str, type]) -> Rows:
     """The rows of a file with `columns` under their own names and of their type."""
-    records = _parquet_records(file) if file.suffix == ".parquet" else _json_records(file)
-    rows = [_read_row(f"{file}, row {number}", record, columns) for number, record in records]
+    rows = [_read_row(where, record, columns) for where, record in read_rows(file)]
     if not rows:
         raise UserError(f"{file} is empty")
     return rows
 
 
-def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(pq.read_table(file).to_pylist(), start=1)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file} is not a readable parquet file: {error}") from error
-
-
-def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not valid JSON: {error.msg}") from error
-
-
-def _read_row(where: str, record: Any, columns: Mapping[str, type]) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__} instead of an object")
+def _read_row(where: str, record: dict[str, Any], columns: Mapping[str, type]) -> dict[str, Any]:
     info = record.get("extra_info")
     if isinstance(info, dict) and "positive_example" in info:  # a row of process_data.py
         record = {"query": info["original_query"], "positive": info["positive_example"],
                   "negative": info["negative_example"]}  # fmt: skip
     row: dict[str, Any] = {}
     for column, kind in columns.items():
-        value = next((record[name] for name in _ALIASES.get(column, (column,)) if record.get(name) is not None), None)
+        _, value = find_value(record, column)
         if kind is list and isinstance(value, str):
             value = [value]
         if column == "title" and value is None:
             value = ""
         if value is None or not isinstance(value, (int, float) if kind is float else kind):
-            names = "|".join(_ALIASES.get(column, (column,)))
+            names = "|".join(names_of(column))
             raise UserError(f"{where}: {names} is {value!r}, and must be a {kind.__name__}")
         row[column] = value
     return row

@@ -1,5 +1,6 @@
 """One worker inside this process, without Ray: for debugging (breakpoints work), tests and benchmarks."""
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,9 +31,12 @@ class LocalWorkerGroup(WorkerGroup):
 
     def shutdown(self) -> None:
         """Leave the process as it was: no process group, the former environment and number of threads."""
+        self._worker.close_port()
+        # An engine that outlives the process group it was built in fails when it is freed.
+        del self._worker
+        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._worker.close_port()
         os.environ.clear()
         os.environ.update(self._environment)
         torch.set_num_threads(self._threads)

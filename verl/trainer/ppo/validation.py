@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from torch import Tensor
 
 from verl.config import RunConfig
 from verl.data.dataset import PromptCollator, PromptDataset, Sample
+from verl.data.rows import read_rows
 from verl.embedding.metrics import spearman, spread_report, triplet_report
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
@@ -118,26 +118,26 @@ class Validation:
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
-    """Pairs of texts with their scores.
+    """Pairs of texts with their scores, of JSON lines or parquet.
 
     Raises:
-        UserError: the file is not there, or a line is not such a pair.
+        UserError: the file does not exist, or a row is not such a pair.
     """
     if not file.is_file():
         raise UserError(f"data.val_sts_file={file} does not exist; give a file of scored pairs, or null for none.")
     pairs = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for where, row in read_rows(file):
         try:
-            pair = orjson.loads(line)
-            texts_are_there = all(pair[name].strip() for name in ("sentence1", "sentence2"))
-            pairs.append({**pair, "score": float(pair["score"])})
+            texts = [row[name].strip() for name in ("sentence1", "sentence2")]
+            score = float(row["score"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"data.val_sts_file={file} line {number} is not a scored pair ({error!r}); each line is "
+                f"data.val_sts_file: {where} is not a scored pair ({error!r}); each row is "
                 '{"sentence1": "...", "sentence2": "...", "score": 3.5}.'
             ) from error
-        if not texts_are_there or not math.isfinite(pairs[-1]["score"]):
-            raise UserError(f"data.val_sts_file={file} line {number} has an empty text or a score that is no number.")
+        if not all(texts) or not math.isfinite(score):
+            raise UserError(f"data.val_sts_file: {where} has an empty text or a score that is not a number.")
+        pairs.append({**row, "score": score})
     return pairs
 
 

@@ -3,32 +3,27 @@
 It makes the trainer usable for anything whose answer can be checked; no embedding is computed.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from verl.protocol import DataProto
+from verl.utils.answers import extract
 from verl.workers.reward_manager.base import RewardOutput
 
 ScoreFn = Callable[..., float | dict[str, float]]
 
 
 def gsm8k(solution: str, ground_truth: str) -> float:
-    """1 when the last number of the solution is the answer (after #### where there is one)."""
-    marked = re.findall(r"####\s*(-?[\d.,]+)", solution)
-    numbers = marked or re.findall(r"-?\d[\d.,]*", solution)
-    return float(bool(numbers) and _plain(numbers[-1]) == _plain(str(ground_truth)))
+    """1 when solution and ground truth answer with the same number, see `verl.utils.answers`."""
+    (answer, _), (truth, _) = extract(solution), extract(str(ground_truth))
+    return float(answer is not None and answer == truth)
 
 
 def exact_match(solution: str, ground_truth: str) -> float:
     """1 when the solution is the ground truth up to case and outer spaces."""
     return float(solution.strip().casefold() == str(ground_truth).strip().casefold())
-
-
-def _plain(number: str) -> str:
-    return number.replace(",", "").rstrip(".")
 
 
 RULES: dict[str, Callable[[str, str], float]] = {

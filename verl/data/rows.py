@@ -1,0 +1,61 @@
+"""Rows of JSON lines or parquet for readers that accept no bad row: the first one is an error."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.data.lines import read_objects
+from verl.errors import UserError
+
+_BATCH_ROWS = 1_000
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its place for messages, `FILE, line 3` or, in a .parquet file, `FILE, row 3` (from 1).
+
+    Every file that does not end in .parquet is read as JSON lines, whose blank lines are skipped.
+
+    Raises:
+        UserError: a line is not a JSON object, is not UTF-8 or is too long; or the parquet file cannot be read.
+        OSError: the file cannot be opened.
+    """
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file for reading with memory that does not grow with its row groups.
+
+    Raises:
+        UserError: it is not a parquet file.
+        OSError: it cannot be opened.
+    """
+    try:
+        # With a read buffer pyarrow streams; without one it loads the column chunks of a row group whole.
+        return pq.ParquetFile(path, buffer_size=2**20)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for record in read_objects(file):
+            place = f"{path}, line {record.line_idx + 1}"
+            if record.problem:
+                raise UserError(f"{place}: {record.problem}")
+            if record.fields is not None:
+                yield place, record.fields
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    with open_parquet(path) as file:
+        try:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged after row {number}: {error}") from error
