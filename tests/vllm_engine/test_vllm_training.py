@@ -71,7 +71,7 @@ def without_ray(tmp_path_factory, model, triplets) -> dict[str, dict[str, Any]]:
 def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets, on_ray):
     done = train_here(*settings(model, triplets, tmp_path, "hf"))
     assert done.returncode == 0, done.stderr
-    assert "hf: asked for" in " ".join(done.stdout.split()), done.stdout
+    assert "hf: chosen by" in " ".join(done.stdout.split()), done.stdout
     vllm, hf = ([m for m in read_metrics(folder) if "reward/mean" in m] for folder in (on_ray, tmp_path))
     assert len(vllm) == len(hf) == 5
     for m in vllm + hf:
