@@ -17,7 +17,7 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | old_log_probs | [N,R] float32, trained rows only | scoring | update, metrics |
 | entropy | [N] float32, mean over the response | scoring | metrics |
 | ref_log_prob | [N,R] float32, trained rows only | scoring, by the reference | update, KL in the reward |
-| advantages | [N,R] float32 | step_rows.advantages | update |
+| advantages | [N,R] float32 | step_rows.add_advantages | update |
 | mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
 
 Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`
