@@ -26,7 +26,7 @@ def test_children_and_grandchildren_of_a_killed_driver_end():
             end = time.monotonic() + 30
             processes = {(pid, reaper._stat(pid)[1]) for pid in pids}
             # It looks once a second; a kill before the first look is what is not covered.
-            while time.monotonic() < end and not processes <= reaper._descendants(driver.pid):
+            while time.monotonic() < end and not processes <= reaper._descendants({driver.pid}):
                 time.sleep(0.1)
             time.sleep(2 * reaper._LOOK_EVERY_S)
             driver.kill()

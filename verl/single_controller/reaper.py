@@ -41,13 +41,13 @@ def _stat(pid: int) -> tuple[int, str] | None:
     return int(fields[1]), fields[19]
 
 
-def _descendants(root: int) -> set[Process]:
+def _descendants(roots: set[int]) -> set[Process]:
     pids = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit())
     stats = {pid: stat for pid in pids if (stat := _stat(pid))}
-    found = {root}
+    found = roots
     while more := {pid for pid, (parent, _) in stats.items() if parent in found} - found:
-        found |= more
-    return {(pid, stats[pid][1]) for pid in found - {root, os.getpid()}}
+        found = found | more
+    return {(pid, stats[pid][1]) for pid in found - roots - {os.getpid()}}
 
 
 def _alive(process: Process) -> bool:
@@ -58,7 +58,9 @@ def _alive(process: Process) -> bool:
 def main(driver: int) -> None:
     seen: set[Process] = set()
     while not select.select([sys.stdin], [], [], _LOOK_EVERY_S)[0]:
-        seen = {process for process in seen if _alive(process)} | _descendants(driver)
+        seen = {process for process in seen if _alive(process)} | _descendants({driver})
+    # Those that were started since the last look.
+    seen |= _descendants({pid for pid, _ in filter(_alive, seen)})
     end = time.monotonic() + _PATIENCE_S
     while any(map(_alive, seen)) and time.monotonic() < end:
         time.sleep(0.2)

@@ -158,8 +158,8 @@ class RayPPOTrainer:
         """Save the last finished step when the run is asked to stop; what has begun of the next one is dropped."""
         try:
             yield
-        except Interrupted as interrupted:
-            if self.done_step > self.saver.saved_step and not interrupted.at_once:
+        except Interrupted:
+            if self.done_step > self.saver.saved_step:
                 self.save(self.done_step)
             self.display.say(f"stopped; the same command resumes from step {self.saver.saved_step}")
             self.stop()
