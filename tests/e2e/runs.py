@@ -124,12 +124,15 @@ def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
 MEASURED = ("time/", "perf/", "memory/", "sync/")
 
 
-def start_main_ppo(*overrides: str, **environment: str) -> "subprocess.Popen[str]":
-    """The training program in a process group of its own, not waited for."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")} | environment
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+def start_main_ppo(
+    *overrides: str, launcher: Sequence[str] = (), cwd: Path = REPO, **environment: str
+) -> "subprocess.Popen[str]":
+    """The training program in a process group of its own, not waited for; as the child of `launcher` if given."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")}
+    env |= {"PYTHONPATH": str(REPO), **environment}
+    command = [*launcher, sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=REPO, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd, start_new_session=True
     )
 
 

@@ -45,6 +45,13 @@ def copied_run(short_run, tmp_path) -> Path:
     return Path(shutil.copytree(short_run, tmp_path / "run"))
 
 
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """For Ray's sessions; a short path, as that of a socket may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
     """Read the run's output up to a line that holds `text`."""
     assert process.stdout is not None
@@ -237,20 +244,26 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
     assert re.search(r"texts in [\d.]+ s: \d+% of the run at every 1 steps", done.stdout)
 
 
-def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets):
+def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets, ray_folder):
+    """Also beside another cluster's leftovers, and under `uv run`, of both of which Ray makes something else."""
+    (ray_folder / "ray").mkdir()
+    (ray_folder / "ray" / "ray_current_cluster").write_text("10.255.255.1:6379")
+    uv = tmp_path / "uv"
+    uv.symlink_to("/bin/sh")
+    (tmp_path / "run").write_text('"$@"\nexit $?\n')
     process = start_main_ppo(
-        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.total_training_steps=500", "trainer.save_freq=0",
-        "trainer.n_gpus_per_node=2",
+        *recipe(tiny_folder, triplets, tmp_path / "steps"), "trainer.total_training_steps=500", "trainer.save_freq=0",
+        "trainer.n_gpus_per_node=2", launcher=(str(uv), "run"), cwd=tmp_path, RAY_TMPDIR=str(ray_folder),
     )  # fmt: skip
     wait_for(process, "step 2/500")
-    driver = psutil.Process(process.pid)
+    (driver,) = psutil.Process(process.pid).children()
     heard = [
         (one.name(), place.laddr.ip)
         for one in (driver, *driver.children(recursive=True))
         for place in one.net_connections("inet")
         if place.status == psutil.CONN_LISTEN
     ]
-    process.terminate()
+    driver.terminate()
     process.communicate(timeout=60)
     assert {name for name, _ in heard} >= {"raylet", "gcs_server"}
     assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}, heard
@@ -264,13 +277,6 @@ def files_in(folder: Path) -> dict[Path, int]:
         folders[:] = [name for name in folders if name not in skipped]
         found |= {Path(place, name): Path(place, name).lstat().st_mtime_ns for name in names}
     return found
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    """For Ray's sessions; a short path, as that of a socket may have 107 characters."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        yield Path(folder)
 
 
 def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_folder, triplets, ray_folder):

@@ -25,7 +25,7 @@ def test_the_first_is_raised_by_the_next_check(number, code, capfd):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_ends_the_process_from_within_any_code(number, code):
-    """Native code that runs a handler, and finds an exception set, fails in its own way: sorting stands for Ray here."""
+    """Native code that finds an exception of a handler fails in its own way; sorting stands for Ray here."""
     script = f"""
 import os
 from verl.trainer.signals import StopSignals

@@ -3,24 +3,21 @@
 The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
-import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from ray._private import ray_constants
 from transformers import AutoConfig
 
 from verl.config import RunConfig
 from verl.config_checks import build_config, check_key
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
+from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
 from verl.utils.tokenizer import load_tokenizer
 
@@ -54,23 +51,51 @@ def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
 
 
 def find_devices(config: RunConfig) -> tuple[str, int]:
-    """The device and the number of workers per machine.
+    """The device and the number of workers per machine; of the cluster at RAY_ADDRESS, if there is one.
 
     Raises:
-        UserError: trainer.device=cuda without a visible GPU, or fewer devices than workers.
+        UserError: trainer.device=cuda without a visible GPU, fewer devices than workers, or no cluster answers.
     """
-    trainer, gpus = config.trainer, torch.cuda.device_count()
+    trainer = config.trainer
+    cluster = trainer.use_ray and ray_cluster.given_address() is not None
+    gpus, cpus = _devices_of_cluster(trainer.nnodes) if cluster else _devices_here(config)
+    where = "a machine of the cluster" if cluster else "this machine"
     device = ("cuda" if gpus else "cpu") if trainer.device == "auto" else trainer.device
     if device == "cuda" and not gpus:
-        raise UserError("trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu.")
-    available = gpus if device == "cuda" else config.ray_init.num_cpus or os.cpu_count() or 1
+        raise UserError(
+            "trainer.device=cuda but no GPU is visible (CUDA_VISIBLE_DEVICES?); use auto or cpu."
+            if not cluster
+            else f"trainer.device=cuda but the cluster at RAY_ADDRESS has no {trainer.nnodes} machine(s) with a GPU "
+            "(trainer.nnodes); start Ray on those that have one (ray start --address=HOST:PORT)."
+        )
+    available = gpus if device == "cuda" else cpus
     workers = trainer.n_gpus_per_node or (gpus if device == "cuda" and trainer.use_ray else 1)
     if workers > available:
         raise UserError(
-            f"trainer.n_gpus_per_node={workers}, but this machine has {available} "
+            f"trainer.n_gpus_per_node={workers}, but {where} has {available} "
             f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
         )
     return device, workers
+
+
+def _devices_here(config: RunConfig) -> tuple[int, int]:
+    """GPUs and CPUs of this machine."""
+    return torch.cuda.device_count(), config.ray_init.num_cpus or os.cpu_count() or 1
+
+
+def _devices_of_cluster(nnodes: int) -> tuple[int, int]:
+    """GPUs and CPUs that each of the `nnodes` best machines has; the driver's own machine may have none."""
+    ray_cluster.join()
+    resources = [machine["Resources"] for machine in ray_cluster.machines()]
+    if nnodes > len(resources):
+        raise UserError(
+            f"trainer.nnodes={nnodes}, but the cluster at RAY_ADDRESS has {len(resources)} machine(s); add machines "
+            "(ray start --address=HOST:PORT), or lower it."
+        )
+    gpus, cpus = (
+        sorted((int(found.get(kind, 0)) for found in resources), reverse=True)[nnodes - 1] for kind in ("GPU", "CPU")
+    )
+    return gpus, cpus
 
 
 def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
@@ -130,44 +155,12 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
     Raises:
         UserError: no cluster answers at RAY_ADDRESS, or the run wants several machines without one.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address := os.environ.get("RAY_ADDRESS"):
-        _join_ray(address)
+    if ray_cluster.given_address():
+        ray_cluster.join()
         return None
     if config.trainer.nnodes > 1:
         raise UserError(
             f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
-    reaper = Reaper()
-    _start_local_ray(config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size))
-    return reaper
-
-
-def _join_ray(address: str) -> None:
-    try:
-        ray.init(logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise UserError(
-            f"RAY_ADDRESS={address}: {error}. Is `ray start --head` running there, and are RAY_AUTH_MODE and "
-            "RAY_AUTH_TOKEN the same as on the head? Without RAY_ADDRESS a cluster is started on this machine."
-        ) from error
-
-
-def _start_local_ray(num_cpus: int) -> None:
-    """Start Ray on the loopback address, with SIGTERM blocked in its processes.
-
-    Ray's processes inherit the mask. A batch system sends SIGTERM to all processes of a job, and the last step can only
-    be saved while Ray is running.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        # Otherwise Ray listens on all interfaces in spite of the loopback address, for clusters of several machines.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
-            # No idle worker processes for tasks: a run has no tasks, and they cost memory and time.
-            _system_config={"prestart_worker_first_driver": False},
-        )  # fmt: skip
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return ray_cluster.start(config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size))
