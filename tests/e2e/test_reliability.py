@@ -19,6 +19,7 @@ import pytest
 from kills import command_line, left_after, pids_with, run_with_kills
 from runs import (
     REPO,
+    main_here,
     main_ppo,
     message,
     numbers,
@@ -111,6 +112,9 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path, tiny_folder, t
         "actor_rollout_ref.rollout.ignore_eos=True", "trainer.total_training_steps=9", **{mark: "1"},
     )  # fmt: skip
     wait_for(process, "step 1/9")
+    beside = main_here(*recipe(tiny_folder, triplets, run_dir))
+    assert beside.returncode == 2
+    assert f"{run_dir} is in use by another run (pid {process.pid} on " in beside.stderr
     start = time.monotonic()
     # Two kinds, since two of one kind at the same moment are one. No phase can begin, and save, between them.
     process.send_signal(signal.SIGINT)

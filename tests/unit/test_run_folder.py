@@ -1,5 +1,6 @@
 """The bookkeeping of a run folder: what is latest, what is kept, what a killed run leaves, what is damaged."""
 
+import errno
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from verl.checkpoint.model_card import FILE_NAME
 from verl.checkpoint.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
+from verl.errors import UserError
 
 
 def write_step(run: RunFolder, step: int, best_value: float | None = None):
@@ -135,7 +137,9 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     write_step(run, 5)
     (run.begin(10) / "half").write_text("x")
     run.step(5).rename(tmp_path / ".global_step_5.removing")
-    assert run.remove_leftovers() == [".global_step_10.writing", ".global_step_5.removing"]
+    assert run.remove_leftovers() == [
+        f"removed .global_step_{name}, which a killed run left unfinished" for name in ("10.writing", "5.removing")
+    ]
     assert not list(tmp_path.glob(".global*"))
 
 
@@ -190,3 +194,74 @@ def test_killed_at_any_moment_the_newest_step_is_whole(tmp_path):
                 assert (folder / f"part{part}").read_text() == f"{step} " * 2000
     assert reached > 10
     assert json.loads((tmp_path / LATEST).read_text()) >= reached - 1
+
+
+@pytest.fixture
+def immovable(monkeypatch):
+    """Files with this name cannot be deleted: as one that a reader has open on NFS. (root may delete any other.)"""
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if os.fspath(path).endswith("held"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    return monkeypatch
+
+
+def test_an_old_step_that_cannot_be_removed_is_told_and_tried_again(tmp_path, immovable):
+    run = RunFolder(tmp_path)
+    (write_step(run, 5) / "held").touch()
+    write_step(run, 10)
+    (complaint,) = run.keep_newest(1)
+    assert "global_step_5.removing could not be removed (Device or resource busy" in complaint
+    assert run.steps() == [10] and run.newest_whole()[1] == []
+    # Also when a run starts, and when a step of that number has to go once more.
+    assert len(run.remove_leftovers()) == 1
+    (write_step(run, 5) / "held").touch()
+    assert len(run.keep_newest(1)) == 2
+    immovable.undo()
+    assert run.keep_newest(1) == []
+    assert not list(tmp_path.glob(".global*"))
+
+
+def test_a_half_written_step_that_cannot_be_removed_does_not_stop_the_next_save(tmp_path, immovable):
+    run = RunFolder(tmp_path)
+    (run.begin(5) / "held").touch()
+    assert "could not be removed" in run.remove_leftovers()[0]
+    assert find_fault(write_step(run, 5)) is None
+
+
+def test_a_step_that_may_not_be_renamed_stays_whole(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    write_step(run, 5)
+    write_step(run, 10)
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(self))
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    (complaint,) = run.keep_newest(1)
+    assert "global_step_5 could not be removed (Permission denied" in complaint
+    assert run.steps() == [5, 10] and find_fault(run.step(5)) is None
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.owned() as warning:
+        assert warning is None
+        with pytest.raises(UserError, match=rf"in use by another run \(pid {os.getpid()} on .*experiment_name"):
+            with RunFolder(tmp_path).owned():
+                pass
+    with run.owned():
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with RunFolder(tmp_path).owned() as warning:
+        assert "No locks available): make sure that no other run uses it" in warning

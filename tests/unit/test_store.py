@@ -141,3 +141,12 @@ def test_a_full_disk_is_an_error_and_flushed_rows_stay(tmp_path):
             add(store, row)
     with EmbeddingStore(tmp_path) as again:
         check_rows(again, range(10))
+
+
+def test_a_store_is_open_on_one_machine_at_a_time(tmp_path, monkeypatch):
+    """SQLite's write-ahead mode goes wrong between machines, without a word."""
+    with EmbeddingStore(tmp_path), EmbeddingStore(tmp_path):
+        monkeypatch.setattr("verl.utils.locks._boot_id", lambda: "another machine")
+        with pytest.raises(StoreError, match=r"in use on another machine \(pid .* Give this machine another"):
+            EmbeddingStore(tmp_path)
+    EmbeddingStore(tmp_path).close()

@@ -5,6 +5,7 @@
     <run>/global_step_N/                         a complete step; trainer_state.json lists its files
     <run>/.global_step_N.writing                 a step that is being written
     <run>/.global_step_N.removing                one that is being removed
+    <run>/.lock                                  held by the run, and gone with it; names its process
     <run>/set_aside_K/global_step_N              steps after the one that a run resumed from
 
 A process may be killed, or a machine lose power, between any two lines here: a folder that has a step's name is
@@ -14,13 +15,17 @@ complete, and on the disk.
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from verl.checkpoint import model_card
+from verl.errors import UserError
 from verl.utils.files import flush_to_disk, replace_file
+from verl.utils.locks import HeldError, NoLocksError, hold
 
+LOCK = ".lock"
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
@@ -66,17 +71,36 @@ class RunFolder:
     def steps(self) -> list[int]:
         return saved_steps(self.path)
 
+    @contextmanager
+    def owned(self) -> Iterator[str | None]:
+        """Own the folder: two runs in it would move each other's steps aside. Yields a warning, or None.
+
+        Raises:
+            UserError: another run owns it.
+        """
+        with ExitStack() as stack:
+            warning = None
+            try:
+                stack.enter_context(hold(self.path / LOCK))
+            except HeldError as error:
+                raise UserError(
+                    f"{self.path} is in use by another run ({error}). Wait until it has ended, or give this one "
+                    "another trainer.experiment_name or trainer.default_local_dir."
+                ) from None
+            except NoLocksError as error:
+                warning = f"cannot be locked ({error}): make sure that no other run uses it"
+            yield warning
+
     def remove_leftovers(self) -> list[str]:
-        """Remove what a killed run left half written or half removed; return the names."""
-        found = [*self.path.glob(f".{STEP_PREFIX}*.writing"), *self.path.glob(f".{STEP_PREFIX}*.removing")]
-        for folder in found:
-            shutil.rmtree(folder)
-        return sorted(folder.name for folder in found)
+        """Remove what a killed run left half written or half removed; return a line for each, for the log."""
+        found = sorted((*self.path.glob(f".{STEP_PREFIX}*.writing"), *self._half_removed()))
+        return [_delete(folder) or f"removed {folder.name}, which a killed run left unfinished" for folder in found]
 
     def begin(self, step: int) -> Path:
         """An empty folder to write a step in, under a temporary name."""
         folder = self._writing(step)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            self._retire(folder, step)
         folder.mkdir(parents=True)
         return folder
 
@@ -97,7 +121,7 @@ class RunFolder:
         for path in (*_files(written), *_folders(written)):
             flush_to_disk(path)
         if final.exists():
-            self._remove(step)
+            self._retire(final, step)
         written.rename(final)
         flush_to_disk(self.path)
         replace_file(self.path / LATEST, f"{step}\n", durable=True)
@@ -114,12 +138,22 @@ class RunFolder:
         file = self.path / BEST
         return Best(**json.loads(file.read_text())) if file.is_file() else None
 
-    def keep_newest(self, count: int) -> None:
-        """Remove steps, the oldest first, until `count` are left; never the best one."""
+    def keep_newest(self, count: int) -> list[str]:
+        """Remove steps, the oldest first, until `count` are left; never the best one.
+
+        Returns:
+            A line for each that could not be removed, because of a permission or a file that NFS holds open; the next
+            call tries again.
+        """
         best = self.best()
         kept = [step for step in self.steps() if best is None or step != best.step]
+        complaints = [_delete(folder) for folder in self._half_removed()]
         for step in kept[:-count]:
-            self._remove(step)
+            try:
+                complaints.append(self._retire(self.step(step), step))
+            except OSError as error:
+                complaints.append(_not_removed(self.step(step), error))
+        return [complaint for complaint in complaints if complaint]
 
     def set_aside_after(self, step: int) -> Path | None:
         """Move the steps after the one that the run resumes from to another folder; return it, if there are any."""
@@ -174,11 +208,21 @@ class RunFolder:
     def _writing(self, step: int) -> Path:
         return self.path / f".{STEP_PREFIX}{step}.writing"
 
-    def _remove(self, step: int) -> None:
-        """Rename it first: half a step must not have the name of a complete one."""
-        doomed = self.path / f".{STEP_PREFIX}{step}.removing"
-        self.step(step).rename(doomed)
-        shutil.rmtree(doomed)
+    def _half_removed(self) -> list[Path]:
+        return sorted(self.path.glob(f".{STEP_PREFIX}*.removing*"))
+
+    def _retire(self, folder: Path, step: int) -> str | None:
+        """Remove a step's folder; return why some of its files are still there, under a name that is no step's.
+
+        It is renamed first: half a step must not have the name of a complete one.
+
+        Raises:
+            OSError: it could not be renamed.
+        """
+        names = (f".{STEP_PREFIX}{step}.removing{number}" for number in ("", *range(2, 1000)))
+        doomed = next(self.path / name for name in names if not (self.path / name).exists())
+        folder.rename(doomed)
+        return _delete(doomed)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -215,6 +259,19 @@ def find_fault(folder: Path) -> str | None:
         if (found := file.stat().st_size) != size:
             return f"{file} has {found} bytes instead of {size}"
     return None
+
+
+def _delete(folder: Path) -> str | None:
+    """Delete a folder; return a line that says why it could not be."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        return _not_removed(folder, error)
+    return None
+
+
+def _not_removed(folder: Path, error: OSError) -> str:
+    return f"{folder} could not be removed ({error.strerror}: {error.filename}); the next save tries again"
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -32,7 +32,9 @@ class CheckpointSaver:
                 f"{free / 2**30:.1f} GiB free; free some space, or set trainer.default_local_dir to a larger disk."
             )
 
-    def save(self, step: int, write: Callable[[Path], dict[str, Any]], best_value: float | None = None) -> Path:
+    def save(
+        self, step: int, write: Callable[[Path], dict[str, Any]], best_value: float | None = None
+    ) -> tuple[Path, list[str]]:
         """Write a step under a temporary name, then publish it and remove the steps that are not kept.
 
         Args:
@@ -40,19 +42,17 @@ class CheckpointSaver:
             best_value: the step's figure by trainer.save_best, if that is the best so far.
 
         Returns:
-            The step's folder.
+            The step's folder, and a line for each old step that could not be removed.
 
         Raises:
             CheckpointError: it could not be written; the message names the step that the run can resume from.
         """
         try:
             folder = self.run.publish(step, write(self.run.begin(step)), best_value)
-            if self._keep:
-                self.run.keep_newest(self._keep)
         except (OSError, WorkerError) as error:
             raise self._failure(step, error) from error
         self.saved_step = step
-        return folder
+        return folder, self.run.keep_newest(self._keep) if self._keep else []
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.run.path).free

@@ -2,7 +2,7 @@
 
 The store is an SQLite database in write-ahead mode. Processes of one machine may share it, also while they write; a
 `kill -9` at any moment leaves it intact and loses at most what was added since the last flush. SQLite's write-ahead
-mode does not work on a file system that several machines share: give each machine a store of its own.
+mode does not work between machines that share a file system, so a store is open on one machine at a time.
 
 A row is found by a key: the hash of everything that decides its content. A rationale's key covers weights, sampling and
 the ids of the rendered prompt (which hold system prompt, template, role and text); a vector's key covers the
@@ -21,8 +21,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from verl.encoder.record import Rationale
+from verl.utils.locks import HeldError, NoLocksError, share_on_this_machine
 
 FILE_NAME = "store.sqlite"
+LOCK = "store.lock"
 FLUSH_ROWS = 1000
 FLUSH_SECONDS = 5.0
 _VERSION = 1
@@ -57,7 +59,8 @@ class EmbeddingStore:
         folder: created when it does not exist.
 
     Raises:
-        StoreError: the folder or its database cannot be opened, or another version of the store wrote it.
+        StoreError: the folder or its database cannot be opened, another machine uses it, or another version of the
+            store wrote it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,9 +70,15 @@ class EmbeddingStore:
         self._flushed_at = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = share_on_this_machine(folder / LOCK)
             self._database = sqlite3.connect(self.file, timeout=_BUSY_SECONDS, isolation_level=None)
             self._prepare()
-        except (OSError, sqlite3.Error) as error:
+        except HeldError as error:
+            raise StoreError(
+                f"the store {self.file} is in use on another machine ({error}); only processes of one machine can "
+                "share a store. Give this machine another folder, or wait"
+            ) from None
+        except (OSError, NoLocksError, sqlite3.Error) as error:
             raise self._explained(error) from error
 
     def open_context(self, description: Mapping[str, Any]) -> bytes:
@@ -140,6 +149,7 @@ class EmbeddingStore:
     def close(self) -> None:
         self.flush()
         self._database.close()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self

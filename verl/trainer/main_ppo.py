@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: RunConfig) -> None:
     """Train: prepare, cluster, workers, fit."""
-    prepared = prepare_run(config)
-    with StopSignals() as signals, cluster(prepared, signals), worker_group(prepared) as workers:
+    with (
+        prepare_run(config) as prepared, StopSignals() as signals, cluster(prepared, signals),
+        worker_group(prepared) as workers,
+    ):  # fmt: skip
         trainer = RayPPOTrainer(prepared, workers, signals)
         trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", prepared.lines())
         trainer.fit()

@@ -31,6 +31,8 @@ class TrainingRun:
     """None when the config does not validate."""
     reward_manager: RewardManager
     folder: RunFolder
+    """Owned by this run."""
+    folder_warning: str | None
     resume: ResumePoint | None
     """The checkpoint to resume from; None for a new run."""
     device: str
@@ -43,14 +45,17 @@ class TrainingRun:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
         lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        if self.folder_warning:
+            lines.append(("run folder", self.folder_warning))
         if engine == "vllm" and self.device == "cpu":
             lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
             lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
         return lines
 
 
-def prepare_run(config: RunConfig) -> TrainingRun:
-    """Build the parts of a run, and check the config against data, model, machine and run folder.
+@contextmanager
+def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
+    """Build the parts of a run, check the config against data, model and machine, and own the run folder meanwhile.
 
     Raises:
         UserError: something given cannot work.
@@ -75,11 +80,13 @@ def prepare_run(config: RunConfig) -> TrainingRun:
     plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, workers_per_node * config.trainer.nnodes)
     with _for_the_user(CheckpointError):
         folder = RunFolder(config.run_dir.absolute())
-        resume = find_resume(config, folder, dataset.sha256)
-    return TrainingRun(
-        config, plan, dataset, collate, validation, reward_manager, folder, resume, device, workers_per_node,
-        engine_reason,
-    )  # fmt: skip
+    with folder.owned() as warning:
+        with _for_the_user(CheckpointError):
+            resume = find_resume(config, folder, dataset.sha256)
+        yield TrainingRun(
+            config, plan, dataset, collate, validation, reward_manager, folder, warning, resume, device,
+            workers_per_node, engine_reason,
+        )  # fmt: skip
 
 
 def build_collate(

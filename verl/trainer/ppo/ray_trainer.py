@@ -103,8 +103,8 @@ class RayPPOTrainer:
     def start(self) -> None:
         """Load the models, and the checkpoint that the run resumes from."""
         self.display.start()
-        for name in self.run.folder.remove_leftovers():
-            self.display.say(f"removed {name}, which a killed run left unfinished")
+        for line in self.run.folder.remove_leftovers():
+            self.display.say(line)
         facts = self.workers.init_model()
         self.display.say(
             f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters, "
@@ -271,10 +271,11 @@ class RayPPOTrainer:
             CheckpointError: it could not be written; the run's other checkpoints are as they were.
         """
         with self.phase("save"):
-            folder = self.saver.save(step, partial(self.write_checkpoint, step), best_value)
+            folder, complaints = self.saver.save(step, partial(self.write_checkpoint, step), best_value)
         seconds = self.seconds.pop("save")
         self.tracking.log({"time/save_s": seconds}, step)
-        self.display.say(f"saved {folder} in {seconds:.1f} s")
+        for line in (f"saved {folder} in {seconds:.1f} s", *complaints):
+            self.display.say(line)
 
     def write_checkpoint(self, step: int, folder: Path) -> dict[str, Any]:
         """Write everything of a step but the trainer's own state, which is returned."""
