@@ -22,14 +22,24 @@ _SAME_RUN = (
     "data.seed",
 )
 # These say how and from where to resume, not what is trained.
-_NOT_COMPARED = ("trainer.resume_mode", "trainer.resume_from_path", "trainer.resume_force")
+_NOT_COMPARED = (
+    "trainer.resume_mode",
+    "trainer.resume_from_path",
+    "trainer.resume_force",
+    "trainer.val_before_train",
+)
+# What a run has found out for itself, and the settings that it holds for: with another value of one it starts anew.
+_HOLDS_FOR = {
+    "kl_coef": ("algorithm.kl_ctrl.type", "algorithm.kl_ctrl.kl_coef"),
+    "first_probs_diff": ("actor_rollout_ref.rollout.name", "actor_rollout_ref.rollout.dtype"),
+}
 
 
 @dataclass(frozen=True)
 class ResumePoint:
     folder: Path
     state: dict[str, Any]
-    """Its trainer_state.json."""
+    """Its trainer_state.json, without what does not hold under the present settings."""
     notes: list[str]
     """For the log: checkpoints that were skipped, and settings that changed."""
 
@@ -54,8 +64,10 @@ def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePo
     else:
         folder, skipped = _given_folder(config), []
     state = read_state(folder)
-    notes = [f"skipped: {reason}" for reason in skipped]
-    return ResumePoint(folder, state, notes + _compare(state, config, data_sha256, folder))
+    changed = _changes(state["config"], config.model_dump(mode="json"))
+    notes = [f"skipped: {reason}" for reason in skipped] + _compare(changed, state, config, data_sha256, folder)
+    held = {name: value for name, value in state.items() if changed.keys().isdisjoint(_HOLDS_FOR.get(name, ()))}
+    return ResumePoint(folder, held, notes)
 
 
 def _given_folder(config: RunConfig) -> Path:
@@ -69,20 +81,28 @@ def _given_folder(config: RunConfig) -> Path:
     return folder
 
 
-def _compare(state: dict[str, Any], config: RunConfig, data_sha256: str, folder: Path) -> list[str]:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """A line for each setting with another value than before, by its dotted key."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return {
+        key: f"{key}: {old[key]!r} before, {new[key]!r} now"
+        # A key that only one version of the program has was not changed by anybody.
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key] and key not in _NOT_COMPARED
+    }
+
+
+def _compare(
+    changed: dict[str, str], state: dict[str, Any], config: RunConfig, data_sha256: str, folder: Path
+) -> list[str]:
     """A line for every setting that changed since the checkpoint was written.
 
     Raises:
         UserError: with one of the changes it is another run, and trainer.resume_force is not set.
     """
-    before, now = (dict(_leaves(values)) for values in (state["config"], config.model_dump(mode="json")))
-    changed = {
-        key: f"{key}: {before[key]!r} before, {now[key]!r} now"
-        # A key that only one version of the program has was not changed by anybody.
-        for key in sorted(before.keys() & now.keys())
-        if before[key] != now[key] and key not in _NOT_COMPARED
-    }
-    other_run = [line for key, line in changed.items() if key.startswith(_SAME_RUN)]
+    other_run = [
+        line for key, line in changed.items() if any(key == one or key.startswith(f"{one}.") for one in _SAME_RUN)
+    ]
     if state["data_sha256"] != data_sha256:
         other_run.append(f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)")
     if other_run and not config.trainer.resume_force:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
@@ -32,7 +32,7 @@ def checkpoint_bytes(num_parameters: int, dtype: torch.dtype | None) -> int:
 
 
 def save_training_state(
-    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int
 ) -> None:
     """Write weights, optimizer, schedule and RNG; all ranks call it with the same folder.
 
@@ -51,9 +51,12 @@ def save_training_state(
 
 
 def load_training_state(
-    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int
 ) -> None:
     """Load what `save_training_state` wrote, on any number of ranks.
+
+    What was learned and counted is the checkpoint's; learning rate, its schedule, betas and weight decay stay those that
+    `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect.
 
     Raises:
         DcpError: a file is damaged or could run code.
@@ -64,11 +67,16 @@ def load_training_state(
         dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
     except CheckpointException as error:
         raise _cause(error) from error
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     own = folder / f"extra_rank_{rank}.pt"
     # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
-    scheduler.load_state_dict(extra["scheduler"])
+    scheduler.load_state_dict({**extra["scheduler"], "base_lrs": scheduler.base_lrs})
+    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, configured, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(configured, lr=rate)
+    scheduler._last_lr = rates
     if own.is_file():
         torch.set_rng_state(extra["rng"])
 

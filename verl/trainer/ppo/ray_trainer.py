@@ -134,6 +134,11 @@ class RayPPOTrainer:
         self.display.say(f"resumed from {point.folder} in {seconds:.1f} s: {self.first_step} steps done")
         for note in point.notes:
             self.display.say(f"  {note}")
+        if self.first_step >= self.plan.total_steps:
+            self.display.say(
+                f"nothing left to train: the run has {self.plan.total_steps} steps (trainer.total_training_steps, or "
+                "trainer.total_epochs); raise it to go on"
+            )
 
     def stop(self) -> None:
         self.display.stop()
