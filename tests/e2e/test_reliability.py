@@ -126,6 +126,26 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path, tiny_folder, t
     assert left_after(mark) == []
 
 
+def test_a_reward_that_is_no_number_ends_the_run_and_loses_no_step(tmp_path, tiny_folder, triplets):
+    function = tmp_path / "scores.py"
+    function.write_text(
+        "calls = []\n"
+        "def compute_score(solution_str, **rest):\n"
+        "    calls.append(1)\n"
+        "    return float('nan') if len(calls) == 30 else float(len(solution_str))\n"
+    )
+    run_dir = tmp_path / "run"
+    done = train_here(
+        *recipe(tiny_folder, triplets, run_dir), "reward_model.reward_manager=naive", "~reward_model.reward_kwargs",
+        f"custom_reward_function.path={function}", "trainer.total_training_steps=5",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search("the score function compute_score returned nan for sample .* rationale '", message(done.stderr))
+    # Four samples with three rationales a step: the 30th is one of step 3.
+    assert "the same command resumes from step 2" in done.stdout
+    assert (run_dir / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+
+
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
     mark = "GRACE_HANG"
     process = start_main_ppo(

@@ -1,8 +1,10 @@
 """The reward manager `naive`, its rules, and loading a manager or a score function from a user's file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from verl.config_checks import build_config
 from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.workers.reward_manager import load_reward_manager
+from verl.workers.reward_manager.base import RewardOutput
+from verl.workers.reward_manager.checked import CheckedRewardManager, RewardError
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.reward_manager.naive import NaiveRewardManager, default_compute_score, exact_match, gsm8k
 
@@ -82,6 +86,8 @@ def make_rows(cases: list[tuple[str, str, str]]) -> DataProto:
             "reward_model": [{"style": "rule", "ground_truth": c[2]} for c in cases],
             "extra_info": [{"index": i} for i in range(len(cases))],
             "role": ["positive"] * len(cases),
+            "uid": list(range(len(cases))),
+            "text": [f"text {i}" for i in range(len(cases))],
         },
     )
 
@@ -117,6 +123,82 @@ def test_dict_results_become_scores_metrics_and_columns() -> None:
         "known": [1.0, 0.0, 1.0, 1.0],
     }
     assert out.metrics == pytest.approx({"length": 3.75, "known": 0.75}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("results", "complaint"),
+    [
+        ([1.0, "0.5"], "returned '0.5' for sample 1, text 'text 1', rationale 'Rome'; return a finite number"),
+        ([1.0, math.nan], "returned nan for sample 1"),
+        ([1.0, math.inf], "returned inf for sample 1"),
+        ([1.0, None], "returned None for sample 1"),
+        ([1.0, [1.0, 2.0]], r"returned \[1.0, 2.0\] for sample 1"),
+        ([{"score": 1}, {"acc": 1}], "returned {'acc': 1} for sample 1"),
+        ([{"score": 1}, {"score": 1, "why": "good"}], "returned .*'why': 'good'} for sample 1"),
+        (
+            [{"score": 1, "acc": 1}, {"score": 1}],
+            r"returned the keys \['score'\] for sample 1.*, and \['acc', 'score'\]",
+        ),
+        ([{"score": 1}, 1.0, {"score": 1, "acc": 1}], r"returned the keys \['acc', 'score'\] for sample 2"),
+        ([1.0, ZeroDivisionError("no such unit")], "(?s)Traceback.*compute failed for sample 1.*: no such unit"),
+    ],
+)
+def test_a_score_that_is_none_names_the_row_and_the_function(results: list[Any], complaint: str) -> None:
+    def compute(extra_info: Any, **_: Any) -> Any:
+        result = results[extra_info["index"]]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    with pytest.raises(RewardError, match=complaint) as refused:
+        NaiveRewardManager(compute)(make_rows(CASES[: len(results)]))
+    assert "the score function compute" in str(refused.value)
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    results = [True, np.float32(0.5), torch.tensor(0.25), np.int64(3)]
+    out = NaiveRewardManager(lambda extra_info, **_: results[extra_info["index"]])(make_rows(CASES))
+    assert out.scores.tolist() == [1.0, 0.5, 0.25, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [
+        (torch.zeros(4), "returned Tensor; return a RewardOutput"),
+        ({"reward_tensor": torch.zeros(4)}, "returned dict; return a RewardOutput"),
+        (RewardOutput([0.0] * 4), r"scores is list; give a torch tensor \[4\]"),
+        (RewardOutput(torch.zeros(4, 1)), r"scores has the shape \[4, 1\]; give one value for each of the 4 trained"),
+        (RewardOutput(torch.zeros(5)), r"scores has the shape \[5\]"),
+        (RewardOutput(torch.zeros(4, dtype=torch.float64)), "scores are torch.float64; return float32"),
+        (RewardOutput(torch.zeros(4, dtype=torch.int64)), "scores are torch.int64; return float32"),
+        (RewardOutput(torch.zeros(4, device="meta")), "scores is on meta; give it on the CPU"),
+        (
+            RewardOutput(torch.tensor([0.0, 1.0, math.nan, -math.inf])),
+            "2 of 4 scores are not finite, the first is nan for sample 2, text 'text 2', rationale 'so 6'",
+        ),
+        (RewardOutput(torch.zeros(4), columns={"gap": torch.zeros(3)}), r"columns\['gap'\] has the shape \[3\]"),
+        (RewardOutput(torch.zeros(4), metrics={"note": "good"}), r"metrics\['note'\] is 'good'; give a Python number"),
+    ],
+)
+def test_what_a_manager_returns_is_checked_at_the_door(output: Any, complaint: str) -> None:
+    with pytest.raises(RewardError, match=rf"reward_model.reward_manager=mine.*{complaint}"):
+        CheckedRewardManager(Returning(output), "mine")(make_rows(CASES))
+
+
+class Returning:
+    needs_embeddings = False
+    exclude_system_prompt = True
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, rows: DataProto) -> Any:
+        return self.output
+
+
+def test_an_error_inside_a_manager_names_it_after_its_traceback() -> None:
+    with pytest.raises(RewardError, match=r"(?s)Traceback.*reward_model.reward_manager=mine failed: .*rows lack"):
+        CheckedRewardManager(HiddenRewardManager(), "mine")(make_rows(CASES))
 
 
 USER_FILE = """
@@ -166,7 +248,7 @@ def run_config(tmp_path: Path, manager: str, kwargs: dict[str, Any] | None = Non
 
 
 def test_hidden_is_built_with_its_arguments(tmp_path: Path) -> None:
-    manager = load_reward_manager(run_config(tmp_path, "hidden", {"temperature": 0.1, "with_scale": False}))
+    manager = load_reward_manager(run_config(tmp_path, "hidden", {"temperature": 0.1, "with_scale": False})).manager
     assert isinstance(manager, HiddenRewardManager)
     assert (manager.config.temperature, manager.config.with_scale, manager.config.cross_group_weight) == (
         0.1,

@@ -55,8 +55,8 @@ def load_training_state(
 ) -> None:
     """Load what `save_training_state` wrote, on any number of ranks.
 
-    What was learned and counted is the checkpoint's; learning rate, its schedule, betas and weight decay stay those that
-    `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect.
+    What was learned and counted is the checkpoint's. Learning rate, its schedule, betas and weight decay stay those
+    that `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect.
 
     Raises:
         DcpError: a file is damaged or could run code.
@@ -73,7 +73,8 @@ def load_training_state(
     # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
     scheduler.load_state_dict({**extra["scheduler"], "base_lrs": scheduler.base_lrs})
-    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, configured, rate in zip(optimizer.param_groups, settings, rates, strict=True):
         group.update(configured, lr=rate)
     scheduler._last_lr = rates

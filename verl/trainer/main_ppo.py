@@ -31,6 +31,7 @@ from verl.trainer.signals import Interrupted, StopSignals
 from verl.utils.logging import quiet_libraries
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
+from verl.workers.reward_manager.checked import RewardError
 
 EXIT_USER_ERROR = 2
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, HydraException) as error:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return EXIT_USER_ERROR
-    except (WorkerError, StaleEngineError, CheckpointError) as error:
+    except (WorkerError, StaleEngineError, CheckpointError, RewardError) as error:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return 1
     except Interrupted as interrupted:

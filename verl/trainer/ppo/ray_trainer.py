@@ -32,6 +32,7 @@ from verl.trainer.tracking import Tracking
 from verl.utils.versions import installed_versions
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardOutput
+from verl.workers.reward_manager.checked import RewardError
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
 _BEFORE_THE_UPDATE = ("sync", "gen", "score", "val")
@@ -71,7 +72,7 @@ class RayPPOTrainer:
 
     def fit(self) -> None:
         """Train from the first step to the last."""
-        with self.saving_when_interrupted():
+        with self.saving_when_stopped():
             self.start()
             for step, prompts in self.steps():
                 with self.phase("sync"):
@@ -159,11 +160,14 @@ class RayPPOTrainer:
         self.seconds[name] = time.perf_counter() - start
 
     @contextmanager
-    def saving_when_interrupted(self) -> Iterator[None]:
-        """Save the last finished step when the run is asked to stop; what has begun of the next one is dropped."""
+    def saving_when_stopped(self) -> Iterator[None]:
+        """Save the last finished step when the run is asked to stop, or cannot reward; what has begun is dropped.
+
+        In both cases the workers are well, and their weights those of the last finished step.
+        """
         try:
             yield
-        except Interrupted:
+        except (Interrupted, RewardError):
             if self.done_step > self.saver.saved_step:
                 self.save(self.done_step)
             self.display.say(f"stopped; the same command resumes from step {self.saver.saved_step}")

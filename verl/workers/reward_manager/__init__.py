@@ -9,6 +9,7 @@ from typing import Any
 from verl.config import RunConfig
 from verl.errors import UserError
 from verl.workers.reward_manager.base import RewardManager
+from verl.workers.reward_manager.checked import CheckedRewardManager
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.reward_manager.naive import NaiveRewardManager, default_compute_score
 
@@ -16,7 +17,7 @@ REWARD_MANAGERS: dict[str, Any] = {"hidden": HiddenRewardManager, "naive": Naive
 
 
 def load_reward_manager(config: RunConfig) -> RewardManager:
-    """Build the reward manager of a run.
+    """Build the reward manager of a run; what it returns is checked.
 
     Raises:
         UserError: unknown name, a file or a name in it that is not there, or arguments it does not take.
@@ -43,7 +44,7 @@ def load_reward_manager(config: RunConfig) -> RewardManager:
             raise UserError(
                 f"reward_model.reward_manager={name} lacks the attribute {attribute}; see examples/custom_reward.py."
             )
-    return manager
+    return CheckedRewardManager(manager, name)
 
 
 def load_from_file(path: str, name: str, key: str) -> Any:

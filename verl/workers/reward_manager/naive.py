@@ -3,6 +3,7 @@
 It makes the trainer usable for anything whose answer can be checked; no embedding is computed.
 """
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from verl.protocol import DataProto
 from verl.utils.answers import extract
 from verl.workers.reward_manager.base import RewardOutput
+from verl.workers.reward_manager.checked import RewardError, describe_row, finite_number
 
 ScoreFn = Callable[..., float | dict[str, float]]
 
@@ -62,17 +64,46 @@ class NaiveRewardManager:
         self.compute_score = compute_score
 
     def __call__(self, rows: DataProto) -> RewardOutput:
+        """Reward each row.
+
+        Raises:
+            RewardError: the function raised, or returned something else than what it may.
+        """
+        parts = [self._parts(rows, i) for i in range(len(rows))]
+        for i, part in enumerate(parts):
+            if part.keys() != parts[0].keys():
+                raise RewardError(
+                    f"{self._name} returned the keys {sorted(part)} for {describe_row(rows, i)}, and "
+                    f"{sorted(parts[0])} for {describe_row(rows, 0)}; return the same keys for every row."
+                )
+        tensors = {name: torch.tensor([part[name] for part in parts]) for name in parts[0]}
+        scores = tensors.pop("score")
+        return RewardOutput(scores, {name: float(t.mean()) for name, t in tensors.items()}, tensors)
+
+    @property
+    def _name(self) -> str:
+        function = getattr(self.compute_score, "func", self.compute_score)
+        return f"the score function {getattr(function, '__name__', function)!s}"
+
+    def _parts(self, rows: DataProto, i: int) -> dict[str, float]:
+        """`score` and the other numbers of one row."""
         columns = rows.non_tensor_batch
-        results = [
-            self.compute_score(
+        try:
+            result = self.compute_score(
                 data_source=columns["data_source"][i],
                 solution_str=columns["rationale"][i],
                 ground_truth=columns["reward_model"][i]["ground_truth"],
                 extra_info=columns["extra_info"][i],
             )
-            for i in range(len(rows))
-        ]
-        parts = [r if isinstance(r, dict) else {"score": r} for r in results]
-        tensors = {name: torch.tensor([float(p[name]) for p in parts]) for name in parts[0]}
-        scores = tensors.pop("score")
-        return RewardOutput(scores, {name: float(t.mean()) for name, t in tensors.items()}, tensors)
+        except Exception as error:
+            raise RewardError(
+                f"{traceback.format_exc()}\n{self._name} failed for {describe_row(rows, i)}: {error}"
+            ) from error
+        parts = result if isinstance(result, dict) else {"score": result}
+        numbers = {name: finite_number(value) for name, value in parts.items()}
+        if "score" not in numbers or None in numbers.values():
+            raise RewardError(
+                f"{self._name} returned {result!r} for {describe_row(rows, i)}; return a finite number, or a dict of "
+                "them with 'score'."
+            )
+        return {name: value for name, value in numbers.items() if value is not None}

@@ -1,0 +1,96 @@
+"""What a reward manager returns is checked before it is used: a wrong reward would train without a word."""
+
+import math
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl.protocol import DataProto, is_trained
+from verl.workers.reward_manager.base import RewardManager, RewardOutput
+
+_SHOWN = 200
+
+
+class RewardError(RuntimeError):
+    """A reward manager failed or returned something that cannot be a reward; the message names manager and row."""
+
+
+class CheckedRewardManager:
+    """A reward manager whose output has the form that `RewardOutput` describes, or is refused.
+
+    Args:
+        name: the manager's, as the configuration has it.
+    """
+
+    def __init__(self, manager: RewardManager, name: str) -> None:
+        self.manager, self.name = manager, name
+        self.needs_embeddings = manager.needs_embeddings
+        self.exclude_system_prompt = manager.exclude_system_prompt
+
+    def __call__(self, rows: DataProto) -> RewardOutput:
+        """Reward the trained rows.
+
+        Raises:
+            RewardError: the manager raised, or its output has a wrong type, shape, dtype or a value that is not finite.
+        """
+        try:
+            output = self.manager(rows)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"{traceback.format_exc()}\n{self._who} failed: {error}") from error
+        if not isinstance(output, RewardOutput):
+            raise RewardError(f"{self._who} returned {type(output).__name__}; return a RewardOutput(scores).")
+        trained = rows[is_trained(rows)]
+        self._check_scores(output.scores, trained)
+        for name, column in output.columns.items():
+            self._check_tensor(f"columns[{name!r}]", column, len(trained))
+        for name, value in output.metrics.items():
+            if not isinstance(value, int | float):
+                raise RewardError(f"{self._who}: metrics[{name!r}] is {value!r}; give a Python number.")
+        return output
+
+    @property
+    def _who(self) -> str:
+        return f"reward_model.reward_manager={self.name}"
+
+    def _check_scores(self, scores: Any, trained: DataProto) -> None:
+        self._check_tensor("scores", scores, len(trained))
+        if scores.dtype != torch.float32:
+            raise RewardError(f"{self._who}: scores are {scores.dtype}; return float32 (scores.float()).")
+        wrong = (~scores.isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            raise RewardError(
+                f"{self._who}: {len(wrong)} of {len(scores)} scores are not finite, the first is "
+                f"{float(scores[wrong[0]])} for {describe_row(trained, wrong[0])}"
+            )
+
+    def _check_tensor(self, what: str, value: Any, count: int) -> None:
+        if not isinstance(value, Tensor):
+            raise RewardError(f"{self._who}: {what} is {type(value).__name__}; give a torch tensor [{count}].")
+        if value.shape != (count,):
+            raise RewardError(
+                f"{self._who}: {what} has the shape {list(value.shape)}; give one value for each of the {count} "
+                "trained rows (role positive), in their order."
+            )
+        if value.device.type != "cpu":
+            raise RewardError(f"{self._who}: {what} is on {value.device}; give it on the CPU ({what}.cpu()).")
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of any kind as a float; None if it is something else (a string too), or not finite."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def describe_row(rows: DataProto, index: int) -> str:
+    """A row by its sample, text and rationale, for a message."""
+    uid, text, rationale = (rows.non_tensor_batch[name][index] for name in ("uid", "text", "rationale"))
+    return f"sample {uid}, text {text[:_SHOWN]!r}, rationale {rationale[:_SHOWN]!r}"
