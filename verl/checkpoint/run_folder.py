@@ -6,7 +6,7 @@
     <run>/.global_step_N.writing                 a step that is being written
     <run>/.global_step_N.removing                one that is being removed
     <run>/.lock                                  held by the run, and gone with it; names its process
-    <run>/set_aside_K/global_step_N              steps after the one that a run resumed from
+    <run>/set_aside_K/                           steps after the one that a run resumed from; all of a run before
 
 A process may be killed, or a machine lose power, between any two lines here: a folder that has a step's name is
 complete, and on the disk.
@@ -155,20 +155,26 @@ class RunFolder:
                 complaints.append(_not_removed(self.step(step), error))
         return [complaint for complaint in complaints if complaint]
 
-    def set_aside_after(self, step: int) -> Path | None:
-        """Move the steps after the one that the run resumes from to another folder; return it, if there are any."""
+    def set_aside_after(self, step: int, also: Iterable[str] = ()) -> Path | None:
+        """Move the steps after the one that the run goes on from to another folder; return it, if there is anything.
+
+        Args:
+            also: names in the run's folder that are moved with them, where they exist.
+        """
         if (best := self.best()) and best.step > step:
             (self.path / BEST).unlink()
-        later = [found for found in self.steps() if found > step]
-        if not later:
+        later = [self.step(found) for found in self.steps() if found > step]
+        moved = later + [self.path / name for name in also if (self.path / name).exists()]
+        if not moved:
             return None
-        # First: a run that is killed now resumes from the same step again.
-        replace_file(self.path / LATEST, f"{step}\n", durable=True)
+        if later:
+            # First: a run that is killed now resumes from the same step again.
+            replace_file(self.path / LATEST, f"{step}\n", durable=True)
         number = 1 + max((int(p.name.rsplit("_", 1)[1]) for p in self.path.glob("set_aside_*")), default=0)
         aside = self.path / f"set_aside_{number}"
         aside.mkdir()
-        for found in later:
-            self.step(found).rename(aside / self.step(found).name)
+        for path in moved:
+            path.rename(aside / path.name)
         return aside
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:

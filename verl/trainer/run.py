@@ -15,6 +15,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
+from verl.trainer.tracking import check_packages
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.base import RewardManager
 from verl.workers.rollout.choose import choose_engine
@@ -60,6 +61,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
     Raises:
         UserError: something given cannot work.
     """
+    check_packages(config.trainer.logger)
     device, workers_per_node = find_devices(config)
     engine, engine_reason = choose_engine(config.actor_rollout_ref.rollout.name)
     config = config.with_engine(engine)

@@ -28,7 +28,7 @@ from verl.trainer.ppo.step_rows import add_advantages, assign_mini_batches, expa
 from verl.trainer.ppo.validation import is_better
 from verl.trainer.run import TrainingRun
 from verl.trainer.signals import Interrupted, StopSignals
-from verl.trainer.tracking import Tracking
+from verl.trainer.tracking import LOGGED, Tracking
 from verl.utils.versions import installed_versions
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardOutput
@@ -60,11 +60,12 @@ class RayPPOTrainer:
             state.get("kl_coef", kl.kl_coef), kl.type == "adaptive", kl.target_kl, kl.horizon
         )
         self.mismatch_guard = MismatchGuard(state.get("first_probs_diff"))
+        self.run_ids: dict[str, str] = state["run_ids"]
+        self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger)
         self.tracking = Tracking(
             self.config.run_dir, list(trainer.logger), trainer.project_name, trainer.experiment_name,
-            self.config.model_dump(), state["run_ids"],
+            self.config.model_dump(), self.display.say,
         )  # fmt: skip
-        self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger)
         self.seconds: dict[str, float] = {}
         """Of the phases of the current step."""
         self.step_seconds: float | None = None
@@ -116,21 +117,19 @@ class RayPPOTrainer:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:
             self.resume(self.run.resume)
-        else:
-            self.tracking.start_over()
-        if aside := self.run.folder.set_aside_after(self.first_step):
-            self.display.say(f"checkpoints after step {self.first_step} were moved to {aside}")
+        if aside := self.run.folder.set_aside_after(self.first_step, also=() if self.run.resume else LOGGED):
+            self.display.say(f"what an earlier run left after step {self.first_step} was moved to {aside}")
+        self.tracking.begin(self.first_step, self.run_ids)
         if self.config.trainer.val_before_train and not self.run.resume:
             self.validate(0)
 
     def resume(self, point: ResumePoint) -> None:
-        """Load a checkpoint into the workers, and drop what was logged after it."""
+        """Load a checkpoint into the workers."""
         with self.phase("resume"):
             self.workers.load_checkpoint(point.folder)
         if point.folder == self.run.folder.step(self.first_step):
             # The earlier run may have been killed between publishing this step and marking it as the best.
             self.run.folder.mark_best(self.first_step)
-        self.tracking.forget_after(self.first_step)
         seconds = self.seconds.pop("resume")
         self.display.say(f"resumed from {point.folder} in {seconds:.1f} s: {self.first_step} steps done")
         for note in point.notes:
