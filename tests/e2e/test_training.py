@@ -11,6 +11,7 @@ import torch
 from runs import (
     MEASURED,
     main_ppo,
+    message,
     numbers,
     prepare,
     read_metrics,
@@ -162,10 +163,11 @@ def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
 
 
 def test_workers_on_ray_compute_what_one_in_this_process_does(tmp_path, whole_run, tiny_folder, triplets):
+    """Data workers too, beside the threads that tokenizers and Ray have in the driver."""
     run_dir = tmp_path / "run"
     done = main_ppo(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3", GOLDEN_LR,
-        "trainer.test_freq=5", "trainer.val_before_train=True",
+        "trainer.test_freq=5", "trainer.val_before_train=True", "data.dataloader_num_workers=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert numbers(run_dir) == numbers(whole_run)
@@ -229,6 +231,8 @@ def test_an_exception_in_a_reward_ends_the_run_with_its_own_traceback(tmp_path, 
         "    def __call__(self, rows):\n        raise ZeroDivisionError('the reward is broken')\n"
     )
     overrides = [o for o in recipe(tiny_folder, triplets, tmp_path / "run") if "reward_kwargs" not in o]
-    with pytest.raises(ZeroDivisionError, match="the reward is broken"):
-        train_here(*overrides, f"reward_model.reward_manager={reward}:Broken")
+    done = train_here(*overrides, f"reward_model.reward_manager={reward}:Broken")
+    assert done.returncode == 1
+    assert "in __call__\n    raise ZeroDivisionError('the reward is broken')" in done.stderr
+    assert "broken.py:Broken failed: the reward is broken" in message(done.stderr)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

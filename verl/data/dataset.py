@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from verl.config import DataConfig
 from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
 from verl.embedding.settings import EmbedderSettings
-from verl.errors import UserError
+from verl.errors import UserError, WorkerError
 from verl.protocol import DataProto, left_padded
 from verl.utils.files import sha256_of_all
 
@@ -156,8 +156,30 @@ class PromptCollator:
         return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
 
 
-def prompt_loader(
-    dataset: PromptDataset, batches: StepBatches, collate: PromptCollator, num_workers: int
-) -> DataLoader:
-    """The prompt rows of each step."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
+def prompt_batches(
+    dataset: PromptDataset, batches: StepBatches, collate: PromptCollator, num_workers: int, timeout_s: int
+) -> Iterator[DataProto]:
+    """The prompt rows of each step.
+
+    Args:
+        num_workers: processes that prepare them; 0 = none but this one.
+        timeout_s: longest time without a batch from them; 0 = no limit.
+
+    Raises:
+        WorkerError: one of the processes died, or none gave a batch in time.
+    """
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+        timeout=timeout_s if num_workers else 0,
+        # A fork of this process would wait for ever for locks of threads that it does not have, as tokenizers' are.
+        multiprocessing_context="spawn" if num_workers else None,
+    )  # fmt: skip
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not num_workers:
+            raise
+        raise WorkerError(
+            f"the processes of data.dataloader_num_workers={num_workers} gave no batch ({error}). With 0 the driver "
+            "prepares the batches itself, which takes milliseconds a step."
+        ) from error

@@ -97,7 +97,7 @@ class WandbTracker:
 
 
 class TensorboardTracker:
-    run_id = None
+    run_id: str | None = None
 
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -6,7 +6,7 @@ Shapes: N rows of a step, B trained rows among them, R response tokens.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from verl.algorithm.loss import KlController
 from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.resume import ResumePoint
 from verl.checkpoint.saver import CheckpointSaver
-from verl.data.dataset import StepBatches, prompt_loader
+from verl.data.dataset import StepBatches, prompt_batches
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
 from verl.trainer.display import RunDisplay
@@ -29,13 +29,16 @@ from verl.trainer.ppo.validation import is_better
 from verl.trainer.run import TrainingRun
 from verl.trainer.signals import Interrupted, StopSignals
 from verl.trainer.tracking import LOGGED, Tracking
+from verl.trainer.watchdog import watch
 from verl.utils.versions import installed_versions
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardOutput
 from verl.workers.reward_manager.checked import RewardError
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
-_BEFORE_THE_UPDATE = ("sync", "gen", "score", "val")
+_BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val")
+# In these the driver calls no worker.
+_IN_THE_DRIVER = ("data", "reward")
 
 
 class RayPPOTrainer:
@@ -155,7 +158,8 @@ class RayPPOTrainer:
             self.signals.check()
         self.workers.enter_phase(name)
         start = time.perf_counter()
-        yield
+        with watch(name, self.config.trainer.phase_timeout_s) if name in _IN_THE_DRIVER else nullcontext():
+            yield
         self.seconds[name] = time.perf_counter() - start
 
     @contextmanager
@@ -175,13 +179,17 @@ class RayPPOTrainer:
 
     def steps(self) -> Iterator[tuple[int, DataProto]]:
         """The number and the prompt rows of every remaining step."""
-        data = self.config.data
-        batches = StepBatches(
-            len(self.run.dataset), data.train_batch_size, self.first_step, self.plan.total_steps,
-            data.seed if data.shuffle else None,
-        )  # fmt: skip
-        loader = prompt_loader(self.run.dataset, batches, self.run.collate, data.dataloader_num_workers)
-        return enumerate(loader, start=self.first_step + 1)
+        data, total = self.config.data, self.plan.total_steps
+        order = StepBatches(
+            len(self.run.dataset), data.train_batch_size, self.first_step, total, data.seed if data.shuffle else None
+        )
+        batches = prompt_batches(
+            self.run.dataset, order, self.run.collate, data.dataloader_num_workers, self.config.trainer.phase_timeout_s
+        )
+        for step in range(self.first_step + 1, total + 1):
+            with self.phase("data"):
+                prompts = next(batches)
+            yield step, prompts
 
     def generate(self, rows: DataProto, step: int) -> DataProto:
         """Add a rationale to every row: all roles in one engine call."""
