@@ -16,11 +16,15 @@ quickstart: $(READY)
 	@echo "quickstart: model, data, 8 training steps, evaluation before and after (README.md says how long it takes)"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
+# Two processes: a test mostly waits for imports and for processes that it has started. Threads that wait may not spin
+# beside another process.
+PYTEST := OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadgroup
+
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 unit: $(READY)
-	$(PYTHON) -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 check: $(READY)
 	$(PYTHON) -m ruff check .
