@@ -5,7 +5,6 @@ override is wrong.
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -31,6 +30,7 @@ from verl.checkpoint.training_state import checkpoint_bytes
 from verl.config import RunConfig
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
+from verl.models.attention import kernel_in_use
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, compose_config, find_devices, load_model_config, start_ray
@@ -78,8 +78,7 @@ def check_devices(config: RunConfig) -> str:
         if free < total / 2:
             raise CheckFailed(f"GPU {i} is in use: {lines[-1]}. Stop what runs there (nvidia-smi), or hide it "
                           "(CUDA_VISIBLE_DEVICES).")  # fmt: skip
-    flash = "flash-attn" if importlib.util.find_spec("flash_attn") else "no flash-attn (slower; see the README)"
-    return f"{workers} worker(s) per machine, {', '.join(lines)}, {flash}"
+    return f"{workers} worker(s) per machine, {', '.join(lines)}"
 
 
 def check_ray(config: RunConfig) -> str:
@@ -136,12 +135,14 @@ def check_model(config: RunConfig) -> str:
     (prompt,) = renderer.render([rationale_messages("A text.")])
     found = load_model_config(config)
     stops = stop_token_ids(renderer.tokenizer, found)
+    device = torch.device(find_devices(config)[0])
+    attention = kernel_in_use(found, config.actor_rollout_ref.model.attn_implementation, device)
     note = ""
     if renderer.tokenizer.pad_token_id in stops:
         note = "; the pad token is an end token too, which is fine here (lengths are counted)"
     return (
         f"{config.actor_rollout_ref.model.path}: {found.model_type}, the prompt of a short text has {len(prompt.ids)} "
-        f"tokens, end tokens {stops}{note}"
+        f"tokens, end tokens {stops}{note}, {attention}"
     )
 
 
