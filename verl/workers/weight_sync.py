@@ -83,6 +83,7 @@ class WeightSync:
         """
         self._count += 1
         start = time.perf_counter()
+        self._stages.release_cache()
         with self._stages.stage("waking the weights", "Set actor_rollout_ref.actor.fsdp_config.param_offload=True."):
             self._rollout.wake_weights()
         with self._stages.stage(
@@ -107,6 +108,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the engine's log-probs are not the policy's.
         """
+        self._stages.release_cache()
         with self._stages.stage("waking the cache", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             self._rollout.wake_up()
         expected, self._expected = self._expected, None
