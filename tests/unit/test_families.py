@@ -23,6 +23,10 @@ SIZES = {
 BOTH = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_local_experts": 4}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0, 7.0],
+}  # fmt: skip
 # What makes each family what it is: windows shorter than the rows, caps and multipliers far from 1, dropout.
 SETTINGS: dict[str, dict] = {
     "qwen2": {"use_sliding_window": True, **BOTH},
@@ -34,7 +38,8 @@ SETTINGS: dict[str, dict] = {
     "mistral": {"sliding_window": 6, "head_dim": 8},
     "mixtral": EXPERTS,
     "phi": {"partial_rotary_factor": 0.5, "resid_pdrop": 0.2, "embd_pdrop": 0.2},
-    "phi3": {"sliding_window": 7, "resid_pdrop": 0.2},
+    "phi3": {"sliding_window": 7, "resid_pdrop": 0.2, "rope_parameters": LONGROPE,
+             "original_max_position_embeddings": 64},
     "gemma": {"head_dim": 8},
     "gemma2": {**BOTH, **CAPS, "attention_dropout": 0.2},
     "gemma3_text": {**BOTH, **CAPS},
@@ -111,6 +116,7 @@ def test_a_family_is_packed_trained_and_decoded_as_by_transformers(tmp_path, fam
     reference = tiny(tmp_path, family)
     expected = [plain(reference, row) for row in rows()]
     lm = load_causal_lm(str(tmp_path))
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm).train()
     for share in (True, False):
         out = policy(pack(rows(), share), embeddings=True)
@@ -150,8 +156,8 @@ def test_a_family_that_cannot_be_packed_is_refused_with_the_reason_and_the_famil
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused_in_one_line(tmp_path):
-    AutoConfig.for_model("t5", d_model=8, num_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="loads no causal language model from it: .*T5Config") as caught:
+    (tmp_path / "config.json").write_text('{"model_type": "diary"}')
+    with pytest.raises(UserError, match="loads no causal language model from it: .*`diary`") as caught:
         load_causal_lm(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -168,3 +174,14 @@ def test_windows_are_as_before_the_probe(tmp_path):
     lm = load_causal_lm(str(tmp_path))
     assert lm.config.sliding_window == 6
     assert [layer.self_attn.sliding_window for layer in lm.model.layers] == [6, None]
+
+
+def test_rows_beyond_the_context_up_to_which_positions_are_fixed_are_an_error(tmp_path):
+    tiny(tmp_path, "phi3")
+    lm = load_causal_lm(str(tmp_path))
+    long = Row(ids(0, 40), ids(1, 25), 0, True)
+    reason = r"a row of 65 tokens is longer than the 64 tokens .*longrope.*data\.max_prompt_length"
+    with pytest.raises(UserError, match=reason):
+        PolicyModel(lm)(pack([long], True))
+    with pytest.raises(UserError, match=reason):
+        finish(HFRollout(lm, [], 2).generate([long.prompt], [1.0], 25, [0]))

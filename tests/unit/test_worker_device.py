@@ -25,11 +25,11 @@ def process_group(tmp_path):
 def on_gpu(tiny_folder, monkeypatch):
     """Build a worker that takes its device for a GPU, and the list of what it did there."""
 
-    def build(**fsdp) -> tuple[ActorRolloutRefWorker, list[str]]:
+    def build(override_config=None, **fsdp) -> tuple[ActorRolloutRefWorker, list[str]]:
         values = {
             "data": {"max_prompt_length": 40, "max_response_length": 24, "train_batch_size": 4},
             "actor_rollout_ref": {
-                "model": {"path": str(tiny_folder)},
+                "model": {"path": str(tiny_folder), "override_config": override_config or {}},
                 "actor": {
                     "ppo_mini_batch_size": 2, "use_kl_loss": True, "strategy": "fsdp2", "fsdp_config": fsdp,
                     "optim": {"lr": 1e-3},
@@ -41,7 +41,7 @@ def on_gpu(tiny_folder, monkeypatch):
         config = RunConfig.model_validate(values)
         plan = BatchPlan.from_config(config, num_samples=16, num_anchors=2, world_size=1)
         worker = ActorRolloutRefWorker(WorkerPlace(0, 1, "cpu", 1, 1), config, plan)
-        worker.init_model()
+        worker.facts = worker.init_model()
         return worker, record_moves(worker, monkeypatch)
 
     return build
@@ -128,3 +128,10 @@ def test_weights_are_gathered_on_the_policys_device_wherever_their_shards_lie(on
     policy.device = torch.device("meta")
     assert {weight.device.type for _, weight in full_weights(policy, dtype=torch.bfloat16)} == {"meta"}
     assert {weight.device.type for weight in policy.parameters()} == {"cpu"}
+
+
+def test_a_model_with_dropout_is_trained_without_it_and_that_is_reported(on_gpu):
+    rows = trained_rows()
+    plain, other = (on_gpu(override_config={"attention_dropout": rate})[0] for rate in (0.0, 0.3))
+    assert (plain.facts["dropout"], other.facts["dropout"]) == ({}, {"attention_dropout": 0.3})
+    assert plain.update_actor(rows, 2) == other.update_actor(rows, 2)

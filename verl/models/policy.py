@@ -62,10 +62,12 @@ class PolicyModel(nn.Module):
 
         Raises:
             RuntimeError: the model's attention is not `grace_attention`.
+            UserError: see `check_longest_row`.
         """
         if self.lm.config._attn_implementation not in ATTENTIONS.values():
             # Any other attention would let rows attend to each other, without an error.
             raise RuntimeError(f"the policy's attention is {self.lm.config._attn_implementation!r}, not {ATTENTION!r}")
+        check_longest_row(self.lm.config, packed.longest_row)
         hidden = self.lm.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -120,6 +122,26 @@ def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, A
     # For the checkpoints' config.json; the layers have 0.
     set_dropout(lm.config, dropout)
     return lm
+
+
+def check_longest_row(config: Any, length: int) -> None:
+    """Check that the positions of a row of `length` tokens do not depend on other rows.
+
+    Raises:
+        UserError: the row is longer than the original context of a model that then changes the positions of all rows
+            that are computed together.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Some types have settings of their own for each kind of layer.
+    for found in (rope, *(own for own in rope.values() if isinstance(own, dict))):
+        limit = found.get("original_max_position_embeddings") or text.max_position_embeddings
+        if found.get("rope_type") in ("dynamic", "longrope") and length > limit:
+            raise UserError(
+                f"a row of {length} tokens is longer than the {limit} tokens up to which this model's positions "
+                f"(rope_type {found['rope_type']}) are the same for all rows; shorten prompts or rationales "
+                "(data.max_prompt_length + data.max_response_length in training)"
+            )
 
 
 def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:

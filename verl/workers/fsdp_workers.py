@@ -23,7 +23,7 @@ from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
 from verl.models.fsdp import full_weights, move_optimizer, shard
-from verl.models.policy import PolicyModel, build_twin, load_causal_lm
+from verl.models.policy import PolicyModel, build_twin, check_longest_row, load_causal_lm
 from verl.models.probe import dropout_of
 from verl.protocol import DataProto, prompt_ids
 from verl.single_controller.dispatch import Dispatch, register
@@ -61,6 +61,7 @@ class ActorRolloutRefWorker(Worker):
         model = self.config.model
         self.tokenizer = load_tokenizer(_model_path(self.config), model.trust_remote_code)
         self.lm = self._load()
+        check_longest_row(self.lm.config, self._longest_row)
         attention = kernel_in_use(self.lm.config, model.attn_implementation, self.device)
         policy = PolicyModel(self.lm)
         if model.enable_gradient_checkpointing:

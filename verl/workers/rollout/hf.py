@@ -18,6 +18,7 @@ from verl.models.attention import DecodingCache
 from verl.models.logits import logit_form
 from verl.models.onednn import PackedLinear
 from verl.models.packing import Row, pack
+from verl.models.policy import check_longest_row
 from verl.utils.seqlen_balancing import pack_rows
 from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout, held_by_product
 
@@ -110,6 +111,7 @@ class HFRollout(Rollout):
     ) -> Iterator[Responses]:
         """Decode one batch of B rows to its end; draws: [B, max_new_tokens] float64, see `uniform` of `_sample`."""
         device = self.lm.device
+        check_longest_row(self.lm.config, max(map(len, prompts)) + max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # rows still being decoded
