@@ -135,22 +135,22 @@ def check_model(config: RunConfig) -> str:
     (prompt,) = renderer.render([rationale_messages("A text.")])
     found = load_model_config(config)
     stops = stop_token_ids(renderer.tokenizer, found)
-    device = torch.device(find_devices(config)[0])
-    attention = kernel_in_use(found, config.actor_rollout_ref.model.attn_implementation, device)
     note = ""
     if renderer.tokenizer.pad_token_id in stops:
         note = "; the pad token is an end token too, which is fine here (lengths are counted)"
     return (
         f"{config.actor_rollout_ref.model.path}: {found.model_type}, the prompt of a short text has {len(prompt.ids)} "
-        f"tokens, end tokens {stops}{note}, {attention}"
+        f"tokens, end tokens {stops}{note}"
     )
 
 
 def check_hf(config: RunConfig) -> str:
-    """transformers generates a short rationale."""
+    """transformers generates a short rationale, and the trainer's attention works."""
     lm, stops = _load(config)
     device, model = torch.device(find_devices(config)[0]), config.actor_rollout_ref.model
-    return _generate(config, lm, HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8))
+    attention = kernel_in_use(lm.config, model.attn_implementation, device)
+    engine = HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8)
+    return f"{_generate(config, lm, engine)}, {attention}"
 
 
 def check_vllm(config: RunConfig) -> str:

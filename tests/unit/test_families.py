@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.errors import UserError
+from verl.models import attention
 from verl.models.families import FAMILIES
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, build_twin, load_causal_lm
@@ -169,7 +170,15 @@ def test_dropout_stays_in_the_config_for_checkpoints(tmp_path):
     assert {module.p for module in lm.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
-def test_windows_are_as_before_the_probe(tmp_path):
+def test_a_window_that_is_not_computed_is_found_although_no_row_of_the_proof_is_that_long(tmp_path, monkeypatch):
+    tiny(tmp_path, "mistral", sliding_window=100)
+    load_causal_lm(str(tmp_path))
+    monkeypatch.setattr(attention, "_narrowed", lambda mask, *_: mask)
+    with pytest.raises(UserError, match="the packed forward differs from the model's own by"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_windows_are_as_before_the_proof(tmp_path):
     tiny(tmp_path, "gemma2")
     lm = load_causal_lm(str(tmp_path))
     assert lm.config.sliding_window == 6

@@ -42,7 +42,7 @@ def new_actor(seed: int = 0, unused: str | None = None) -> Actor:
     policy = tiny_policy(seed)
     if unused:
         policy.lm.get_parameter(unused).register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return build_actor(policy)
+    return build_actor(policy, optim={"lr": 1e-3, "lr_warmup_steps": 4})
 
 
 def skipped(rows):
@@ -68,15 +68,18 @@ def test_a_checkpoint_whose_updates_were_all_skipped_resumes(rows, tmp_path):
 
 
 def test_saving_before_the_first_step_does_not_count_as_a_step(rows, tmp_path):
-    actor = new_actor()
+    actor, plain = new_actor(), new_actor()
+    for one in (actor, plain):
+        one.scheduler.step()
     save(actor, tmp_path / "actor")
     assert not actor.optimizer.state
-    assert_same_after_an_update(actor, new_actor(), rows)
+    assert_same_after_an_update(actor, plain, rows)
 
 
 def test_an_old_checkpoint_without_any_optimizer_state_resumes(rows, tmp_path):
     """Earlier versions wrote the settings of such an optimizer, and no state."""
     actor = new_actor()
+    actor.scheduler.step()
     settings = {**actor.optimizer.state_dict()["param_groups"][0]}
     settings["params"] = [name for name, _ in actor.policy.named_parameters()]
     state = {"model": get_model_state_dict(actor.policy), "optimizer": {"state": {}, "param_groups": [settings]}}

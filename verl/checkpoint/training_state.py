@@ -89,6 +89,9 @@ def load_training_state(
     # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
     scheduler.load_state_dict(extra["scheduler"])
+    if "optimizer" not in state:
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
     if own.is_file():
         torch.set_rng_state(extra["rng"])
 

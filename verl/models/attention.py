@@ -156,13 +156,13 @@ def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
     Raises:
         UserError: flash-attn is asked for and does not work.
     """
+    if kernel == "sdpa" or (kernel == "auto" and device.type == "cpu"):
+        return "torch's own attention"
     text = config.get_text_config()
     heads = text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     window, softcap = (getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
-    if kernel == "sdpa" or (kernel == "auto" and device.type == "cpu"):
-        return "torch's own attention"
     problem = flash_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
     if problem and kernel == "flash_attention_2":
         raise UserError(
