@@ -98,26 +98,15 @@ class DecodingCache:
 
 
 def grace_attention(  # noqa: PLR0913 - transformers' interface
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    kernel: Kernel = "auto",
-    packed_segments: list[Segment] | None = None,
-    decoding_cache: DecodingCache | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    kernel: Kernel = "auto", packed_segments: list[Segment] | None = None,
+    decoding_cache: DecodingCache | None = None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """One layer's attention.
 
     Args:
-        query: [1, heads, K, head size] of a packed line, or [B, heads, 1, head size]; key and value may have
-            fewer heads.
+        query: [1, heads, K, head size] of a packed line, or [B, heads, 1, head size]; keys may have fewer heads.
         packed_segments: which tokens of the line each token attends to.
         sliding_window: a token attends to this many tokens of its row, itself included; None = to all before it.
         softcap: attention scores become softcap x tanh(score / softcap).
@@ -134,9 +123,7 @@ def grace_attention(  # noqa: PLR0913 - transformers' interface
         if decoding_cache is None:
             raise ValueError("its layers do not pass on to the attention what the model is called with")
         key, value = decoding_cache.append(module.layer_idx, key, value)  # type: ignore[arg-type]
-        seen = slice(-min(sliding_window or key.shape[2], key.shape[2]), None)
-        bias = decoding_cache.bias[..., seen]
-        return _one_token_attention(query, key[:, :, seen], value[:, :, seen], bias, scaling, softcap), None
+        return _one_token_attention(query, key, value, decoding_cache.bias, scaling, sliding_window, softcap), None
     if decoding_cache is not None:
         decoding_cache.record(module.layer_idx, key, value)  # type: ignore[arg-type]
     if _takes_flash(kernel, query, key, value, sliding_window, softcap):
@@ -235,14 +222,17 @@ def _capped(scores: Tensor, softcap: float) -> Tensor:
 
 
 def _one_token_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, softcap: float | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
     """Grouped-query attention of one token: the query heads that share a key head are that head's queries.
 
     So no key is repeated. Two plain products, because torch's fused attention takes twice as long for one query on a
     CPU.
     """
     rows, heads, _, size = query.shape
+    if window is not None:
+        key, value, bias = key[:, :, -window:], value[:, :, -window:], bias[..., -window:]
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
     scores = torch.matmul(grouped * (size**-0.5 if scaling is None else scaling), key.transpose(2, 3))
     scores = (scores if softcap is None else _capped(scores, softcap)) + bias
