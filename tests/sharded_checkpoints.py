@@ -56,6 +56,11 @@ def write_dcp(folder: Path, rank: int, world_size: int) -> None:
     for name, tie in TIES.items():
         policy = shard(PolicyModel(tiny_model(tie)), torch.device("cpu"), FsdpConfig(), offload_policy=False)
         optimizer = build_optimizer(policy, OptimConfig())
+        # A step that changes no weight, so that the optimizer has a state to save.
+        optimizer.param_groups[0]["lr"] = 0.0
+        for weight in policy.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
         scheduler = build_scheduler(optimizer, OptimConfig(), 10)
         step = folder / f"dcp_{world_size}_{name}" / "global_step_4"
         save_training_state(step / "actor", policy, optimizer, scheduler, rank)

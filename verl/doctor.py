@@ -5,7 +5,6 @@ override is wrong.
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -31,6 +30,7 @@ from verl.checkpoint.training_state import checkpoint_bytes
 from verl.config import RunConfig
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
+from verl.models.attention import kernel_in_use
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, compose_config, find_devices, load_model_config, start_ray
@@ -78,8 +78,7 @@ def check_devices(config: RunConfig) -> str:
         if free < total / 2:
             raise CheckFailed(f"GPU {i} is in use: {lines[-1]}. Stop what runs there (nvidia-smi), or hide it "
                           "(CUDA_VISIBLE_DEVICES).")  # fmt: skip
-    flash = "flash-attn" if importlib.util.find_spec("flash_attn") else "no flash-attn (slower; see the README)"
-    return f"{workers} worker(s) per machine, {', '.join(lines)}, {flash}"
+    return f"{workers} worker(s) per machine, {', '.join(lines)}"
 
 
 def check_ray(config: RunConfig) -> str:
@@ -146,10 +145,12 @@ def check_model(config: RunConfig) -> str:
 
 
 def check_hf(config: RunConfig) -> str:
-    """transformers generates a short rationale."""
+    """transformers generates a short rationale, and the trainer's attention works."""
     lm, stops = _load(config)
     device, model = torch.device(find_devices(config)[0]), config.actor_rollout_ref.model
-    return _generate(config, lm, HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8))
+    attention = kernel_in_use(lm.config, model.attn_implementation, device)
+    engine = HFRollout(build_twin(lm, lm.dtype, device, model.trust_remote_code), stops, 8)
+    return f"{_generate(config, lm, engine)}, {attention}"
 
 
 def check_vllm(config: RunConfig) -> str:

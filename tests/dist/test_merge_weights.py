@@ -42,6 +42,7 @@ def test_the_optimizer_is_not_read_and_the_embedder_settings_are_copied(checkpoi
     step = run / "global_step_4"
     (step / "huggingface" / "embedder_config.json").write_text('{"pooling": "mean"}')
     metadata = pickle.loads((step / "actor" / ".metadata").read_bytes())
+    assert any(index.fqn.startswith("optimizer.state.") for index in metadata.storage_data)
     for index, place in metadata.storage_data.items():
         if index.fqn.startswith("optimizer."):
             with (step / "actor" / place.relative_path).open("r+b") as file:

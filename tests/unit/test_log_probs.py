@@ -5,17 +5,25 @@ import torch
 from torch import nn
 
 from verl.models.log_probs import token_log_probs
+from verl.models.logits import LogitForm
 from verl.models.onednn import TrainedLinear
 
 VOCAB, HIDDEN, TOKENS = 53, 12, 29
 TEMPERATURE = 0.7
 
 
-def reference(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+FORMS = {"plain": LogitForm(), "scaled": LogitForm(scale=2.5), "capped": LogitForm(scale=2.5, cap=1.5)}
+
+
+def reference(
+    head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor, form: LogitForm = FORMS["plain"]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies token by token."""
     pairs = []
     for h, t in zip(hidden, target, strict=True):
-        log_p = (head(h) / TEMPERATURE).log_softmax(-1)
+        logits = form.scale * head(h)
+        logits = logits if form.cap is None else form.cap * torch.tanh(logits / form.cap)
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
         pairs.append((log_p[t], -(log_p.exp() * log_p).sum()))
     log_probs, entropies = zip(*pairs, strict=True)
     return torch.stack(log_probs), torch.stack(entropies)
@@ -25,7 +33,8 @@ def reference(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> tu
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [1, 4, 29, 1000])
 @pytest.mark.parametrize("by_onednn", [True, False])
-def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk, by_onednn):
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk, by_onednn, form):
     monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * VOCAB * rows_per_chunk})
     torch.manual_seed(0)
     exact = nn.Linear(HIDDEN, VOCAB, bias=bias).double()
@@ -36,8 +45,8 @@ def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, 
     exact_hidden = hidden.detach().double().requires_grad_()
     target, weights = torch.randint(0, VOCAB, (TOKENS,)), torch.randn(2, TOKENS)
 
-    log_probs, entropies = token_log_probs(head, hidden, target, TEMPERATURE, entropy)
-    exact_log_probs, exact_entropies = reference(exact, exact_hidden, target)
+    log_probs, entropies = token_log_probs(head, hidden, target, TEMPERATURE, entropy, FORMS[form])
+    exact_log_probs, exact_entropies = reference(exact, exact_hidden, target, FORMS[form])
     torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=1e-5, rtol=1e-5)
     loss, exact_loss = (log_probs * weights[0]).sum(), (exact_log_probs * weights[0]).sum()
     if entropy:
@@ -56,3 +65,22 @@ def test_without_tokens_there_are_no_log_probs_and_gradients_are_zero():
     log_probs, _ = token_log_probs(head, hidden, torch.empty(0, dtype=torch.int64), 1.0, entropy=False)
     log_probs.sum().backward()
     assert log_probs.shape == (0,) and not head.weight.grad.any()
+
+
+@pytest.mark.parametrize("chunks", [1, 37, 75])
+def test_in_bfloat16_the_heads_gradient_does_not_lose_precision_with_the_number_of_chunks(monkeypatch, chunks):
+    vocab, size, tokens = 512, 64, 75 * 8
+    monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * vocab * -(-tokens // chunks)})
+    torch.manual_seed(0)
+    head = nn.Linear(size, vocab).bfloat16()
+    hidden = torch.randn(tokens, size).bfloat16()
+    target, weights = torch.randint(0, vocab, (tokens,)), torch.randn(tokens)
+    (token_log_probs(head, hidden, target, 1.0, entropy=False)[0] * weights).sum().backward()
+
+    exact = nn.Linear(size, vocab).double()
+    exact.load_state_dict(head.state_dict())
+    log_probs = exact(hidden.double()).log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+    (log_probs * weights).sum().backward()
+    for own, theirs in zip(head.parameters(), exact.parameters(), strict=True):
+        assert own.grad.dtype == torch.bfloat16
+        assert (own.grad.double() - theirs.grad).norm() < 0.003 * theirs.grad.norm()

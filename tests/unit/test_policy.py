@@ -126,14 +126,6 @@ def test_one_pass_for_everything_equals_a_pass_for_each():
     assert alone.log_probs is None
 
 
-def test_rows_beyond_a_sliding_window_are_an_error():
-    policy = packed_policy()
-    for layer in policy.lm.model.layers:
-        layer.self_attn.sliding_window = 16
-    with pytest.raises(ValueError, match="sliding attention window of 16"):
-        policy(pack(make_rows(), share_prompts=True))
-
-
 def test_a_model_whose_logits_are_changed_after_the_head_is_rejected(tiny_folder, monkeypatch):
     folder = str(tiny_folder)
     load_causal_lm(folder)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel, build_twin
@@ -163,6 +164,18 @@ def test_a_sampled_check_comes_round_to_every_weight_and_always_reads_the_vocabu
         assert {columns for _, columns in rollout.read_back} == {64}
         seen |= read
     assert seen == set(names)
+
+
+def test_the_vocabulary_is_read_in_every_sync_whatever_its_weight_is_called():
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=128)).eval()
+    lm.set_attn_implementation(ATTENTION)
+    policy = PolicyModel(lm)
+    rollout = WatchedRollout(policy)
+    sync = WeightSync(policy, rollout, torch.float32, "sample", CANARY, DeviceStages(CPU))
+    for _ in range(2):
+        rollout.read_back.clear()
+        sync.send()
+        assert "transformer.wte.weight" in {name for name, _ in rollout.read_back}
 
 
 def test_a_sampled_check_catches_a_wrong_weight_before_it_begins_again():

@@ -5,7 +5,7 @@ global_step_N/actor/extra_rank_R.pt        learning-rate schedule, RNG
 global_step_N/huggingface/                 loads with AutoModelForCausalLM
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,20 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
+
+# What DCP's names of an optimizer's state by weight begin with.
+_MOMENTS = "optimizer.state."
 
 
 def checkpoint_bytes(num_parameters: int, dtype: torch.dtype | None) -> int:
@@ -39,9 +47,12 @@ def save_training_state(
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    # Before its first step (all updates so far were skipped) it has no state, and torch would make one by a step.
+    if optimizer.state:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        dcp.save(state, checkpoint_id=folder)
     except CheckpointException as error:
         raise _cause(error) from error
     extra = {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
@@ -57,18 +68,26 @@ def load_training_state(
 
     What was learned and counted is the checkpoint's. Learning rate, its schedule, betas and weight decay stay those
     that `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect.
+    Weights that no step had changed have no optimizer state there; theirs begins anew.
 
     Raises:
         DcpError: a file is damaged or could run code.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    reader = SafeReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if any(name.startswith(_MOMENTS) for name in stored):
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        new = _take_unsaved(state["optimizer"]["state"], stored)
     try:
-        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+        dcp.load(state, storage_reader=reader, planner=SafePlanner())
     except CheckpointException as error:
         raise _cause(error) from error
-    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_model_state_dict(model, state["model"])
+    if "optimizer" in state:
+        state["optimizer"]["state"] |= new
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
     own = folder / f"extra_rank_{rank}.pt"
     # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
@@ -80,6 +99,16 @@ def load_training_state(
     scheduler._last_lr = rates
     if own.is_file():
         torch.set_rng_state(extra["rng"])
+
+
+def _take_unsaved(moments: dict[str, dict[str, Tensor]], stored: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Remove from an optimizer's state by weight what a checkpoint does not hold; return that, as before any step."""
+    names = [name for name in moments if not any(f"{_MOMENTS}{name}.{part}" in stored for part in moments[name])]
+    unsaved = {name: moments.pop(name) for name in names}
+    for own in unsaved.values():
+        for value in own.values():
+            value.zero_()
+    return unsaved
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -6,17 +6,25 @@ A model that uses it is called with `packed_segments` (a packed line of rows), w
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from verl.errors import UserError
+from verl.models.flash import flash_attention, flash_problem
 from verl.models.packing import Segment
 
+Kernel = Literal["auto", "flash_attention_2", "sdpa"]
+"""What computes attention on CUDA: flash-attn, torch's own, or flash-attn where it works."""
+
 ATTENTION = "grace_packed"
+# transformers treats a name with "flash" in it in a way of its own.
+ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "flash_attention_2": "grace_packed_fa2", "sdpa": "grace_packed_own"}
+"""By kernel, the name under which transformers knows the attention."""
 
 
 class DecodingCache:
@@ -90,64 +98,82 @@ class DecodingCache:
 
 
 def grace_attention(  # noqa: PLR0913 - transformers' interface
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    packed_segments: list[Segment] | None = None,
-    decoding_cache: DecodingCache | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    kernel: Kernel = "auto", packed_segments: list[Segment] | None = None,
+    decoding_cache: DecodingCache | None = None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """One layer's attention.
 
     Args:
-        query: [1, heads, K, head size] of a packed line, or [B, heads, 1, head size]; key and value may have
-            fewer heads.
+        query: [1, heads, K, head size] of a packed line, or [B, heads, 1, head size]; keys may have fewer heads.
         packed_segments: which tokens of the line each token attends to.
+        sliding_window: a token attends to this many tokens of its row, itself included; None = to all before it.
+        softcap: attention scores become softcap x tanh(score / softcap).
 
     Returns:
         [1, K, heads, head size] or [B, 1, heads, head size], and None.
 
     Raises:
-        ValueError: the model asks for attention that is not plain causal (soft cap, dropout, or a sliding
-            window shorter than a row).
+        ValueError: the model asks for something that is not implemented, or does not pass on `packed_segments`.
     """
-    if softcap is not None or dropout:
-        raise ValueError("models with attention soft-capping or dropout are not supported by the packed forward")
+    if dropout or attention_mask is not None:
+        raise ValueError(f"its attention has {'dropout' if dropout else 'a mask or a bias of its own'}")
     if packed_segments is None:
-        assert decoding_cache is not None
-        _check_window(sliding_window, decoding_cache.length)
+        if decoding_cache is None:
+            raise ValueError("its layers do not pass on to the attention what the model is called with")
         key, value = decoding_cache.append(module.layer_idx, key, value)  # type: ignore[arg-type]
-        return _one_token_attention(query, key, value, decoding_cache.bias, scaling), None
-    longest = max(s.end - s.start + sum(b - a for a, b in s.ancestors) for s in packed_segments)
-    _check_window(sliding_window, longest)
+        return _one_token_attention(query, key, value, decoding_cache.bias, scaling, sliding_window, softcap), None
     if decoding_cache is not None:
         decoding_cache.record(module.layer_idx, key, value)  # type: ignore[arg-type]
-    if query.device.type == "cuda" and find_spec("flash_attn"):
-        return _flash_attention(query, key, value, packed_segments, scaling), None
-    return _segment_attention(query, key, value, packed_segments, scaling), None
+    if _takes_flash(kernel, query, key, value, sliding_window, softcap):
+        assert all(not s.ancestors for s in packed_segments), "flash-attention needs rows packed without shared prompts"
+        lengths = [s.end - s.start for s in packed_segments]
+        return flash_attention(query, key, value, lengths, scaling, sliding_window, softcap), None
+    return _segment_attention(query, key, value, packed_segments, scaling, sliding_window, softcap), None
 
 
-AttentionInterface.register(ATTENTION, grace_attention)
+for _kernel, _name in ATTENTIONS.items():
+    AttentionInterface.register(_name, partial(grace_attention, kernel=_kernel))
 
 
-def _check_window(sliding_window: int | None, longest: int) -> None:
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(
-            f"a row has {longest} tokens, more than the model's sliding attention window of {sliding_window}; "
-            "lower data.max_prompt_length + data.max_response_length"
+def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
+    """In words, what computes the attention of a model in bfloat16 on a device.
+
+    Raises:
+        UserError: flash-attn is asked for and does not work.
+    """
+    if kernel == "sdpa" or (kernel == "auto" and device.type == "cpu"):
+        return "torch's own attention"
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    window, softcap = (getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
+    problem = flash_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
+    if problem and kernel == "flash_attention_2":
+        raise UserError(
+            f"actor_rollout_ref.model.attn_implementation=flash_attention_2, but {problem}; set auto or sdpa"
         )
+    return f"torch's own attention ({problem})" if problem else "flash-attn"
+
+
+def _takes_flash(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
+) -> bool:
+    if kernel == "sdpa" or query.device.type == "cpu" or query.shape[3] != value.shape[3]:
+        return False
+    shape = (query.shape[1], key.shape[1], query.shape[3])
+    problem = flash_problem(query.device, query.dtype, *shape, window, softcap)
+    if problem and kernel == "flash_attention_2":
+        raise ValueError(problem)
+    return problem is None
 
 
 def _segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
     # split, not slices: its backward is one concatenation, and that of a slice fills a whole line with zeros.
     lengths = [s.end - s.start for s in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -156,36 +182,58 @@ def _segment_attention(
     for i, s in enumerate(segments):
         seen = [*(place[ancestor] for ancestor in s.ancestors), i]
         k, v = (torch.cat([x[j] for j in seen], dim=2) for x in (keys, values))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[i], k, v, attn_mask=s.mask, is_causal=s.mask is None, scale=scaling,
+        mask = _narrowed(s.mask, lengths[i], k, window)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        else:
+            out = _capped_attention(queries[i], k, v, mask, scaling, softcap)
+        outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _one_token_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
+def _narrowed(mask: Tensor | None, length: int, key: Tensor, window: int | None) -> Tensor | None:
+    """The mask [length, keys] of a segment of `length` tokens, narrowed to a sliding window; None = plain causal."""
+    keys = key.shape[2]
+    if window is None or keys <= window:
+        return mask
+    depth = keys - length
+    visible = torch.ones(length, keys, dtype=torch.bool, device=key.device)
+    return visible.tril_(depth).triu_(depth - window + 1)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float
+) -> Tensor:
+    """[1, heads, length, head size]; torch's fused attention knows no soft cap."""
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    scores = _capped(torch.matmul(query * scale, key.transpose(2, 3)), softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril_()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return (scores / softcap).tanh() * softcap
+
+
+def _one_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
     """Grouped-query attention of one token: the query heads that share a key head are that head's queries.
 
     So no key is repeated. Two plain products, because torch's fused attention takes twice as long for one query on a
     CPU.
     """
     rows, heads, _, size = query.shape
+    if window is not None:
+        key, value, bias = key[:, :, -window:], value[:, :, -window:], bias[..., -window:]
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    scores = torch.matmul(grouped * (size**-0.5 if scaling is None else scaling), key.transpose(2, 3)) + bias
-    return torch.matmul(scores.softmax(-1).to(value.dtype), value).reshape(rows, 1, heads, size)
-
-
-def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scaling: float | None
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    assert all(not s.ancestors for s in segments), "flash-attention needs rows packed without shared prompts"
-    lengths = torch.tensor([s.end - s.start for s in segments], device=query.device)
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # [rows + 1]
-    longest = int(lengths.max())
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [K, heads, head size]
-    out = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True)
-    return out.unsqueeze(0)
+    scores = torch.matmul(grouped * (size**-0.5 if scaling is None else scaling), key.transpose(2, 3))
+    scores = (scores if softcap is None else _capped(scores, softcap)) + bias
+    return torch.matmul(scores.softmax(-1).to(value.dtype), value).reshape(rows, 1, heads, value.shape[3])

@@ -104,12 +104,17 @@ def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and name != "step":
                 state[name] = value.to(device, non_blocking=True)
+    if torch.cuda.is_available():
+        # A checkpoint may read the copies next.
+        torch.cuda.synchronize()
 
 
 def full_weights(
     policy: PolicyModel, names: Collection[str] | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights under their transformers names, gathered one at a time. All ranks must iterate.
+    """Weights under their transformers names on the policy's device, gathered one at a time. All ranks must iterate.
+
+    Offloaded shards are moved there first, one weight at a time.
 
     Args:
         names: only these; None = all.
@@ -118,7 +123,7 @@ def full_weights(
     for name, parameter in policy.named_parameters():
         name = name.removeprefix(_LM_PREFIX)
         if names is None or name in names:
-            tensor = parameter.detach().to(dtype or parameter.dtype)
+            tensor = parameter.detach().to(policy.device, dtype or parameter.dtype)
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -5,12 +5,14 @@ place: on a CPU a chunk fits the cache, so that all these passes cost little com
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from verl.models.logits import PLAIN, LogitForm
 from verl.models.onednn import TrainedLinear, plain_product, product
 
 # Bytes of a chunk's float32 logits: about half of a CPU's last-level cache; on CUDA enough to keep the device busy.
@@ -21,9 +23,9 @@ _Multiplier = Callable[[Tensor], _Product]
 
 
 def token_log_probs(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool, form: LogitForm = PLAIN
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `target` under softmax(head(hidden) / temperature), differentiable in hidden and the head.
+    """Log-probs of `target` under softmax(logits / temperature), differentiable in hidden and the head.
 
     Args:
         head: the model's output layer, `weight` [V,H] and `bias` [V] or None. A `TrainedLinear` multiplies by oneDNN
@@ -32,41 +34,42 @@ def token_log_probs(
         target: [S] int64.
         temperature: divides the logits.
         entropy: whether to compute the entropies of the distributions too.
+        form: how the head's numbers become logits; its temperature does not count.
 
     Returns:
         Log-probs [S] float32, and entropies [S] float32 or None.
     """
     multiplier = product if isinstance(head, TrainedLinear) else plain_product
     log_probs, entropies = _TokenLogProbs.apply(
-        hidden, head.weight, head.bias, target, temperature, entropy, multiplier
+        hidden, head.weight, head.bias, target, entropy, multiplier, replace(form, temperature=temperature)
     )
     return log_probs, entropies if entropy else None
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """With z = logits / T, p = softmax(z), H the entropy and t the target:
+    """With z the logits at their temperature, p = softmax(z), H the entropy and t the target:
 
     d log p_t / dz = onehot(t) - p,    dH / dz = -p (log p + H).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float,
-        entropy: bool, multiplier: _Multiplier,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, entropy: bool,
+        multiplier: _Multiplier, form: LogitForm,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # A micro-batch that holds only anchors has no scored tokens: then the weight need not be packed.
         multiply = multiplier(weight) if len(hidden) else None
         log_z, log_probs = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
         entropies = torch.zeros_like(log_probs)
         for rows in _chunks(hidden, weight):
-            z = _scaled_logits(multiply, hidden[rows], bias, temperature)
+            z = form.logits(_head_numbers(multiply, hidden[rows], bias))
             log_z[rows] = z.logsumexp(-1)
             log_probs[rows] = z.gather(-1, target[rows].unsqueeze(-1)).squeeze(-1) - log_z[rows]
             if entropy:
                 entropies[rows] = log_z[rows] - torch.linalg.vecdot((z - log_z[rows].unsqueeze(-1)).exp_(), z)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, log_z, entropies)
-        ctx.temperature, ctx.multiplier = temperature, multiplier
+        ctx.multiplier, ctx.form = multiplier, form
         return log_probs, entropies
 
     @staticmethod
@@ -75,12 +78,14 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, bias, target, log_z, entropies = ctx.saved_tensors
         grad_log_probs = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs
         multiply, multiply_back = ctx.multiplier(weight), ctx.multiplier(weight.T)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        if not len(hidden):
-            grad_weight.zero_()
+        grad_hidden = torch.empty_like(hidden)
+        # Sums over all tokens, so in float32: with a bfloat16 sum the error would grow with the number of chunks.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for rows in _chunks(hidden, weight):
-            log_p = _scaled_logits(multiply, hidden[rows], bias, ctx.temperature).sub_(log_z[rows].unsqueeze(-1))
+            z = ctx.form.logits(_head_numbers(multiply, hidden[rows], bias))
+            slope = ctx.form.slope(z)
+            log_p = z.sub_(log_z[rows].unsqueeze(-1))
             g = grad_log_probs[rows].unsqueeze(-1)
             if grad_entropies is not None:
                 factor = -(g + grad_entropies[rows].unsqueeze(-1) * (log_p + entropies[rows].unsqueeze(-1)))
@@ -88,13 +93,21 @@ class _TokenLogProbs(torch.autograd.Function):
             else:
                 grad = log_p.exp_().mul_(-g)
             grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            grad = grad.mul_(slope).to(hidden.dtype)
             grad_hidden[rows] = multiply_back(grad)
-            # The first chunk overwrites the gradient, the others add to it.
-            torch.addmm(grad_weight, grad.T, hidden[rows], beta=float(rows.start > 0), out=grad_weight)
+            _add_product(grad_weight, grad.T, hidden[rows])
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+                grad_bias += grad.sum(0, dtype=torch.float32)
+        grads = (grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(weight.dtype))
+        return grad_hidden, *grads, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to the float32 `total`, without a copy where they are float32 too."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -102,7 +115,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def _scaled_logits(multiply: Any, hidden: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[chunk,V] float32."""
-    logits = multiply(hidden) if bias is None else multiply(hidden) + bias
-    return logits.float().div_(temperature)
+def _head_numbers(multiply: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
+    """[chunk,V] float32, before the form of the logits; the caller may change it in place."""
+    numbers = multiply(hidden) if bias is None else multiply(hidden) + bias
+    return numbers.float()

@@ -62,6 +62,11 @@ class PackedBatch:
     """[S] int64, its position in the response."""
     num_rows: int
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return max(s.end - s.start + sum(b - a for a, b in s.ancestors) for s in self.segments)
+
     def to(self, device: torch.device) -> "PackedBatch":
         if device.type == "cpu":
             return self

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl.embedding.pooling import mean_pool
-from verl.models.attention import ATTENTION
+from verl.errors import UserError
+from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
+from verl.models.families import FAMILIES
 from verl.models.log_probs import token_log_probs
+from verl.models.logits import logit_form
 from verl.models.onednn import pack_linears, replace_linears
 from verl.models.packing import PackedBatch, Row, pack
+from verl.models.probe import Rows, dropout_of, set_dropout, why_unsupported
 
 
 @dataclass
@@ -58,10 +62,12 @@ class PolicyModel(nn.Module):
 
         Raises:
             RuntimeError: the model's attention is not `grace_attention`.
+            UserError: see `check_longest_row`.
         """
-        if self.lm.config._attn_implementation != ATTENTION:
+        if self.lm.config._attn_implementation not in ATTENTIONS.values():
             # Any other attention would let rows attend to each other, without an error.
             raise RuntimeError(f"the policy's attention is {self.lm.config._attn_implementation!r}, not {ATTENTION!r}")
+        check_longest_row(self.lm.config, packed.longest_row)
         hidden = self.lm.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -72,36 +78,70 @@ class PolicyModel(nn.Module):
         if not log_probs:
             return PolicyOutput(None, None, vectors)
         head = self.lm.get_output_embeddings()
-        scored, entropies = token_log_probs(head, hidden[packed.score_token], packed.score_target, temperature, entropy)
+        scored, entropies = token_log_probs(
+            head, hidden[packed.score_token], packed.score_target, temperature, entropy, logit_form(self.lm.config)
+        )
         return PolicyOutput(scored, entropies, vectors)
 
 
-def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None) -> Any:
-    """The model of a folder or hub name in float32, on the CPU, with packed attention.
+def load_causal_lm(
+    path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None, kernel: Kernel = "auto"
+) -> Any:
+    """The model of a folder or hub name in float32, on the CPU, with packed attention and without dropout.
+
+    Args:
+        kernel: what computes attention on CUDA.
 
     Raises:
-        ValueError: the packed forward differs from the model's own, or transformers cannot load the model.
+        UserError: transformers cannot load the model, or the packed forward cannot stand for the model's own.
         OSError: there is no model at `path`.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(override_config or {}))
-    lm = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        trust_remote_code=trust_remote_code,
-    )
-    plain = _probe_plain(lm)
-    lm.set_attn_implementation(ATTENTION)
-    packed = _probe_packed(lm)
-    gap = (plain - packed).abs().max().item()
-    if not gap < 1e-3:
-        raise ValueError(
-            f"{path!r}: the packed forward differs from the model's own by {gap:.3g} in log-prob; models of type "
-            f"{config.model_type!r} do something between hidden states and log-probs that is not supported"
+    try:
+        lm = _load_eager(path, trust_remote_code, override_config or {})
+    except ValueError as error:
+        problem = " ".join(str(error).split())[:500]
+        raise UserError(f"{path!r}: transformers loads no causal language model from it: {problem}") from error
+    reason = why_unsupported(lm, ATTENTIONS[kernel], lambda rows: _packed_log_probs(lm, rows))
+    if reason:
+        raise UserError(
+            f"{path!r} (a model of type {lm.config.model_type!r}) is not supported: {reason}. "
+            f"Types that are: {', '.join(FAMILIES)}; see docs/models.md"
         )
     replace_linears(lm)
     return lm
+
+
+def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, Any]) -> Any:
+    """The model without dropout, with transformers' plain attention: the fused one leaves out Gemma 2's soft cap."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **override_config)
+    dropout = dropout_of(config)
+    set_dropout(config, dict.fromkeys(dropout, 0.0))
+    lm = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+    )
+    # For the checkpoints' config.json; the layers have 0.
+    set_dropout(lm.config, dropout)
+    return lm
+
+
+def check_longest_row(config: Any, length: int) -> None:
+    """Check that the positions of a row of `length` tokens do not depend on other rows.
+
+    Raises:
+        UserError: the row is longer than the original context of a model that then changes the positions of all rows
+            that are computed together.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Some types have settings of their own for each kind of layer.
+    for found in (rope, *(own for own in rope.values() if isinstance(own, dict))):
+        limit = found.get("original_max_position_embeddings") or text.max_position_embeddings
+        if found.get("rope_type") in ("dynamic", "longrope") and length > limit:
+            raise UserError(
+                f"a row of {length} tokens is longer than the {limit} tokens up to which this model's positions "
+                f"(rope_type {found['rope_type']}) are the same for all rows; shorten prompts or rationales "
+                "(data.max_prompt_length + data.max_response_length in training)"
+            )
 
 
 def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
@@ -109,30 +149,14 @@ def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_c
     # A copy, because from_config changes the config that it is given.
     config = copy.deepcopy(lm.config)
     twin = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
+        config, dtype=dtype, attn_implementation=lm.config._attn_implementation, trust_remote_code=trust_remote_code
     )
     twin = twin.to(device).requires_grad_(False)
     pack_linears(twin)
     return twin
 
 
-def _probe_rows(vocab_size: int) -> list[tuple[int, ...]]:
-    return [tuple((7 * i + j) % min(vocab_size, 97) for j in range(3 + 4 * i)) for i in (1, 2)]
-
-
-@torch.no_grad()
-def _probe_plain(lm: Any) -> Tensor:
-    lm.eval()
-    scores = []
-    for ids in _probe_rows(lm.config.get_text_config().vocab_size):
-        logits = lm(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-        scores.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1)[1:])
-    return torch.cat(scores)
-
-
-@torch.no_grad()
-def _probe_packed(lm: Any) -> Tensor:
-    rows = [Row(ids[:2], ids[2:], 0, True) for ids in _probe_rows(lm.config.get_text_config().vocab_size)]
-    output = PolicyModel(lm)(pack(rows, share_prompts=True))
+def _packed_log_probs(lm: Any, rows: Rows) -> Tensor:
+    output = PolicyModel(lm)(pack([Row(ids[:2], ids[2:], 0, True) for ids in rows], share_prompts=True))
     assert output.log_probs is not None
     return output.log_probs

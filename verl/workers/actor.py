@@ -94,6 +94,8 @@ class Actor:
         mini_batch = rows.batch["mini_batch"].numpy()
         order = [i for _ in range(self.config.ppo_epochs) for i in range(num_mini_batches)]
         steps = [self._step(rows[mini_batch == i]) for i in order]
+        # Float32 gradients of all weights would take memory from the engine until the next update.
+        self.optimizer.zero_grad()
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         metrics["skipped_steps"] = float(sum(step["skipped_steps"] for step in steps))
         metrics["lr"] = float(self.scheduler.get_last_lr()[0])

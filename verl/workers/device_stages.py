@@ -41,6 +41,11 @@ class DeviceStages:
         if after is not None:
             self._free_gib[f"free_gb/{name.replace(' ', '_')}"] = after
 
+    def release_cache(self) -> None:
+        """Give the device the memory that torch has freed but keeps: an engine's own allocator cannot use it."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def take_free(self) -> dict[str, float]:
         """GiB free after each stage since the last call."""
         free, self._free_gib = self._free_gib, {}

@@ -21,8 +21,10 @@ from verl.checkpoint.training_state import (
 )
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
+from verl.models.attention import kernel_in_use
 from verl.models.fsdp import full_weights, move_optimizer, shard
-from verl.models.policy import PolicyModel, build_twin, load_causal_lm
+from verl.models.policy import PolicyModel, build_twin, check_longest_row, load_causal_lm
+from verl.models.probe import dropout_of
 from verl.protocol import DataProto, prompt_ids
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
@@ -59,6 +61,8 @@ class ActorRolloutRefWorker(Worker):
         model = self.config.model
         self.tokenizer = load_tokenizer(_model_path(self.config), model.trust_remote_code)
         self.lm = self._load()
+        check_longest_row(self.lm.config, self._longest_row)
+        attention = kernel_in_use(self.lm.config, model.attn_implementation, self.device)
         policy = PolicyModel(self.lm)
         if model.enable_gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -85,6 +89,8 @@ class ActorRolloutRefWorker(Worker):
             "checkpoint_bytes": checkpoint_bytes(parameters, self.lm.config.dtype),
             "device": str(self.device),
             "reference": self.reference is not None,
+            "attention": attention,
+            "dropout": dropout_of(self.lm.config),
         }
 
     @register(Dispatch.ONE_TO_ALL)
@@ -99,8 +105,6 @@ class ActorRolloutRefWorker(Worker):
         self._load_params()
         found = self.weight_sync.send()
         self._offload_params()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         proven = self.weight_sync.wake_engine()
         return {**found, **proven, "proof_s": found["proof_s"] + proven.get("proof_s", 0.0)}
 
@@ -150,7 +154,8 @@ class ActorRolloutRefWorker(Worker):
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         """`log_probs` [N,R] of the reference model."""
         assert self.reference is not None
-        if self.config.ref.fsdp_config.param_offload:
+        offloads = self._moves_by_hand(fsdp := self.config.ref.fsdp_config) and fsdp.param_offload
+        if offloads:
             self.reference.to(self.device)
         with self.stages.stage(
             "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
@@ -158,7 +163,7 @@ class ActorRolloutRefWorker(Worker):
             columns = score(
                 self.reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
             )
-        if self.config.ref.fsdp_config.param_offload:
+        if offloads:
             self.reference.to("cpu")
         return columns
 
@@ -170,14 +175,12 @@ class ActorRolloutRefWorker(Worker):
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""
         self._load_params()
-        offload_optimizer = self.config.actor.fsdp_config.optimizer_offload and self.device.type == "cuda"
-        if offload_optimizer:
+        if self._offloads_optimizer:
             move_optimizer(self.actor.optimizer, self.device)
         with self.stages.stage("updating", "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."):
             metrics = self.actor.update(rows, num_mini_batches)
         self.rollout.mark_stale()
-        if offload_optimizer:
-            move_optimizer(self.actor.optimizer, torch.device("cpu"))
+        self._offload_optimizer()
         self._offload_params()
         return metrics
 
@@ -210,17 +213,20 @@ class ActorRolloutRefWorker(Worker):
         actor = self.actor
         load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
         self.rollout.mark_stale()
+        self._offload_optimizer()
         self._offload_params()
 
     def _load(self) -> Any:
         model = self.config.model
-        return load_causal_lm(_model_path(self.config), model.trust_remote_code, model.override_config)
+        return load_causal_lm(
+            _model_path(self.config), model.trust_remote_code, model.override_config, model.attn_implementation
+        )
 
     def _build_reference(self) -> PolicyModel:
         reference = PolicyModel(self._load()).requires_grad_(False)
         fsdp = self.config.ref.fsdp_config
         reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp), section="ref")
-        return reference.to("cpu") if fsdp.param_offload else reference
+        return reference.to("cpu") if self._moves_by_hand(fsdp) and fsdp.param_offload else reference
 
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""
@@ -250,10 +256,17 @@ class ActorRolloutRefWorker(Worker):
     def _uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
         return fsdp.offload_policy and self.config.actor.strategy == "fsdp2" and self.device.type == "cuda"
 
+    def _moves_by_hand(self, fsdp: FsdpConfig) -> bool:
+        """Whether the offload flags count: on a GPU, where torch's policy does not keep everything in host memory."""
+        return self.device.type == "cuda" and not self._uses_offload_policy(fsdp)
+
     @property
     def _offloads_params(self) -> bool:
-        fsdp = self.config.actor.fsdp_config
-        return fsdp.param_offload and self.device.type == "cuda" and not self._uses_offload_policy(fsdp)
+        return self._moves_by_hand(fsdp := self.config.actor.fsdp_config) and fsdp.param_offload
+
+    @property
+    def _offloads_optimizer(self) -> bool:
+        return self._moves_by_hand(fsdp := self.config.actor.fsdp_config) and fsdp.optimizer_offload
 
     def _load_params(self) -> None:
         if self._offloads_params:
@@ -263,6 +276,10 @@ class ActorRolloutRefWorker(Worker):
         if self._offloads_params:
             self.actor.policy.to("cpu")
             torch.cuda.empty_cache()
+
+    def _offload_optimizer(self) -> None:
+        if self._offloads_optimizer:
+            move_optimizer(self.actor.optimizer, torch.device("cpu"))
 
     def _score_limit(self) -> MicroBatchLimit:
         rollout = self.config.rollout

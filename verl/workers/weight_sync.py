@@ -61,6 +61,10 @@ class WeightSync:
         self._check = check
         self._canary = [list(ids) for ids in canary]
         self._stages = stages
+        # By identity, because its names differ between families.
+        layers = (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings())
+        vocabulary = {id(layer.weight) for layer in layers}
+        self._vocabulary = {name for name, weight in policy.lm.named_parameters() if id(weight) in vocabulary}
         self._count = 0
         self._expected: Tensor | None = None
         # What the engine was built with is not the policy's.
@@ -83,6 +87,7 @@ class WeightSync:
         """
         self._count += 1
         start = time.perf_counter()
+        self._stages.release_cache()
         with self._stages.stage("waking the weights", "Set actor_rollout_ref.actor.fsdp_config.param_offload=True."):
             self._rollout.wake_weights()
         with self._stages.stage(
@@ -107,6 +112,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the engine's log-probs are not the policy's.
         """
+        self._stages.release_cache()
         with self._stages.stage("waking the cache", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             self._rollout.wake_up()
         expected, self._expected = self._expected, None
@@ -136,7 +142,7 @@ class WeightSync:
             return set(names)
         first = (self._count - 1) * _SAMPLED_WEIGHTS
         turn = {names[(first + i) % len(names)] for i in range(_SAMPLED_WEIGHTS)}
-        return turn | {name for name in names if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        return turn | self._vocabulary
 
     def _describe(self, name: str, part: HeldWeight) -> str:
         gap = (part.sent.float() - part.held.float()).abs().max().item()

@@ -113,9 +113,12 @@ class RayPPOTrainer:
         facts = self.workers.init_model()
         self.display.say(
             f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters, "
-            f"{facts['device']}, "
+            f"{facts['device']}, {facts['attention']}, "
             f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
         )
+        if facts["dropout"]:
+            dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
+            self.display.say(f"trained without the dropout of the model's config ({dropout})")
         if self.config.trainer.save_freq != 0:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:

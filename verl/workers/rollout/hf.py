@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verl.models.attention import DecodingCache
+from verl.models.logits import logit_form
 from verl.models.onednn import PackedLinear
 from verl.models.packing import Row, pack
+from verl.models.policy import check_longest_row
 from verl.utils.seqlen_balancing import pack_rows
 from verl.workers.rollout.base import HeldWeight, Response, Responses, Rollout, held_by_product
 
@@ -44,6 +46,7 @@ class HFRollout(Rollout):
         self.lm = lm.eval().requires_grad_(False)
         self.stop_ids = torch.tensor([] if ignore_eos else list(stop_ids), dtype=torch.int64, device=lm.device)
         self.max_num_seqs = max_num_seqs
+        self._form = logit_form(lm.config)
         self._holders = _holders(lm)
 
     def held(self, name: str, tensor: Tensor, most_columns: int | None) -> list[HeldWeight]:
@@ -87,8 +90,8 @@ class HFRollout(Rollout):
         scores = []
         for segment in line.segments:
             targets = line.input_ids[0, segment.start + 1 : segment.end, None]
-            logits = self.lm.get_output_embeddings()(hidden[0, segment.start : segment.end - 1])
-            scores.append(logits.float().log_softmax(-1).gather(1, targets).squeeze(1).tolist())
+            logits = self._logits(hidden[0, segment.start : segment.end - 1])
+            scores.append(logits.log_softmax(-1).gather(1, targets).squeeze(1).tolist())
         return scores
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -108,6 +111,7 @@ class HFRollout(Rollout):
     ) -> Iterator[Responses]:
         """Decode one batch of B rows to its end; draws: [B, max_new_tokens] float64, see `uniform` of `_sample`."""
         device = self.lm.device
+        check_longest_row(self.lm.config, max(map(len, prompts)) + max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # rows still being decoded
@@ -151,13 +155,17 @@ class HFRollout(Rollout):
                 packed.input_ids, packed.position_ids, packed_segments=packed.segments, decoding_cache=cache
             )
             last_hidden.update(zip(part, hidden[0, source[:, -1]], strict=True))
-        return self.lm.get_output_embeddings()(torch.stack([last_hidden[i] for i in range(len(rows))]))
+        return self._logits(torch.stack([last_hidden[i] for i in range(len(rows))]))
 
     def _step(self, token: Tensor, position: Tensor, cache: DecodingCache) -> Tensor:
         """Feed one token [B] per row, at its position [B]; return the next logits [B,V]."""
         cache.length += 1
         hidden = self._hidden(token.unsqueeze(1), position.unsqueeze(1), decoding_cache=cache)
-        return self.lm.get_output_embeddings()(hidden[:, -1])
+        return self._logits(hidden[:, -1])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits of hidden states."""
+        return self._form.logits(self.lm.get_output_embeddings()(hidden).float())
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
         model = self.lm.base_model

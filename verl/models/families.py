@@ -1,0 +1,33 @@
+"""Families of models whose forward and decoding are tested against transformers' (tests/unit/test_families.py)."""
+
+FAMILIES: dict[str, str] = {
+    "qwen2": "Qwen 2 and 2.5",
+    "qwen3": "Qwen 3",
+    "qwen2_moe": "Qwen 2 MoE",
+    "qwen3_moe": "Qwen 3 MoE",
+    "llama": "Llama 1 to 3, SmolLM 1 and 2",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "phi": "Phi 1 and 2",
+    "phi3": "Phi 3 and 4",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3, text only",
+    "granite": "Granite 3 and Granite code",
+    "granitemoe": "Granite MoE",
+    "cohere": "Command R",
+    "cohere2": "Command R7B and A",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "olmo": "OLMo 1",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "olmoe": "OLMoE",
+    "smollm3": "SmolLM 3",
+    "starcoder2": "StarCoder 2",
+    "deepseek_v3": "DeepSeek V3",
+    "exaone4": "EXAONE 4",
+    "glm4": "GLM 4 (0414)",
+    "ministral3": "Ministral 3",
+}
+"""transformers' model_type, and the models that have it."""
