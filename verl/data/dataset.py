@@ -15,7 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
-from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
+from verl.embedding.prompts import (
+    Message,
+    PromptRenderer,
+    rationale_messages,
+    system_prompt_of,
+    with_system_prompt,
+)
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.protocol import DataProto, left_padded
@@ -78,6 +84,8 @@ class PromptDataset(Dataset):
     def _chats(self, row: Sample) -> dict[str, list[Message]]:
         """The chat of each role; anchors get the system turn of the sample's own prompt."""
         prompt: list[Message] = row[self.config.prompt_key]
+        if self.config.system_prompt is not None:
+            prompt = with_system_prompt(prompt, self.config.system_prompt or None)
         if self.roles == ("positive",):
             return {"positive": prompt}
         if not self.supervised:

@@ -118,7 +118,10 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
             f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length} "
             f"= {wanted} tokens, beyond the model's context of {context}; lower one of them by {wanted - context}."
         )
-    return PromptRenderer(tokenizer, data.max_prompt_length, data.truncation)
+    return PromptRenderer(
+        tokenizer, data.max_prompt_length, data.truncation,
+        system_prompt_in=data.system_prompt_in, template_date=data.template_date,
+    )  # fmt: skip
 
 
 def start_ray(config: RunConfig, world_size: int) -> Reaper | None:

@@ -42,7 +42,10 @@ class TrainingRun:
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
-        lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        prompt, date = self.collate.settings.prompt_line(), self.collate.settings.template_date
+        lines = [*self.plan.lines(), ("system prompt", prompt)]
+        lines += [("date in the prompts", f"{date} (data.template_date)")] if date else []
+        lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
         if engine == "vllm" and self.device == "cpu":
             lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
             lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
@@ -89,6 +92,8 @@ def build_collate(
     data, rollout = config.data, config.actor_rollout_ref.rollout
     settings = EmbedderSettings(
         system_prompt=system_prompt_of(dataset[0]["chats"]["positive"]),
+        system_prompt_in=data.system_prompt_in,
+        template_date=renderer.template_date,
         pool_system_prompt=not reward_manager.exclude_system_prompt,
         max_prompt_length=data.max_prompt_length,
         max_new_tokens=data.max_response_length,
