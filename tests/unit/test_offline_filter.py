@@ -14,7 +14,7 @@ from data_files import load_program
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from verl.data.length_filter import load_renderer
+from verl.data.length_filter import FilterSettings, load_renderer
 from verl.data.schema import SCHEMAS, build_rows
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 

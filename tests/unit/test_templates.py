@@ -40,7 +40,7 @@ TAKE_SYSTEM = "{% set s = messages[0].content %}{% set messages = messages[1:] %
 NO_SYSTEM_TURN = {
     "raises": (FIRST_IS_SYSTEM + "{{ raise_exception('no system turns') }}{% endif %}" + TURNS + HEADER, "[user]"),
     "raises, and trims the user's turn": (
-        "{{ bos_token }}" + FIRST_IS_SYSTEM + "{{ raise_exception('no system turns') }}{% endif %}" + ALTERNATE
+        FIRST_IS_SYSTEM + "{{ raise_exception('no system turns') }}{% endif %}" + ALTERNATE
         + "[{{ m.role }}]{{ m.content | trim }}[/]{% endfor %}" + HEADER,
         "[user]",
     ),
@@ -50,7 +50,7 @@ NO_SYSTEM_TURN = {
         "[I] ",
     ),
     "knows two roles": (
-        "{% for m in messages %}{{ {'user': '[U]', 'assistant': '[A]'}[m.role] ~ m.content }}{% endfor %}" + HEADER,
+        "{% for m in messages %}{{ {'user': '[U]', 'assistant': '[A]'}[m.role] + m.content }}{% endfor %}" + HEADER,
         "[U]",
     ),
     "drops it": (
@@ -77,7 +77,7 @@ SYSTEM_TURN = {
         FIRST_IS_SYSTEM + TAKE_SYSTEM + "{% endif %}{% for m in messages %}{% if m.role == 'user' %}[I] "
         "{% if loop.first and s is defined %}<<S>>{{ s }}<</S>>{% endif %}{{ m.content | trim }} [/I]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
-        "[I] ",
+        f"[I] <<S>>{SYSTEM}<</S>>",
     ),
     "in place of a text of its own": (
         FIRST_IS_SYSTEM + TAKE_SYSTEM + "{% else %}{% set s = 'Be good.' %}{% endif %}[S]{{ s }}" + TURNS + HEADER,
@@ -110,9 +110,7 @@ def one_line(capsys, program: str) -> str:
 @pytest.mark.parametrize("name", NO_SYSTEM_TURN)
 def test_a_template_without_a_system_turn_is_an_error_that_names_the_setting(name):
     template, _ = NO_SYSTEM_TURN[name]
-    with pytest.raises(
-        UserError, match=r"some/model.*(takes no|leaves out the) system turn.*data\.system_prompt_in=us"
-    ):
+    with pytest.raises(UserError, match=r"some/model.*(takes no|leaves out the) system turn.*data\.system_prompt_in"):
         renderer(template).render([rationale_messages("a text", SYSTEM)])
 
 
@@ -122,7 +120,7 @@ def test_folded_the_system_prompt_stands_before_the_text_and_is_not_pooled(name)
     folding = renderer(template, system_prompt_in="user")
     (prompt,) = folding.render([rationale_messages("a text", SYSTEM)])
     prefix, suffix = folding.frame(rationale_messages("", SYSTEM))
-    assert prefix.removeprefix("<|im_end|>") == f"{before}{SYSTEM}\n\n"
+    assert prefix == f"{before}{SYSTEM}\n\n"
     decode = folding.tokenizer.decode
     assert decode(prompt.ids[: prompt.text_start]) == prefix
     assert decode(prompt.ids[prompt.text_start :]) == "a text" + suffix
@@ -167,9 +165,7 @@ def test_an_earlier_turn_takes_the_system_prompt_of_a_longer_chat():
 @pytest.mark.parametrize("place", ["system", "user"])
 def test_a_template_that_fails_is_one_line(template, place):
     for chat in (rationale_messages("a text"), rationale_messages("a text", None)):
-        with pytest.raises(
-            UserError, match=r"^the chat template of 'some/model' fails for the turns .*jinja"
-        ) as failed:
+        with pytest.raises(UserError, match=r"^the chat template of 'some/model' fails for the turns user") as failed:
             renderer(template, system_prompt_in=place).render([chat])
         assert "\n" not in str(failed.value)
 
@@ -216,6 +212,7 @@ DATED = {
         ("date_string, or a day of its own", None, "01 Feb 2023", None),
         ("date_string, or a day of its own", "2025-03-04", "04 Mar 2025", "2025-03-04"),
         ("no date", None, "", None),
+        ("no date", "2025-03-04", "", None),
     ],
 )
 def test_a_prompt_shows_the_date_of_the_settings_and_never_todays(name, given, shown, kept):
@@ -377,10 +374,10 @@ def test_every_program_says_it_in_one_line(tmp_path, capsys, template, message):
 
 def test_questions_to_a_trained_model_are_dated_as_in_training(tmp_path):
     tokenizer = renderer(DATED["strftime_now"] + TURNS + HEADER).tokenizer
-    question = eval_generation.Question("1 + 1?", None, "line 1")
+    question = eval_generation.Question("line 1", "1 + 1?", None)
     args = eval_generation.parse_args(["--model_path", "m", "--data", "d", "--instruction", ""])
-    for settings, day in ((EmbedderSettings(), "26 Jul 2024"), (EmbedderSettings(template_date="2025-03-04"), "04 Mar 2025")):  # fmt: skip
-        (ids,) = eval_generation.render(tokenizer, [question], args, settings)
+    for given, day in ((None, "26 Jul 2024"), ("2025-03-04", "04 Mar 2025")):
+        (ids,) = eval_generation.render(tokenizer, [question], args, EmbedderSettings(template_date=given))
         assert tokenizer.decode(ids) == f"[{day}][user]1 + 1?[/][A]"
 
 

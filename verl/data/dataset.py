@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -59,6 +60,15 @@ class PromptDataset(Dataset):
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @property
+    def num_system_prompts(self) -> int:
+        """How many different system texts the rows have, or 1 where data.system_prompt replaces them."""
+        if self.config.system_prompt is not None:
+            return 1
+        turns = pc.list_flatten(self.table[self.config.prompt_key])
+        is_system = pc.equal(pc.struct_field(turns, "role"), "system")
+        return len(pc.unique(pc.struct_field(turns, "content").filter(is_system)))
 
     def __getitem__(self, index: int) -> Sample:
         row = self.table.slice(index, 1).to_pylist()[0]

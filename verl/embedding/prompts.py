@@ -122,9 +122,8 @@ class PromptRenderer:
         self.truncation = truncation
         self.allow_empty = allow_empty
         self.system_prompt_in = system_prompt_in
-        asks_for_today = "strftime_now" in tokenizer.get_chat_template()
-        self.template_date = read_day(template_date) if template_date else DEFAULT_DATE if asks_for_today else None
-        """The day that prompts show, as 2024-07-26; None where they show none."""
+        self.template_date = _day_shown(tokenizer.get_chat_template(), template_date)
+        """The day that prompts show, as 2024-07-26; None where a setting cannot change what they show."""
         self._frames: dict[str, tuple[str, str]] = {}
         markers = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._marker = re.compile("|".join(markers)) if markers else None
@@ -363,6 +362,13 @@ def _cut(text: str, spans: list[tuple[int, int]], keep: int, side: Truncation) -
     head = keep // 2
     tail = keep - head
     return (text[: spans[head - 1][1]] if head else "") + text[spans[-tail][0] :]
+
+
+def _day_shown(template: str, given: str | None) -> str | None:
+    day = None if given is None else read_day(given)
+    if "strftime_now" in template:
+        return day or DEFAULT_DATE
+    return day if "date_string" in template else None
 
 
 def _in_one_line(error: BaseException | None) -> str:

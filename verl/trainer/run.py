@@ -42,14 +42,24 @@ class TrainingRun:
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
-        prompt, date = self.collate.settings.prompt_line(), self.collate.settings.template_date
-        lines = [*self.plan.lines(), ("system prompt", prompt)]
-        lines += [("date in the prompts", f"{date} (data.template_date)")] if date else []
-        lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
+        lines = [*self.plan.lines(), *self._prompt_lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
         if engine == "vllm" and self.device == "cpu":
             lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
             lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
         return lines
+
+    def _prompt_lines(self) -> Iterator[tuple[str, str]]:
+        settings, count = self.collate.settings, self.dataset.num_system_prompts
+        source = "of the rows" if self.config.data.system_prompt is None else "data.system_prompt"
+        yield "system prompt", f"{settings.prompt_line()} ({source})"
+        if count > 1:
+            yield (
+                "",
+                f"WARNING: the rows have {count} different ones, and the checkpoint will embed with this, the first",
+            )
+            yield "", "row's, alone; data.system_prompt gives all rows the same"
+        if settings.template_date:
+            yield "date in the prompts", f"{settings.template_date} (data.template_date)"
 
 
 def prepare_run(config: RunConfig) -> TrainingRun:
