@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.checkpoint.training_state import checkpoint_bytes
 from verl.config import RunConfig
-from verl.embedding.prompts import Message, rationale_messages, with_system_prompt
+from verl.embedding.chat_template import Message, with_system_prompt
+from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace

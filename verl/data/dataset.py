@@ -16,13 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
-from verl.embedding.prompts import (
-    Message,
-    PromptRenderer,
-    rationale_messages,
-    system_prompt_of,
-    with_system_prompt,
-)
+from verl.embedding.chat_template import Message, system_prompt_of, with_system_prompt
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.protocol import DataProto, left_padded

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from verl.data.parallel import Mapper
 from verl.data.writer import ParquetSink
-from verl.embedding.prompts import PromptRenderer, rationale_messages, system_prompt_of
+from verl.embedding.chat_template import system_prompt_of
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.errors import UserError
 from verl.prompt_options import SystemPromptPlace
 from verl.utils.tokenizer import load_tokenizer

@@ -10,7 +10,8 @@ from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.config import RunConfig, file_list
 from verl.data.dataset import PromptCollator, PromptDataset
-from verl.embedding.prompts import PromptRenderer, system_prompt_of
+from verl.embedding.chat_template import system_prompt_of
+from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.validation import Validation
@@ -53,11 +54,8 @@ class TrainingRun:
         source = "of the rows" if self.config.data.system_prompt is None else "data.system_prompt"
         yield "system prompt", f"{settings.prompt_line()} ({source})"
         if count > 1:
-            yield (
-                "",
-                f"WARNING: the rows have {count} different ones, and the checkpoint will embed with this, the first",
-            )
-            yield "", "row's, alone; data.system_prompt gives all rows the same"
+            yield "", f"WARNING: the rows have {count} different ones, and the checkpoint will embed with this one,"
+            yield "", "the first row's; data.system_prompt gives all rows the same"
         if settings.template_date:
             yield "date in the prompts", f"{settings.template_date} (data.template_date)"
 
