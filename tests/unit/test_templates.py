@@ -356,6 +356,7 @@ def filtered_lengths(folder: Path, model: Path, parquet: str, *flags: str) -> li
 def test_every_program_says_it_in_one_line(tmp_path, capsys, template, message):
     folder, parquet = model_with(tmp_path / "model", template), write_rows(tmp_path / "train.parquet")
     filtering = ["--train_parquet", parquet, "--out_dir", str(tmp_path / "out"), "--tokenizer_path", str(folder)]
+    capsys.readouterr()  # the bar of saving the model
     assert offline_filter_data.main(filtering) == 2
     assert message in one_line(capsys, "offline_filter_data")
     assert not list((tmp_path / "out").iterdir())
@@ -404,6 +405,13 @@ def test_an_encoder_takes_a_system_prompt_in_place_of_the_settings(tiny_folder, 
                       {"system_prompt_in": "user"})
     ]  # fmt: skip
     assert vectors[0] == vectors[1] and len(set(map(tuple, vectors))) == 4
+
+
+@pytest.mark.parametrize(("system_prompt", "count"), [(None, 2), ("Other words.", 1)])
+def test_rows_with_several_system_prompts_are_counted(tmp_path, system_prompt, count):
+    files = [write_rows(tmp_path / f"{system}.parquet", system) for system in ("one", "two")]
+    config = DataConfig(system_prompt=system_prompt)
+    assert PromptDataset(files, config, ("positive",), renderer(TURNS + HEADER)).num_system_prompts == count
 
 
 def test_the_table_of_a_run_shows_a_prompt_with_brackets(capsys):
