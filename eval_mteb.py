@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from verl.checkpoint.model_card import put_scores
-from verl.embedding.settings import EmbedderSettings
+from verl.embedding.settings import EmbedderSettings, why_this_prompt
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.store import StoreError
 from verl.errors import UserError
@@ -36,6 +36,7 @@ from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs
 from verl.evaluation.records import name_of
 from verl.evaluation.report import Summary, TaskReport, timing_lines
 from verl.evaluation.suites import SUITES, Selection, select_tasks
+from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.console import complain
 from verl.utils.files import replace_file
 from verl.utils.logging import quiet_libraries
@@ -65,6 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--benchmark", help='a benchmark of mteb by its name, such as "MTEB(eng, v1)"')
     how = parser.add_argument_group("embedding")
     how.add_argument("--no_thinking", action="store_true", help="embed the texts alone, without rationales")
+    add_system_prompt_flag(how, "the model's settings")
+    add_template_flags(how, "the model's settings")
     how.add_argument("--input_max_length", type=int, help="most tokens of a prompt; default: the model's settings")
     how.add_argument("--thinking_max_length", type=int, help="most tokens of a rationale; default: the settings")
     how.add_argument("--temperature", type=float, help="of the rationales; default: the settings")
@@ -108,8 +111,10 @@ def open_encoder(args: argparse.Namespace) -> GraceEncoder:
     return GraceEncoder(
         args.model_path, engine=args.engine, device=args.device,
         settings=EmbedderSettings.read(args.embedder_config) if args.embedder_config else None,
-        pooling=args.pooling_method, span=args.span, max_prompt_length=args.input_max_length,
-        max_new_tokens=args.thinking_max_length, store=args.store or args.output_dir / "store",
+        pooling=args.pooling_method, span=args.span, system_prompt=args.system_prompt,
+        system_prompt_in=args.system_prompt_in, template_date=args.template_date,
+        max_prompt_length=args.input_max_length, max_new_tokens=args.thinking_max_length,
+        store=args.store or args.output_dir / "store",
         num_processes=args.num_processes, tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization, trust_remote_code=args.trust_remote_code,
         ignore_eos=args.ignore_eos,
@@ -173,6 +178,8 @@ class Evaluation:
         self.console.print(
             f"{len(tasks)} tasks ({self.selection.title}); rationales: {engine if thinks else 'none'}", markup=False
         )
+        why = why_this_prompt(args.embedder_config or self.encoder.folder, args.system_prompt)
+        self.console.print(f"system prompt: {self.encoder.settings.prompt_line()} ({why})", markup=False)
         rate = self._measured_rate()
         if rate is None:
             self.console.print("no plan: the sample was in the store already, and its rate is not known")

@@ -24,6 +24,7 @@ from verl.data.length_filter import FilterReport, FilterSettings, filter_file, l
 from verl.data.parallel import build_mapper
 from verl.data.publish import move_into
 from verl.errors import UserError
+from verl.prompt_options import add_template_flags
 from verl.utils.console import complain, say
 from verl.utils.versions import installed_versions
 
@@ -47,6 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_len", type=int, default=1024, help="most tokens a prompt may have (data.max_prompt_length)")
     add("--num_proc", type=int, default=num_cpus, help="most processes to measure with; default: all CPUs")
     add("--prompt_key", default="prompt", help="the column of chat messages")
+    add_template_flags(parser, "as in training without data.system_prompt_in and data.template_date")
     add("--trust_remote_code", action="store_true", help="run Python code that the tokenizer's folder brings")
     return parser.parse_args(argv)
 
@@ -66,11 +68,15 @@ def open_inputs(args: argparse.Namespace) -> dict[str, pq.ParquetFile]:
 def load_settings(args: argparse.Namespace) -> FilterSettings:
     if args.max_len < 1:
         raise UserError(f"--max_len is {args.max_len}; give 1 or more")
+    settings = FilterSettings(
+        args.tokenizer_path, args.max_len, args.prompt_key, args.trust_remote_code,
+        args.system_prompt_in or "system", args.template_date,
+    )  # fmt: skip
     try:
-        load_renderer(args.tokenizer_path, args.trust_remote_code)
+        load_renderer(settings)
     except ValueError as error:
         raise UserError(f"--tokenizer_path: {error}") from error
-    return FilterSettings(args.tokenizer_path, args.max_len, args.prompt_key, args.trust_remote_code)
+    return settings
 
 
 def _preload(trust_remote_code: bool) -> str:
@@ -101,7 +107,7 @@ def filter_inputs(
 
 
 def write_record(settings: FilterSettings, reports: dict[str, FilterReport], path: Path) -> None:
-    renderer = load_renderer(settings.tokenizer_path, settings.trust_remote_code)
+    renderer = load_renderer(settings)
     record = {
         **asdict(settings),
         "tokenizer_hash": renderer.fingerprint(),

@@ -24,7 +24,9 @@ from verl.data.samples import MODES, describe_fields
 from verl.data.schema import REPEATING_COLUMNS, SCHEMAS, build_rows
 from verl.data.split import DuplicateCounter, build_splitter
 from verl.data.writer import JsonArraySink, ParquetSink
+from verl.embedding.prompts import SYSTEM_PROMPT
 from verl.errors import UserError
+from verl.prompt_options import add_system_prompt_flag, read_system_prompt
 from verl.utils.console import complain, say, track
 from verl.utils.versions import installed_versions
 
@@ -64,6 +66,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hdfs_dir", help="also copy the outputs here: a folder or a URI (hdfs://, s3://, file://, ...)")
     add("--test_ratio", type=float, default=0.01, help="share of the samples that form the test split")
     add("--max_samples", type=int, help="stop after this many good samples")
+    add_system_prompt_flag(parser, "this project's own")
     add("--seed", type=int, help="draw the test split at random; else it is the leading samples")
     add("--max_rejected", type=float, default=0.01, help="largest share of bad lines that is put up with")
     add("--write_json", action="store_true", help="also write train.json and test.json")
@@ -120,7 +123,7 @@ def write_splits(args: argparse.Namespace, spool: Spool, num_samples: int, folde
             mask = is_test(len(batch))
             for split, chosen in (("train", ~mask), ("test", mask)):
                 samples = batch.filter(chosen)
-                rows = build_rows(args.mode, samples, split, sinks[split].num_rows)
+                rows = build_rows(args.mode, samples, split, sinks[split].num_rows, args.system_prompt or None)
                 sinks[split].add(rows)
                 duplicates.add(split, samples["hash"].to_numpy())
                 if args.write_json:
@@ -193,6 +196,8 @@ def summarise(args: argparse.Namespace, counts: Counts, totals: Totals) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_args(args)
+    # Its text, so that the manifest has it too.
+    args.system_prompt = SYSTEM_PROMPT if args.system_prompt is None else read_system_prompt(args.system_prompt)
     with open_source(args.input_file, args.mode):
         pass  # a missing or empty input is told before the output folder is made
     args.local_dir.mkdir(parents=True, exist_ok=True)

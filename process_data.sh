@@ -14,6 +14,10 @@ data_dir="${DATA_DIR:-data}"
 test_ratio="${TEST_RATIO:-0.01}"
 max_len="${MAX_LEN:-1024}"
 tokenizer="${TOKENIZER:-Qwen/Qwen2.5-1.5B-Instruct}"
+# Text or file; without it this project's own system prompt.
+system_prompt=(${SYSTEM_PROMPT+--system_prompt "$SYSTEM_PROMPT"})
+# For chat templates without a system turn SYSTEM_PROMPT_IN=user, as data.system_prompt_in=user in training.
+system_prompt_in=(${SYSTEM_PROMPT_IN:+--system_prompt_in "$SYSTEM_PROMPT_IN"})
 
 say_where_data_come_from() {
     cat >&2 <<EOF
@@ -38,10 +42,11 @@ EOF
 prepare() { # mode input
     local made="$data_dir/$1" filtered="$data_dir/$1_filtered_overlong"
     echo "== $1: $2 -> $made -> $filtered"
-    "$python" "$here/process_data.py" --mode "$1" --input_file "$2" --local_dir "$made" --test_ratio "$test_ratio"
+    "$python" "$here/process_data.py" --mode "$1" --input_file "$2" --local_dir "$made" --test_ratio "$test_ratio" \
+        "${system_prompt[@]}"
     "$python" "$here/offline_filter_data.py" --train_parquet "$made/train.parquet" \
         --val_parquet "$made/test.parquet" --out_dir "$filtered" \
-        --tokenizer_path "$tokenizer" --max_len "$max_len"
+        --tokenizer_path "$tokenizer" --max_len "$max_len" "${system_prompt_in[@]}"
 }
 
 if [[ ! -f "$supervised_file" && ! -f "$unsupervised_file" ]]; then

@@ -21,6 +21,8 @@ from pydantic import (
     PositiveInt,
 )
 
+from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace
+
 PROJECT = Path(__file__).parents[1]
 """The folder of the checkout."""
 
@@ -43,6 +45,13 @@ class DataConfig(_Section):
     """supervised (triplets, the meaning of null) or unsupervised (plain texts)."""
     prompt_key: str = "prompt"
     """Column that holds the chat messages of the trained text."""
+    system_prompt: GivenSystemPrompt | None = None
+    """System prompt of all prompts, as text or a file that holds it; '' = no system turn, null = each row's own."""
+    system_prompt_in: SystemPromptPlace = "system"
+    """Turn that the system prompt stands in; user = the beginning of the first user turn, for chat templates without
+    a system turn (Gemma, Mistral v0.1)."""
+    template_date: Day | None = None
+    """Day that a chat template shows where it asks for today's (Llama 3); null = 2024-07-26."""
     reward_fn_key: str = "data_source"
     """Column that names the rule by which the naive reward manager rewards a row."""
     train_batch_size: PositiveInt = 64

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.checkpoint.training_state import checkpoint_bytes
 from verl.config import RunConfig
+from verl.embedding.chat_template import Message, with_system_prompt
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.attention import kernel_in_use
@@ -132,7 +133,7 @@ def _all_reduce(rank: int, meet: str, use_cuda: bool) -> None:
 def check_model(config: RunConfig) -> str:
     """The model has a config, a tokenizer and a chat template, and a prompt fits."""
     renderer = build_renderer(config)
-    (prompt,) = renderer.render([rationale_messages("A text.")])
+    (prompt,) = renderer.render([_example(config)])
     found = load_model_config(config)
     stops = stop_token_ids(renderer.tokenizer, found)
     note = ""
@@ -172,6 +173,13 @@ def check_vllm(config: RunConfig) -> str:
     return _generate(config, lm, engine)
 
 
+def _example(config: RunConfig) -> list[Message]:
+    """A chat of the run: under its own system prompt, or that of `process_data.py`."""
+    chat = rationale_messages("A text about rivers.")
+    given = config.data.system_prompt
+    return chat if given is None else with_system_prompt(chat, given or None)
+
+
 def _load(config: RunConfig) -> tuple[Any, list[int]]:
     """The model on the CPU, and the ids that end a response."""
     model = config.actor_rollout_ref.model
@@ -183,7 +191,7 @@ def _load(config: RunConfig) -> tuple[Any, list[int]]:
 
 def _generate(config: RunConfig, lm: Any, engine: Rollout) -> str:
     renderer = build_renderer(config)
-    (prompt,) = renderer.render([rationale_messages("A text about rivers.")])
+    (prompt,) = renderer.render([_example(config)])
     start = time.monotonic()
     engine.update_weights(lm.named_parameters())
     engine.wake_up()

@@ -25,6 +25,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from verl.checkpoint.model_folder import model_folder, weights_revision
+from verl.embedding.prompts import PromptRenderer
+from verl.embedding.settings import EmbedderSettings
 from verl.encoder.backend import Backend, ModelSpec
 from verl.errors import UserError
 from verl.evaluation.exact_match import Judged, Question, compare, judge, read_questions, score
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     device, engine, reason = choose_device_and_engine(args.device, args.engine)
     folder = model_folder(args.model_path)
     tokenizer = load_tokenizer(str(folder))
-    prompts = render(tokenizer, questions, args)
+    prompts = render(tokenizer, questions, args, EmbedderSettings.read(folder))
     spec = ModelSpec(str(folder), engine, device, fit_context(folder, prompts, args.max_new_tokens))
     target = args.output_dir / name_of(args.model_path)
     target.mkdir(parents=True, exist_ok=True)
@@ -145,19 +147,18 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def render(tokenizer: Any, questions: Sequence[Question], args: argparse.Namespace) -> list[list[int]]:
-    """Token ids of each question in the model's chat template.
+def render(
+    tokenizer: Any, questions: Sequence[Question], args: argparse.Namespace, settings: EmbedderSettings
+) -> list[list[int]]:
+    """Token ids of each question in the model's chat template, dated as in the model's settings.
 
     Raises:
-        UserError: the tokenizer has no template, or a prompt is longer than the limit.
+        ValueError: the tokenizer has no template or one that fails, or a prompt is longer than the limit.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"--model_path {args.model_path} has no chat template; give an instruction-tuned model")
+    renderer = PromptRenderer(tokenizer, template_date=settings.template_date)
     turns = [f"{question.text}\n\n{args.instruction}".strip() for question in questions]
     chats = [[{"role": "user", "content": turn}] for turn in turns]
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    # The template has added the special tokens already.
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [prompt.ids for prompt in renderer.render(chats)]
     for question, ids in zip(questions, prompts, strict=True):
         if len(ids) > args.max_prompt_length:
             raise UserError(

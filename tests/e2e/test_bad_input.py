@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from runs import main_here, main_ppo, prepare, recipe, write_triplets
-from tiny import save_tiny, tiny_tokenizer
+from tiny import TEMPLATE, save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,23 @@ def test_a_model_without_a_chat_template(tmp_path, data):
     (folder / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder)
     assert_rejected(tmp_path / "run", recipe(folder, data, tmp_path / "run"), "has no chat template")
+
+
+@pytest.mark.parametrize(
+    ("template", "overrides", "message"),
+    [
+        ("{{ messages[0].role == 'user' or raise_exception('no system') }}" + TEMPLATE, [], "system_prompt_in=user"),
+        ("{% for m in messages if m.role == 'user' %}[U]{{ m.content }}[A]{% endfor %}", [], "leaves out the system"),
+        ("{{ messages[0].content + 1 }}", [], "the chat template of"),
+        (TEMPLATE, ["data.template_date=2025-01-02"], "data.template_date=2025-01-02 has no effect"),
+        (TEMPLATE, ["data.template_date=tomorrow"], "data.template_date='tomorrow'"),
+        (TEMPLATE, ["data.system_prompt=no/such/file"], "'no/such/file' is not a file that exists"),
+    ],
+)
+def test_a_prompt_that_would_not_reach_the_model(tmp_path, data, template, overrides, message):
+    folder = save_tiny(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    assert_rejected(tmp_path / "run", [*recipe(folder, data, tmp_path / "run"), *overrides], message)
 
 
 def test_a_typo_in_a_reward_argument(tmp_path, tiny_folder, data):

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 from eval_files import write_jsonl, write_tasks
-from tiny import save_tiny, tiny_tokenizer
+from tiny import TEMPLATE, save_tiny, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -212,6 +212,25 @@ def test_a_wrong_benchmark_or_model_is_an_error_that_helps(tmp_path, tiny_folder
     assert "Did you mean: MTEB(eng, v1)?" in capsys.readouterr().err
     assert eval_mteb.main(arguments(tmp_path / "nothing", tasks, tmp_path)) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_prompt_is_shown_and_a_template_that_refuses_it_is_one_line(tmp_path, tasks, capsys):
+    model = save_tiny(tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[0].role == 'user' or raise_exception('no') }}" + TEMPLATE)
+    options = arguments(model, tasks, tmp_path / "out", "--tasks", "Sts")
+    capsys.readouterr()
+    assert eval_mteb.main(options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "takes no system turn" in error and "--system_prompt_in user" in error
+    assert eval_mteb.main([*options, "--system_prompt_in", "user"]) == 0
+    printed = capsys.readouterr().out
+    assert f"in the user turn (this project's own, because {model} has no embedder_config.json" in printed
+    first = summary(tmp_path / "out", "model")
+    assert eval_mteb.main([*options, "--system_prompt_in", "user", "--system_prompt", "Own words."]) == 0
+    assert "system prompt: 'Own words.' in the user turn (--system_prompt)" in capsys.readouterr().out
+    second = summary(tmp_path / "out", "model")
+    assert second["settings"] == first["settings"] | {"system_prompt": "Own words."}
+    assert second["tasks"][0]["score"] != first["tasks"][0]["score"]
 
 
 def test_suites_are_the_benchmarks_tasks_in_english():

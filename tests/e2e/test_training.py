@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import GraceEncoder
+from verl.embedding.prompts import rationale_messages
 
 GOLDEN = Path(__file__).parent / "golden.json"
 # How far a metric may be from its golden value: about ten times what other instruction sets and numbers of threads
@@ -111,6 +113,35 @@ def test_the_model_folder_loads_with_transformers_and_has_been_trained(whole_run
     assert settings["max_new_tokens"] == 10
     vectors = GraceEncoder(str(folder), device="cpu").encode(["a river", "a stone"])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_a_checkpoint_keeps_the_prompt_it_was_trained_with(tiny_folder, triplets, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{{ messages[0].role == 'user' or raise_exception('no system turns') }}{{ strftime_now('%d.%m.%Y') }}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    (tmp_path / "prompt.txt").write_text("Own words.\n")
+    run = [
+        *recipe(model, triplets, tmp_path / "run"), "trainer.total_training_steps=1", "data.system_prompt_in=user",
+        f"data.system_prompt={tmp_path}/prompt.txt",
+    ]  # fmt: skip
+    done = train_here(*run)
+    assert done.returncode == 0, done.stderr
+    table = " ".join(done.stdout.split())  # its cells are wrapped
+    assert "system prompt 'Own words.' in the user turn (data.system_prompt)" in table
+    assert "date in the prompts 2024-07-26 (data.template_date)" in table
+    folder = tmp_path / "run" / "global_step_1" / "huggingface"
+    settings = json.loads((folder / "embedder_config.json").read_text())
+    kept = {name: settings[name] for name in ("system_prompt", "system_prompt_in", "template_date")}
+    assert kept == {"system_prompt": "Own words.", "system_prompt_in": "user", "template_date": "2024-07-26"}
+    encoder = GraceEncoder(folder, device="cpu")
+    (prompt,) = encoder.renderer.render([rationale_messages("a text", encoder.settings.system_prompt)])
+    assert encoder.tokenizer.decode(prompt.ids) == "True26.07.2024[user]Own words.\n\na text[A]"
+    # With another text in the same file it is another run.
+    (tmp_path / "prompt.txt").write_text("Other words.\n")
+    done = train_here(*run)
+    assert done.returncode == 2 and "data.system_prompt: 'Own words.' before, 'Other words.' now" in done.stderr
 
 
 def test_a_resumed_run_does_what_the_whole_run_did(whole_run, tiny_folder, triplets, tmp_path):

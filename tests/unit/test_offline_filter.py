@@ -14,7 +14,7 @@ from data_files import load_program
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from verl.data.length_filter import load_renderer
+from verl.data.length_filter import FilterSettings, load_renderer
 from verl.data.schema import SCHEMAS, build_rows
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 
@@ -317,13 +317,15 @@ def test_a_program_that_hides_torch_measures_the_same_lengths(tokenizer_path):
     texts = ["short", "a somewhat longer text", "ünïcode 🙂 " * 20]
     script = (
         "import json, sys, verl.data.without_torch\n"
-        "from verl.data.length_filter import load_renderer\n"
+        "from verl.data.length_filter import FilterSettings, load_renderer\n"
         "from verl.embedding.prompts import rationale_messages\n"
         "chats = [rationale_messages(text) for text in json.loads(sys.argv[2])]\n"
-        "print(json.dumps([sys.modules['torch'] is None, load_renderer(sys.argv[1], False).lengths(chats)]))\n"
+        "settings = FilterSettings(sys.argv[1], 9, 'prompt', False)\n"
+        "print(json.dumps([sys.modules['torch'] is None, load_renderer(settings).lengths(chats)]))\n"
     )
     command = [sys.executable, "-c", script, tokenizer_path, json.dumps(texts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     hidden, lengths = json.loads(done.stdout)
     assert hidden and not done.stderr
-    assert lengths == load_renderer(tokenizer_path, False).lengths([rationale_messages(text) for text in texts])
+    renderer = load_renderer(FilterSettings(tokenizer_path, 9, "prompt", trust_remote_code=False))
+    assert lengths == renderer.lengths([rationale_messages(text) for text in texts])

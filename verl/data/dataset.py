@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
-from verl.embedding.prompts import Message, PromptRenderer, rationale_messages, system_prompt_of
+from verl.embedding.chat_template import Message, system_prompt_of, with_system_prompt
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError, WorkerError
 from verl.protocol import DataProto, left_padded
@@ -54,6 +56,15 @@ class PromptDataset(Dataset):
     def __len__(self) -> int:
         return self.table.num_rows
 
+    @property
+    def num_system_prompts(self) -> int:
+        """How many different system texts the rows have, or 1 where data.system_prompt replaces them."""
+        if self.config.system_prompt is not None:
+            return 1
+        turns = pc.list_flatten(self.table[self.config.prompt_key])
+        is_system = pc.equal(pc.struct_field(turns, "role"), "system")
+        return len(pc.unique(pc.struct_field(turns, "content").filter(is_system)))
+
     def __getitem__(self, index: int) -> Sample:
         row = self.table.slice(index, 1).to_pylist()[0]
         return {**row, "uid": index, "chats": self._chats(row)}
@@ -78,6 +89,8 @@ class PromptDataset(Dataset):
     def _chats(self, row: Sample) -> dict[str, list[Message]]:
         """The chat of each role; anchors get the system turn of the sample's own prompt."""
         prompt: list[Message] = row[self.config.prompt_key]
+        if self.config.system_prompt is not None:
+            prompt = with_system_prompt(prompt, self.config.system_prompt or None)
         if self.roles == ("positive",):
             return {"positive": prompt}
         if not self.supervised:

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 
 from verl.data.parallel import Mapper
 from verl.data.writer import ParquetSink
-from verl.embedding.prompts import Message, PromptRenderer
+from verl.embedding.chat_template import system_prompt_of
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.errors import UserError
+from verl.prompt_options import SystemPromptPlace
 from verl.utils.tokenizer import load_tokenizer
 
 LENGTHS = "prompt_lengths"
@@ -40,6 +42,8 @@ class FilterSettings:
     max_len: int
     prompt_key: str
     trust_remote_code: bool
+    system_prompt_in: SystemPromptPlace = "system"
+    template_date: str | None = None
 
 
 @dataclass
@@ -64,11 +68,11 @@ class FilterReport:
 
 
 @lru_cache(maxsize=1)
-def load_renderer(tokenizer_path: str, trust_remote_code: bool) -> PromptRenderer:
+def load_renderer(settings: FilterSettings) -> PromptRenderer:
     """The renderer of a tokenizer, loaded once per process."""
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+    tokenizer = load_tokenizer(settings.tokenizer_path, settings.trust_remote_code)
     tokenizer.model_max_length = sys.maxsize  # long texts are expected here: no warning about them
-    return PromptRenderer(tokenizer)
+    return PromptRenderer(tokenizer, system_prompt_in=settings.system_prompt_in, template_date=settings.template_date)
 
 
 def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
@@ -121,7 +125,7 @@ def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, ma
 
 def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     """Token counts of every text of `batch` as training will template it, by field."""
-    renderer = load_renderer(settings.tokenizer_path, settings.trust_remote_code)
+    renderer = load_renderer(settings)
     column = batch[settings.prompt_key]
     messages = column.flatten()
     _check_no_nulls(settings.prompt_key, [column, messages.field("role"), messages.field("content")])
@@ -132,13 +136,9 @@ def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str
     for name, child in TRIPLET_FIELDS.items():
         texts = batch[TRIPLET].field(child)
         _check_no_nulls(f"{TRIPLET}.{child}", [batch[TRIPLET], texts])
-        conversations[name] = list(map(_with_text, prompts, texts.to_pylist()))
+        systems = map(system_prompt_of, prompts)
+        conversations[name] = list(map(rationale_messages, texts.to_pylist(), systems))
     return {name: np.array(renderer.lengths(chats), np.int32) for name, chats in conversations.items()}
-
-
-def _with_text(prompt: list[Message], text: str) -> list[Message]:
-    """The prompt that asks about `text` under the system message of `prompt`."""
-    return [*(m for m in prompt if m["role"] == "system"), {"role": "user", "content": text}]
 
 
 def _check_texts(what: str, type_: pa.DataType | None, names: Iterable[str]) -> None:
@@ -156,7 +156,7 @@ def _check_no_nulls(name: str, arrays: list[pa.Array]) -> None:
 
 def _schema_with_lengths(schema: pa.Schema, settings: FilterSettings) -> pa.Schema:
     fields = ("positive", *TRIPLET_FIELDS) if TRIPLET in schema.names else ("text",)
-    fingerprint = load_renderer(settings.tokenizer_path, settings.trust_remote_code).fingerprint()
+    fingerprint = load_renderer(settings).fingerprint()
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key != _STALE_METADATA}
     metadata |= {
         b"grace.tokenizer_hash": fingerprint.encode(),

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from verl.data.samples import Mode
-from verl.embedding.prompts import rationale_messages
+from verl.embedding.prompts import SYSTEM_PROMPT, rationale_messages
 
 ABILITY = "natural_language_inference"
 
@@ -50,15 +50,17 @@ REPEATING_COLUMNS = [
 """Parquet paths worth a dictionary; on texts one would be built and thrown away."""
 
 
-def build_rows(mode: Mode, samples: pa.RecordBatch, split: str, first_index: int) -> pa.RecordBatch:
-    """The training rows of `samples`, numbered from `first_index`."""
+def build_rows(
+    mode: Mode, samples: pa.RecordBatch, split: str, first_index: int, system_prompt: str | None = SYSTEM_PROMPT
+) -> pa.RecordBatch:
+    """The training rows of `samples`, numbered from `first_index`; without a system turn if `system_prompt` is None."""
     num_rows = len(samples)
     main = samples["positive" if mode == "supervised" else "text"]
     is_supervised = mode == "supervised"
     style, truth = ("multi_input", main) if is_supervised else ("unsupervised", pa.repeat("", num_rows))
     columns = [
         pa.repeat(mode, num_rows),
-        _prompts(main),
+        _prompts(main, system_prompt),
         pa.repeat(ABILITY, num_rows),
         _struct(SCHEMAS[mode].field("reward_model").type, [pa.repeat(style, num_rows), truth]),
         _struct(
@@ -82,17 +84,16 @@ def _struct(type_: pa.DataType, children: list[pa.Array]) -> pa.StructArray:
     return pa.StructArray.from_arrays(children, fields=list(type_.fields))
 
 
-def _prompts(texts: pa.Array) -> pa.ListArray:
-    """[rationale_messages(text) for text in texts]; `texts` are stripped."""
-    placeholder = "text"
-    frame = rationale_messages(placeholder)
-    constants = [message["content"] for message in frame if message["content"] != placeholder]
+def _prompts(texts: pa.Array, system_prompt: str | None) -> pa.ListArray:
+    """[rationale_messages(text, system_prompt) for text in texts]; `texts` are stripped."""
+    frame = rationale_messages("", system_prompt)
+    constants = [message["content"] for message in frame if message["role"] != "user"]
     num_texts, num_messages = len(texts), len(frame)
     # Index of every message's content in texts + constants.
     take = np.empty((num_texts, num_messages), np.int32)
     next_constant = num_texts
     for column, message in enumerate(frame):
-        if message["content"] == placeholder:
+        if message["role"] == "user":
             take[:, column] = np.arange(num_texts)
         else:
             take[:, column] = next_constant

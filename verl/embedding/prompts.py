@@ -17,28 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from verl.embedding.chat_template import ChatTemplate, Message, last_user_turn
+from verl.prompt_options import SystemPromptPlace
+
 SYSTEM_PROMPT = (
     "Read the text. Inside <think> and </think>, reason about its topic, meaning and intent. "
     "Then write a complete understanding of it."
 )
 
-Message = dict[str, str]
 Offsets = list[tuple[int, int]]
 Truncation = Literal["left", "right", "middle", "error"]
-
-# Two texts that no template or user would write; rendering both shows where a template puts the user's text.
-_PROBES = ("QZXprobeoneXZQ", "JVWprobesecondWVJ")
 
 
 def rationale_messages(text: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
     """The chat that asks for a rationale of `text`; without a system turn if `system_prompt` is None."""
     user = {"role": "user", "content": text.strip()}
     return [user] if system_prompt is None else [{"role": "system", "content": system_prompt}, user]
-
-
-def system_prompt_of(messages: Sequence[Message]) -> str | None:
-    """The text of a chat's system turn, or None."""
-    return next((turn["content"] for turn in messages if turn["role"] == "system"), None)
 
 
 @dataclass(frozen=True)
@@ -64,19 +58,17 @@ class PromptRenderer:
         truncation: which part of an over-long user text is cut: `right` keeps its beginning, `left` its end, `middle`
             both ends; `error` raises.
         allow_empty: render a user turn without text; its pooling starts at the token after the turn's header.
+        system_prompt_in, template_date: see `ChatTemplate`.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or cannot report character offsets.
+        ValueError: the tokenizer has no chat template, or cannot report character offsets; or `template_date` is not a
+            day.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right", allow_empty: bool = False
-    ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model "
-                "(often the one whose name ends in -Instruct)"
-            )
+        self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right",
+        allow_empty: bool = False, system_prompt_in: SystemPromptPlace = "system", template_date: str | None = None,
+    ) -> None:  # fmt: skip
         if not tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} is not a fast one and reports no character offsets; "
@@ -86,16 +78,22 @@ class PromptRenderer:
         self.max_length = max_length
         self.truncation = truncation
         self.allow_empty = allow_empty
-        self._frames: dict[str, tuple[str, str]] = {}
+        self._template = ChatTemplate(tokenizer, system_prompt_in, template_date)
         markers = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._marker = re.compile("|".join(markers)) if markers else None
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that prompts show, as 2024-07-26; None where a setting cannot change what they show."""
+        return self._template.date
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
         """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
 
         Raises:
-            ValueError: a text is empty or not valid Unicode, the template does not contain it exactly once, or a
-                prompt is over-long and `truncation` is `error`, or nothing of the text would be left.
+            UserError: the chat template cannot be used; see `ChatTemplate.frame`.
+            ValueError: a text is empty or not valid Unicode, or a prompt is over-long and `truncation` is `error`, or
+                nothing of the text would be left.
         """
         if not conversations:
             return []
@@ -118,25 +116,18 @@ class PromptRenderer:
         return [counts[i] if i in counts else len(next(encoded)) for i in range(len(parts))]
 
     def fingerprint(self) -> str:
-        """SHA-256 of what determines a prompt's length: the tokenizer and its chat template."""
+        """SHA-256 of what determines a prompt's length: tokenizer, chat template, the system text's place, the date."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
+        digest.update(json.dumps([self._template.system_prompt_in, self.template_date]).encode())
         return digest.hexdigest()
 
     def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """The rendered characters before and after the last user text."""
-        turn = _last_user_turn(messages)
-        fixed = [(m["role"], None if i == turn else m["content"]) for i, m in enumerate(messages)]
-        key = json.dumps(fixed, ensure_ascii=False)
-        if key not in self._frames:
-            first, second = (self._split_at_probe(messages, turn, probe) for probe in _PROBES)
-            if first != second:
-                raise ValueError("the chat template changes with the user's text; the text's place cannot be found")
-            self._frames[key] = first
-        return self._frames[key]
+        """The rendered characters before and after the last user text; see `ChatTemplate.frame`."""
+        return self._template.frame(messages)
 
     def _user_text(self, messages: Sequence[Message]) -> str:
-        text = messages[_last_user_turn(messages)]["content"].strip()
+        text = messages[last_user_turn(messages)]["content"].strip()
         if not text and not self.allow_empty:
             raise ValueError("a prompt has an empty user text; nothing can be embedded")
         try:
@@ -147,17 +138,6 @@ class PromptRenderer:
                 "it, for example with text.encode(errors='replace').decode()"
             ) from error
         return text
-
-    def _split_at_probe(self, messages: Sequence[Message], turn: int, probe: str) -> tuple[str, str]:
-        probed = [{**m, "content": probe} if i == turn else dict(m) for i, m in enumerate(messages)]
-        rendered = self.tokenizer.apply_chat_template(probed, tokenize=False, add_generation_prompt=True)
-        if rendered.count(probe) != 1:
-            raise ValueError(
-                f"the chat template shows the user's text {rendered.count(probe)} times instead of once; "
-                "rationale embeddings need a template that shows it once"
-            )
-        prefix, suffix = rendered.split(probe)
-        return prefix, suffix
 
     def _has_marker(self, text: str) -> bool:
         return bool(self._marker and self._marker.search(text))
@@ -235,10 +215,3 @@ def _cut(text: str, spans: list[tuple[int, int]], keep: int, side: Truncation) -
     head = keep // 2
     tail = keep - head
     return (text[: spans[head - 1][1]] if head else "") + text[spans[-tail][0] :]
-
-
-def _last_user_turn(messages: Sequence[Message]) -> int:
-    for i in range(len(messages) - 1, -1, -1):
-        if messages[i]["role"] == "user":
-            return i
-    raise ValueError(f"a prompt needs a user turn; got the roles {[m['role'] for m in messages]}")

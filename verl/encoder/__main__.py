@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 
 from verl.data.readers import open_source
 from verl.data.samples import BadSample, read_sample
+from verl.embedding.settings import why_this_prompt
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.store import StoreError
 from verl.errors import UserError
+from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
@@ -36,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="a .parquet file")
     parser.add_argument("--store", type=Path, help="folder of rationales and vectors to reuse and to add to")
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
+    add_system_prompt_flag(parser, "the model's settings")
+    add_template_flags(parser, "the model's settings")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")
     parser.add_argument("--temperature", type=float, help="default: the model's settings")
@@ -73,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
     with GraceEncoder(
         args.model, engine=args.engine, device=args.device, pooling=args.pooling, span=args.span, store=store,
         max_prompt_length=args.max_prompt_length, max_new_tokens=args.max_new_tokens,
+        system_prompt=args.system_prompt, system_prompt_in=args.system_prompt_in, template_date=args.template_date,
     ) as encoder:  # fmt: skip
+        say(f"system prompt: {encoder.settings.prompt_line()} ({why_this_prompt(encoder.folder, args.system_prompt)})")
         write_vectors(args, encoder, written)
         usage = encoder.usage
     written.replace(args.output)

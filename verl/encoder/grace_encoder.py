@@ -25,6 +25,7 @@ from verl.encoder.processes import ProcessesBackend
 from verl.encoder.record import NO_RATIONALE, Sampling, TextRecord
 from verl.encoder.store import EmbeddingStore
 from verl.encoder.usage import Usage
+from verl.prompt_options import SystemPromptPlace, read_system_prompt
 from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.choose import choose_device_and_engine
@@ -41,6 +42,9 @@ class GraceEncoder:
         device: auto, cuda or cpu.
         settings: replaces the folder's own settings.
         pooling, span: replace those of the settings.
+        system_prompt: text, or a file that holds it; replaces that of the settings. "" = no system turn.
+        system_prompt_in: the turn that it stands in; replaces that of the settings.
+        template_date: the day that a dated chat template shows, as 2024-07-26; replaces that of the settings.
         max_prompt_length: most tokens of a prompt; replaces that of the settings.
         max_new_tokens: most tokens of a rationale; replaces that of the settings. vllm is started with this limit.
         store: folder of rationales and vectors to reuse and to add to.
@@ -52,7 +56,7 @@ class GraceEncoder:
         ignore_eos: generate every rationale to its full length (a control for measurements).
 
     Raises:
-        ValueError: the folder or its settings cannot be used.
+        ValueError: the folder, its chat template or its settings cannot be used.
         UserError: vllm is asked for and cannot be imported.
     """
 
@@ -65,6 +69,9 @@ class GraceEncoder:
         settings: EmbedderSettings | None = None,
         pooling: Pooling | None = None,
         span: Span | None = None,
+        system_prompt: str | None = None,
+        system_prompt_in: SystemPromptPlace | None = None,
+        template_date: str | None = None,
         max_prompt_length: int | None = None,
         max_new_tokens: int | None = None,
         store: Path | str | None = None,
@@ -75,12 +82,11 @@ class GraceEncoder:
         ignore_eos: bool = False,
     ) -> None:
         self.folder = model_folder(str(path))
-        changes = {"pooling": pooling, "span": span, "max_prompt_length": max_prompt_length,
-                   "max_new_tokens": max_new_tokens}  # fmt: skip
-        base = settings or EmbedderSettings.read(self.folder)
-        self.settings = EmbedderSettings.model_validate(
-            {**base.model_dump(), **{name: value for name, value in changes.items() if value is not None}}
-        )
+        self.settings = (settings or EmbedderSettings.read(self.folder)).changed(
+            pooling=pooling, span=span, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens,
+            system_prompt=None if system_prompt is None else read_system_prompt(system_prompt),
+            system_prompt_in=system_prompt_in, template_date=template_date,
+        )  # fmt: skip
         device, engine, self.engine_reason = choose_device_and_engine(device, engine)
         spec = ModelSpec(
             folder=str(self.folder),
@@ -94,8 +100,11 @@ class GraceEncoder:
         )
         self.tokenizer = load_tokenizer(spec.folder, trust_remote_code)
         self.renderer = PromptRenderer(
-            self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True
-        )
+            self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True,
+            system_prompt_in=self.settings.system_prompt_in, template_date=self.settings.template_date,
+        )  # fmt: skip
+        # A chat template that cannot be used is told before the weights are loaded.
+        self.renderer.frame(rationale_messages("", self.settings.system_prompt))
         one_process = num_processes == tensor_parallel_size == 1
         self.backend = Backend(spec) if one_process else ProcessesBackend(spec, num_processes)
         self.usage = Usage()
@@ -189,7 +198,10 @@ class GraceEncoder:
         sampling = None
         if options.get("think", True):
             sampling = self._sampling(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
-        prompt = self.settings.model_dump(include={"system_prompt", "max_prompt_length", "truncation"})
+        prompt = self.settings.model_dump(
+            include={"system_prompt", "system_prompt_in", "max_prompt_length", "truncation"}
+        )
+        prompt["template_date"] = self.renderer.template_date
         return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling()}
 
     def close(self) -> None:

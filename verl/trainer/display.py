@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _PHASES = ("gen", "score", "ref", "reward", "update", "sync")
 
@@ -36,7 +37,7 @@ class RunDisplay:
     def table(self, title: str, lines: list[tuple[str, str]]) -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for what, value in lines:
-            table.add_row(what, value)
+            table.add_row(what, Text(value))  # as it is: a prompt may hold brackets
         self.console.print(table)
 
     @contextmanager

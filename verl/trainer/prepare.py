@@ -130,7 +130,7 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     """The prompt renderer of the model's tokenizer.
 
     Raises:
-        UserError: prompt and response do not fit the model's context.
+        UserError: prompt and response do not fit the model's context, or data.template_date has no effect.
         ValueError: no such model, or it has no tokenizer or chat template.
     """
     model, data = config.actor_rollout_ref.model, config.data
@@ -143,7 +143,16 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
             f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length} "
             f"= {wanted} tokens, beyond the model's context of {context}; lower one of them by {wanted - context}."
         )
-    return PromptRenderer(tokenizer, data.max_prompt_length, data.truncation)
+    renderer = PromptRenderer(
+        tokenizer, data.max_prompt_length, data.truncation,
+        system_prompt_in=data.system_prompt_in, template_date=data.template_date,
+    )  # fmt: skip
+    if data.template_date and not renderer.template_date:
+        raise UserError(
+            f"data.template_date={data.template_date} has no effect: the chat template of {model.path} shows no date; "
+            "leave it out."
+        )
+    return renderer
 
 
 def start_ray(config: RunConfig, world_size: int) -> Reaper | None:

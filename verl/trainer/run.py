@@ -10,7 +10,8 @@ from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.config import RunConfig, file_list
 from verl.data.dataset import PromptCollator, PromptDataset
-from verl.embedding.prompts import PromptRenderer, system_prompt_of
+from verl.embedding.chat_template import system_prompt_of
+from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.validation import Validation
@@ -45,13 +46,23 @@ class TrainingRun:
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
-        lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        lines = [*self.plan.lines(), *self._prompt_lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
         if engine == "vllm" and self.device == "cpu":
             lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
             lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
         return lines
+
+    def _prompt_lines(self) -> Iterator[tuple[str, str]]:
+        settings, count = self.collate.settings, self.dataset.num_system_prompts
+        source = "of the rows" if self.config.data.system_prompt is None else "data.system_prompt"
+        yield "system prompt", f"{settings.prompt_line()} ({source})"
+        if count > 1:
+            yield "", f"WARNING: the rows have {count} different ones, and the checkpoint will embed with this one,"
+            yield "", "the first row's; data.system_prompt gives all rows the same"
+        if settings.template_date:
+            yield "date in the prompts", f"{settings.template_date} (data.template_date)"
 
 
 @contextmanager
@@ -98,6 +109,8 @@ def build_collate(
     data, rollout = config.data, config.actor_rollout_ref.rollout
     settings = EmbedderSettings(
         system_prompt=system_prompt_of(dataset[0]["chats"]["positive"]),
+        system_prompt_in=data.system_prompt_in,
+        template_date=renderer.template_date,
         pool_system_prompt=not reward_manager.exclude_system_prompt,
         max_prompt_length=data.max_prompt_length,
         max_new_tokens=data.max_response_length,

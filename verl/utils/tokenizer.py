@@ -17,7 +17,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"model path {path!r} does not exist; give a folder that holds a model, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Its files are read by two libraries, and its folder may bring code: anything may be raised.
         raise ValueError(
             f"no tokenizer could be loaded from {path!r}: {error}\n"
             "Give a folder that exists here, or a hub name on a machine that reaches the hub."
