@@ -15,6 +15,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
+from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.base import RewardManager
 from verl.workers.rollout.choose import choose_engine
@@ -43,10 +44,7 @@ class TrainingRun:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
         lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
-        if engine == "vllm" and self.device == "cpu":
-            lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
-            lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
-        return lines
+        return [*lines, *start_notes(self.config, self.device)]
 
 
 def prepare_run(config: RunConfig) -> TrainingRun:
