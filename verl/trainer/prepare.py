@@ -5,6 +5,7 @@ The training program and the doctor both use it, so the doctor checks exactly wh
 
 import logging
 import os
+import secrets
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import ray
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from ray._private import ray_constants
 from transformers import AutoConfig
 
 from verl.config import RunConfig
-from verl.config_checks import build_config, check_key
+from verl.config_checks import build_config
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
 from verl.single_controller.reaper import Reaper
+from verl.trainer.overrides import hydra_overrides, resolve
 from verl.utils.tokenizer import load_tokenizer
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -31,15 +33,25 @@ def compose_config(overrides: list[str], config_name: str = "ppo_trainer", confi
     """Compose YAML and overrides with hydra, and check the result.
 
     Raises:
-        UserError: an unknown key, a wrong type, a missing file or a bad combination.
+        UserError: unknown keys, wrong values, missing files and bad combinations, one a line.
     """
-    for override in OverridesParser.create().parse_overrides(overrides):
-        check_key(override.key_or_group)
+    return build_config(resolve(compose_values(overrides, config_name, config_path)))
+
+
+def compose_values(
+    overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR
+) -> DictConfig:
+    """What hydra composes of YAML and overrides, with `${...}` as written and nothing checked.
+
+    Raises:
+        UserError: an override that cannot be read.
+        HydraException: there is no such YAML, or a key to be removed does not exist.
+    """
     with initialize_config_dir(str(config_path.absolute()), version_base=None):
-        composed = compose(config_name, overrides)
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    return build_config({str(key): value for key, value in values.items()})
+        try:
+            return compose(config_name, hydra_overrides(overrides))
+        except OmegaConfBaseException as error:
+            raise UserError(str(error)) from error
 
 
 def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
@@ -157,9 +169,13 @@ def _join_ray(address: str) -> None:
 def _start_local_ray(num_cpus: int) -> None:
     """Start Ray on the loopback address, with SIGTERM blocked in its processes.
 
+    Raises:
+        UserError: the folder for temporary files is too long for a socket.
+
     Ray's processes inherit the mask. A batch system sends SIGTERM to all processes of a job, and the last step can only
     be saved while Ray is running.
     """
+    _give_ray_a_token()
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         # Otherwise Ray listens on all interfaces in spite of the loopback address, for clusters of several machines.
@@ -169,5 +185,22 @@ def _start_local_ray(num_cpus: int) -> None:
             # No idle worker processes for tasks: a run has no tasks, and they cost memory and time.
             _system_config={"prestart_worker_first_driver": False},
         )  # fmt: skip
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise UserError(
+            f"{name}={os.environ.get(name)} is too long for the paths of Ray's sockets; export RAY_TMPDIR=/tmp, or "
+            "another folder with a short path."
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _give_ray_a_token() -> None:
+    """Where the home folder cannot be written to, in which Ray keeps the token of its processes, one for this run."""
+    given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    home = Path.home()
+    kept = (home / ".ray/auth_token").is_file() or os.access(home, os.W_OK)
+    if not kept and not any(name in os.environ for name in given):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
