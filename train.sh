@@ -6,7 +6,7 @@
 #   bash train.sh --doctor             whether this machine can do that: every line OK, or what to do
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
 #
-# From the environment: MODE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON.
+# From the environment: MODE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON. Several files: data.train_files=[a.parquet,b.parquet].
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -79,11 +79,18 @@ else
     )
 fi
 
+# By reference, so that hydra reads nothing into the characters of a path.
+export MODEL TRAIN_FILE VAL_FILE
+VALIDATION='${oc.env:VAL_FILE}'
+if [[ "$VAL_FILE" == null ]]; then
+    VALIDATION=null
+fi
+
 exec "$PYTHON" -m "$PROGRAM" \
     +data.train_mode="$MODE" \
-    data.train_files="$TRAIN_FILE" \
-    data.val_files="$VAL_FILE" \
-    actor_rollout_ref.model.path="$MODEL" \
+    data.train_files='${oc.env:TRAIN_FILE}' \
+    data.val_files="$VALIDATION" \
+    actor_rollout_ref.model.path='${oc.env:MODEL}' \
     algorithm.adv_estimator=grpo \
     algorithm.norm_adv_by_std_in_grpo=False \
     reward_model.reward_manager=hidden \

@@ -24,6 +24,8 @@ class BatchPlan:
     """Limit of one forward, in words."""
     steps_per_epoch: int
     total_steps: int
+    decided_by: str
+    """The setting that total_steps follows from."""
 
     @property
     def rows_per_step(self) -> int:
@@ -53,11 +55,8 @@ class BatchPlan:
                 f"{-(-world_size // n)} or more."
             )
         steps_per_epoch = num_samples // data.train_batch_size
-        limit = (
-            f"{actor.ppo_max_token_len_per_gpu} tokens"
-            if actor.use_dynamic_bsz
-            else f"{actor.ppo_micro_batch_size_per_gpu} rows"
-        )
+        tokens, rows = actor.update_limit
+        steps, epochs = config.trainer.total_training_steps, config.trainer.total_epochs
         return cls(
             num_samples=num_samples,
             world_size=world_size,
@@ -66,9 +65,10 @@ class BatchPlan:
             anchor_rows_per_step=data.train_batch_size * num_anchors,
             updates_per_step=data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs,
             trained_rows_per_update=rows_per_update,
-            micro_batch=limit,
+            micro_batch=f"{tokens} tokens" if tokens else f"{rows} rows",
             steps_per_epoch=steps_per_epoch,
-            total_steps=config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs,
+            total_steps=steps or steps_per_epoch * epochs,
+            decided_by="trainer.total_training_steps" if steps else f"trainer.total_epochs={epochs}",
         )
 
     def lines(self) -> list[tuple[str, str]]:
@@ -84,5 +84,5 @@ class BatchPlan:
             ("updates per step", f"{self.updates_per_step} of {self.trained_rows_per_update} rationales"),
             ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
             ("one forward takes at most", f"{self.micro_batch} per worker"),
-            ("steps", f"{self.total_steps} ({self.steps_per_epoch} per epoch)"),
+            ("steps", f"{self.total_steps} by {self.decided_by} ({self.steps_per_epoch} per epoch)"),
         ]

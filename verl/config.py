@@ -8,11 +8,14 @@ value only are in `verl_keys`.
 Key names follow verl 0.4. Imports neither torch, ray nor transformers.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -30,16 +33,29 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Bound = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 """Infinity = no bound; NaN is not above 0 and therefore rejected."""
+OrOff = Annotated[int, Field(ge=-1)]
+"""A number, or -1 for what the key says of it."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A leading ~ is the home folder; expanded here and nowhere else."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
+        # A YAML file's `experiment_name: 20251128` is a name.
+        coerce_numbers_to_str=True,
+    )  # fmt: skip
 
 
 class DataConfig(_Section):
-    train_files: str | list[str] | None = None
+    train_files: FilePath | list[FilePath] | None = None
     """Parquet file or files made by process_data.py (required)."""
-    val_files: str | list[str] | None = None
+    val_files: FilePath | list[FilePath] | None = None
     """Held-out parquet; needed only when validation is on (trainer.test_freq > 0 or val_before_train)."""
     train_mode: Literal["supervised", "unsupervised"] | None = None
     """supervised (triplets, the meaning of null) or unsupervised (plain texts)."""
@@ -60,7 +76,7 @@ class DataConfig(_Section):
     """Samples per validation step; null = data.train_batch_size."""
     val_max_samples: PositiveInt = 200
     """Most held-out samples a validation uses, taken from the front."""
-    val_sts_file: str | None = "examples/eval/ExampleSTS.sts.jsonl"
+    val_sts_file: FilePath | None = "examples/eval/ExampleSTS.sts.jsonl"
     """Scored pairs that validation embeds too, one {"sentence1", "sentence2", "score"} a line; null = none.
     A relative path is looked up in the working directory, then in the project's folder."""
     max_prompt_length: PositiveInt = 1024
@@ -73,7 +89,7 @@ class DataConfig(_Section):
     """Drop samples with an over-long text at start instead of cutting the text."""
     shuffle: bool = True
     """Shuffle the training samples each epoch."""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of the shuffling."""
     dataloader_num_workers: NonNegativeInt = 0
     """Processes that render prompts; 0 = in the driver."""
@@ -83,13 +99,13 @@ class DataConfig(_Section):
         """The file of `val_sts_file`; a relative path that the working directory does not have is the project's."""
         if self.val_sts_file is None:
             return None
-        given = Path(self.val_sts_file).expanduser()
+        given = Path(self.val_sts_file)
         shipped = PROJECT / given
         return given if given.exists() or not shipped.exists() else shipped
 
 
 class ModelConfig(_Section):
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name of an instruction-tuned causal language model (required)."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
@@ -111,8 +127,9 @@ class OptimConfig(_Section):
     """AdamW betas."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay."""
-    lr_warmup_steps: int = -1
-    """Training steps of linear warm-up; negative = lr_warmup_steps_ratio of all steps."""
+    lr_warmup_steps: OrOff = -1
+    """Training steps of linear warm-up, from min_lr_ratio x lr with cosine, else from 0; -1 = lr_warmup_steps_ratio
+    of all steps."""
     lr_warmup_steps_ratio: Share = 0.0
     """Share of all training steps spent in warm-up."""
     warmup_style: Literal["constant", "cosine"] = "constant"
@@ -132,8 +149,8 @@ class FsdpConfig(_Section):
     """strategy=fsdp2 only: torch's CPUOffloadPolicy; the two flags above then have no effect."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward."""
-    fsdp_size: int = -1
-    """GPUs in one sharding group; -1 = all. Smaller groups hold replicas (HSDP)."""
+    fsdp_size: OrOff = -1
+    """GPUs in one sharding group; -1 or 0 = all. Smaller groups hold replicas (HSDP)."""
 
 
 class ActorConfig(_Section):
@@ -145,12 +162,13 @@ class ActorConfig(_Section):
     """Passes over the rows of a step."""
     shuffle: bool = False
     """Draw the mini-batches of an epoch in a random order of samples."""
-    use_dynamic_bsz: bool = True
-    """Micro-batches by token budget; false = by ppo_micro_batch_size_per_gpu rows."""
+    use_dynamic_bsz: bool | None = None
+    """Micro-batches by token budget, or (false) of ppo_micro_batch_size_per_gpu rows; null = by rows where that
+    number is set, else by tokens."""
     ppo_max_token_len_per_gpu: PositiveInt = 16384
     """Token budget of a micro-batch in the update."""
     ppo_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Rows of a micro-batch when use_dynamic_bsz is false."""
+    """Rows of a micro-batch in the update."""
     grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
     clip_ratio: Bound = 0.2
@@ -161,29 +179,45 @@ class ActorConfig(_Section):
     """Upper clip range; null = clip_ratio."""
     clip_ratio_c: Annotated[float, Field(gt=1)] = 3.0
     """Dual-clip bound for negative advantages, above 1."""
-    tis_imp_ratio_cap: Annotated[float, Field(allow_inf_nan=True)] | None = None
+    tis_imp_ratio_cap: Annotated[float, Field(ge=-1, allow_inf_nan=True)] | None = None
     """Cap of each token's importance weight p_trainer / p_engine; null = 2.0 with vllm and no weighting with hf,
     0 or less = no weighting."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
     """How token losses become one number, with one denominator for the whole mini-batch."""
-    entropy_coeff: float = 0.0
-    """Weight of the entropy bonus."""
+    entropy_coeff: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Weight of the entropy bonus; below 0 it is a penalty."""
     use_kl_loss: bool = False
     """Add kl_loss_coef x KL(policy, reference) to the loss."""
-    kl_loss_coef: float = 0.001
+    kl_loss_coef: NonNegativeFloat = 0.001
     """Weight of the KL loss; at 0 no reference model is built."""
     kl_loss_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "low_var_kl"
     """KL estimator of the loss."""
     optim: OptimConfig = OptimConfig()
     fsdp_config: FsdpConfig = FsdpConfig()
 
+    @property
+    def update_limit(self) -> tuple[int | None, int | None]:
+        """Most tokens, or most rows, of a micro-batch in the update; the other one is None."""
+        rows = self.ppo_micro_batch_size_per_gpu
+        by_tokens = rows is None if self.use_dynamic_bsz is None else self.use_dynamic_bsz
+        return (self.ppo_max_token_len_per_gpu, None) if by_tokens else (None, rows)
+
+    def score_limit(self, section: "RefConfig | RolloutConfig") -> tuple[int | None, int | None]:
+        """As `update_limit`, of a forward that only scores; what the section leaves open is the update's."""
+        rows, by_tokens = section.log_prob_micro_batch_size_per_gpu, section.log_prob_use_dynamic_bsz
+        if by_tokens is None:
+            by_tokens = rows is None and self.update_limit[0] is not None
+        if by_tokens:
+            return section.log_prob_max_token_len_per_gpu or self.ppo_max_token_len_per_gpu, None
+        return None, rows or self.ppo_micro_batch_size_per_gpu
+
 
 class RefConfig(_Section):
     fsdp_config: FsdpConfig = FsdpConfig()
     log_prob_use_dynamic_bsz: bool | None = None
-    """Null = actor.use_dynamic_bsz."""
+    """Null = by rows where log_prob_micro_batch_size_per_gpu is set, else as the actor."""
     log_prob_max_token_len_per_gpu: PositiveInt | None = None
     """Null = actor.ppo_max_token_len_per_gpu."""
     log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
@@ -216,14 +250,15 @@ class RolloutConfig(_Section):
     """Must be true: a greedy group has no spread to learn from."""
     ignore_eos: bool = False
     """Continue after an end token, up to max_response_length (for measurements)."""
-    seed: int = 0
+    seed: Seed = 0
     """Base seed; each row of a step draws from a seed of its own."""
     calculate_log_probs: bool = True
     """Must be true: the engine's log-probs are always compared with the trainer's (rollout/probs_diff_*)."""
     max_num_seqs: PositiveInt = 1024
     """Most sequences decoded at once."""
     log_prob_use_dynamic_bsz: bool | None = None
-    """Forward after generation (embeddings and old log-probs); null = actor.use_dynamic_bsz."""
+    """Forward after generation (embeddings and old log-probs); null = by rows where log_prob_micro_batch_size_per_gpu
+    is set, else as the actor."""
     log_prob_max_token_len_per_gpu: PositiveInt | None = None
     """Of that forward; null = actor.ppo_max_token_len_per_gpu."""
     log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
@@ -252,6 +287,11 @@ class RolloutConfig(_Section):
     engine_kwargs: dict[str, Any] = {}
     """vllm: further arguments of vllm.LLM, under the key `vllm`."""
     val_kwargs: ValKwargs = ValKwargs()
+
+    @property
+    def vllm_arguments(self) -> dict[str, Any]:
+        """Those of `engine_kwargs.vllm` that are set."""
+        return {name: value for name, value in (self.engine_kwargs.get("vllm") or {}).items() if value is not None}
 
     @property
     def ranks_per_engine(self) -> int:
@@ -290,9 +330,9 @@ class HiddenRewardConfig(_Section):
     """grace: divide every term by T."""
     enable_clustering: bool = True
     """grace: false also removes the cross-group term, as in the original."""
-    clustering_weight: float = 0.2
+    clustering_weight: NonNegativeFloat = 0.2
     """Weight of the mean similarity to the group's other rationales."""
-    cross_group_weight: float = 0.2
+    cross_group_weight: NonNegativeFloat = 0.2
     """grace: weight of the similarity to other groups."""
     enable_length_penalty: bool = True
     """Penalise rationales that hit data.max_response_length."""
@@ -303,7 +343,7 @@ class HiddenRewardConfig(_Section):
 
 
 class CustomRewardFunctionConfig(_Section):
-    path: str | None = None
+    path: FilePath | None = None
     """Python file with a function (data_source, solution_str, ground_truth, extra_info) for naive."""
     name: str = "compute_score"
     """Name of that function."""
@@ -314,7 +354,7 @@ class CustomRewardFunctionConfig(_Section):
 class KlCtrlConfig(_Section):
     type: Literal["fixed", "adaptive"] = "fixed"
     """Whether kl_coef follows target_kl."""
-    kl_coef: float = 0.001
+    kl_coef: NonNegativeFloat = 0.001
     """Weight of the KL in the reward (at start, when adaptive)."""
     horizon: PositiveInt = 10000
     """adaptive: samples over which the coefficient moves."""
@@ -327,7 +367,7 @@ class AlgorithmConfig(_Section):
     """grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, opo or grpo_passk."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide the advantages of a group by its standard deviation."""
-    gamma: NonNegativeFloat = 1.0
+    gamma: Share = 1.0
     """Discount of reinforce_plus_plus."""
     use_kl_in_reward: bool = False
     """Subtract kl_coef x KL(policy, reference) from the rewards, token by token."""
@@ -346,33 +386,33 @@ class TrainerConfig(_Section):
     n_gpus_per_node: PositiveInt | None = None
     """Worker processes per machine; null = the number of visible GPUs, or 1 on a CPU or without Ray."""
     total_epochs: PositiveInt = 2
-    """Passes over the training file."""
+    """Passes over the training file; has no effect where total_training_steps is set."""
     total_training_steps: PositiveInt | None = None
-    """Stop after this many steps; null = total_epochs."""
+    """Steps of the run, over as many passes as they take; null = total_epochs passes."""
     project_name: str = "GRACE"
     """Name of the project in trackers and paths."""
     experiment_name: str = "test_exp"
     """Name of the run in trackers and paths."""
-    default_local_dir: str | None = None
+    default_local_dir: FilePath | None = None
     """Run folder; null = checkpoints/<project_name>/<experiment_name>."""
-    logger: list[Literal["console", "wandb", "tensorboard"]] = ["console"]
-    """Where metrics go besides metrics.jsonl, which is always written."""
+    logger: Annotated[list[Literal["console", "wandb", "tensorboard"]], BeforeValidator(_as_list)] = ["console"]
+    """Where metrics go besides metrics.jsonl, which is always written: one name, or a list."""
     samples_per_step: NonNegativeInt = 8
     """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""
-    save_freq: int = -1
+    save_freq: OrOff = -1
     """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = never."""
     max_actor_ckpt_to_keep: PositiveInt | None = None
     """Keep this many newest checkpoints, and the best one; null = all."""
     save_best: str | None = None
     """A metric of the validation, such as val/triplet_accuracy: a step with the best value so far is saved, named in
     best_checkpointed_iteration.txt, and not removed until a better one is."""
-    test_freq: int = -1
-    """Steps between validations; -1 = none."""
+    test_freq: OrOff = -1
+    """Steps between validations; -1 or 0 = none."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """auto = resume from the run folder's newest complete checkpoint if there is one."""
-    resume_from_path: str | None = None
+    resume_from_path: FilePath | None = None
     """A global_step_N folder, for resume_mode=resume_path."""
     resume_force: bool = False
     """Resume even if the model, data, batch size or n differ from the checkpoint's."""

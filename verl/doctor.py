@@ -35,6 +35,7 @@ from verl.models.attention import kernel_in_use
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, compose_config, find_devices, load_model_config, start_ray
+from verl.utils.console import show_any_text
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Rollout, finish
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
+    show_any_text()
     quiet_libraries()
     try:
         config = compose_config(args.overrides)

@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from verl.batch_plan import BatchPlan
-from verl.config import DataConfig, RunConfig
-from verl.config_checks import build_config, limits_of, walk_fields
+from verl.config import DataConfig, HiddenRewardConfig, RunConfig
+from verl.config_checks import build_config
+from verl.config_fields import limits_of, types_of, walk_fields
 from verl.doctor import check_ray
 from verl.errors import UserError
 from verl.trainer.ppo.validation import read_pairs
-from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices
+from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices, start_ray
+from verl.verl_keys import ONLY_VALUE
 
 ORIGINAL = """
 algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False algorithm.use_kl_in_reward=False
@@ -73,19 +75,32 @@ def test_the_originals_command_line_is_accepted_with_its_meaning(files, mode):
 
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
-def test_every_recipe_of_train_sh_is_accepted(files, tmp_path, repo, mode, gpus):
+def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus):
     python = tmp_path / "python"
+    # What a shell can name and hydra's grammar cannot read.
+    data = tmp_path / "Übung (1) #&=~,{a}'\"\\ $x ${y} [z]"
+    data.mkdir()
+    for name in ("train.parquet", "test.parquet"):
+        (data / name).touch()
     python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else exec {sys.executable} "$@"; fi\n')
     python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "MODEL": "some/model"}
-    env |= {"TRAIN_FILE": f"{tmp_path}/train.parquet", "VAL_FILE": f"{tmp_path}/test.parquet"}
+    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "MODEL": f"{data}/model"}
+    env |= {"TRAIN_FILE": f"{data}/train.parquet", "VAL_FILE": f"{data}/test.parquet"}
     command = ["bash", str(repo / "train.sh"), "actor_rollout_ref.rollout.seed=77", "--print-config"]
+    # On the command line ${ begins a reference.
+    written = str(data).replace("${", r"\${")
+    command += [f"trainer.default_local_dir={written}", "trainer.experiment_name=20251128"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     note, printed = out.stdout.split("\n", 1)
     assert ("no GPU" in note) if gpus == 0 else (f"{gpus} visible GPU" in note)
     config = yaml.safe_load(printed)
     assert config["data"]["train_mode"] == mode
+    assert config["data"]["train_files"] == f"{data}/train.parquet"
+    assert config["data"]["val_files"] == f"{data}/test.parquet"
+    assert config["actor_rollout_ref"]["model"]["path"] == f"{data}/model"
+    assert config["trainer"]["default_local_dir"] == str(data)
+    assert config["trainer"]["experiment_name"] == "20251128"
     assert config["actor_rollout_ref"]["rollout"]["seed"] == 77
     assert config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"] == (2 if gpus == 4 else 1)
 
@@ -118,6 +133,20 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("+reward_model.reward_kwargs.objective=triplet", r"reward_kwargs\.objective='triplet'"),
         ("data.train_files=/nowhere/train.parquet", "'/nowhere/train.parquet' does not exist"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
+        ("trainer.resume_from_path=/gone/global_step_3", r"resume_from_path=.* has no effect.*resume_mode=resume_path"),
+        ("actor_rollout_ref.actor.entropy_coeff=-2", r"entropy_coeff=-2(\.0)? must be -1 or more, at most 1"),
+        ("actor_rollout_ref.actor.kl_loss_coef=-1", r"kl_loss_coef=-1(\.0)? must be 0 or more"),
+        ("actor_rollout_ref.actor.tis_imp_ratio_cap=nan", r"tis_imp_ratio_cap=nan must be -1 or more, or null"),
+        ("actor_rollout_ref.actor.optim.lr_warmup_steps=-5", r"lr_warmup_steps=-5 must be -1 or more"),
+        ("data.seed=-1", r"data\.seed=-1 must be 0 or more"),
+        ("trainer.save_freq=-2", r"save_freq=-2 must be -1 or more"),
+        ("algorithm.gamma=1.5", r"gamma=1\.5 must be 0 or more, at most 1"),
+        ("+reward_model.reward_kwargs.clustering_weight=-1", r"clustering_weight=-1(\.0)? must be 0 or more"),
+        (
+            "actor_rollout_ref.actor.strategy=megatron",
+            r"strategy=megatron is not supported: models are sharded by torch",
+        ),
+        ("reward_model.reward_manager=dapo", r"reward_manager=dapo is not supported: use naive"),
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro-batches need a size"),
         ("custom_reward_function.path=mine.py", "is read by reward_model.reward_manager=naive only"),
         ("actor_rollout_ref.actor.clip_ratio_c=0.5", "clip_ratio_c=0.5 must be above 1"),
@@ -134,8 +163,8 @@ def test_the_yaml_is_that_of_the_classes(repo):
             r"gpu_memory_utilization=1\.5 must be above 0, at most 1",
         ),
         (
-            "+actor_rollout_ref.rollout.engine_kwargs.sglang.x=1",
-            r"engine_kwargs\.sglang: only engine_kwargs\.vllm is read; put arguments under it",
+            "+actor_rollout_ref.rollout.engine_kwargs.other.x=1",
+            r"engine_kwargs\.other: only engine_kwargs\.vllm is read; put arguments under it",
         ),
         (
             "actor_rollout_ref.rollout.check_weight_sync=maybe",
@@ -210,11 +239,37 @@ def test_without_ray_there_is_one_worker_however_many_gpus_are_visible(tiny_fold
     assert check_ray(alone) == "not used: trainer.use_ray=False"
 
 
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_folder_too_long_for_rays_sockets_is_named(tiny_folder, files, tmp_path, monkeypatch, variable):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, str(folder))
+    with pytest.raises(UserError, match=rf"^{variable}={folder} is too long .*export RAY_TMPDIR=/tmp"):
+        start_ray(tiny_run(tiny_folder, files), world_size=1)
+
+
+def test_ray_starts_where_the_home_folder_cannot_be_written_to(tiny_folder, files, tmp_path):
+    # In a process of its own: the token is read once.
+    code = (
+        "import ray; from verl.config import RunConfig; from verl.trainer.prepare import start_ray; "
+        "reaper = start_ray(RunConfig(), 1); print(ray.available_resources()['CPU'] > 0); ray.shutdown()"
+    )
+    env = {**os.environ, "HOME": str(tmp_path / "gone"), "RAY_TMPDIR": "/tmp"}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        env.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_infinity_switches_clipping_off(tiny_folder, files):
-    keys = ("grad_clip", "clip_ratio", "clip_ratio_low", "clip_ratio_high", "tis_imp_ratio_cap")
+    keys = ("grad_clip", "clip_ratio_low", "clip_ratio_high", "tis_imp_ratio_cap")
     config = tiny_run(tiny_folder, files, *(f"actor_rollout_ref.actor.{key}=inf" for key in keys))
     assert [getattr(config.actor_rollout_ref.actor, key) for key in keys] == [math.inf] * len(keys)
     assert config.importance_cap == math.inf
+    both_sides = tiny_run(tiny_folder, files, "actor_rollout_ref.actor.clip_ratio=inf")
+    assert both_sides.actor_rollout_ref.actor.clip_ratio == math.inf
 
 
 def test_the_workers_of_a_machine_must_divide_into_engines(files):
@@ -291,10 +346,38 @@ def test_settings_of_saving_and_waiting_that_cannot_work_are_rejected(files, ove
         compose_config([*ORIGINAL, *files, *overrides])
 
 
+def test_everything_wrong_is_told_at_once_and_nothing_that_follows_from_it(files):
+    wrong = ["data.train_batch_size=0", "critic.optim.lr=1", "trainer.nope=1", "trainer.resume_from_path=x"]
+    wrong += [
+        "+reward_model.reward_kwargs.custom_prompt=x",
+        "algorithm.adv_estimator=gae",
+        "data.train_files=gone.parquet",
+    ]
+    with pytest.raises(UserError) as caught:
+        compose_config([*ORIGINAL, *files, *wrong])
+    starts = (
+        "data.train_batch_size=0 must be above 0.", "critic.optim.lr=1 is a key of verl", "unknown key trainer.nope.",
+        "trainer.resume_from_path=x has no effect", "reward_model.reward_kwargs.custom_prompt is not known",
+        "algorithm.adv_estimator=gae is not supported", "data.train_files: the file 'gone.parquet' does not exist",
+    )  # fmt: skip
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts)
+    for start in starts:
+        assert sum(line.startswith(start) for line in lines) == 1, start
+
+
 def test_every_wrong_value_is_reported_at_once(files):
     with pytest.raises(UserError) as caught:
         compose_config([*ORIGINAL, *files, "data.train_batch_size=0", "trainer.nnodes=-1"])
     assert str(caught.value) == "data.train_batch_size=0 must be above 0.\ntrainer.nnodes=-1 must be above 0."
+
+
+def test_every_number_has_a_range():
+    for section in (RunConfig, HiddenRewardConfig):
+        for key, field in walk_fields(section):
+            if types_of(field.annotation) & {int, float} and key not in ONLY_VALUE:
+                assert limits_of(field), key
+    assert limits_of(dict(walk_fields(RunConfig))["actor_rollout_ref.actor.optim.betas"])
 
 
 def test_a_range_in_words_and_every_default_is_within_its_range():

@@ -388,8 +388,8 @@ def test_warm_up_by_ratio_counts_steps_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("step", "factor"),
     [
-        (0, 0.0),
-        (2, 0.5),
+        (0, 0.1),
+        (2, 0.55),  # the warm-up begins at the minimum, too
         (4, 1.0),
         (6, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4),  # a quarter of the fall
         (8, 0.55),
@@ -400,6 +400,10 @@ def test_warm_up_by_ratio_counts_steps_of_the_run() -> None:
 def test_cosine_falls_once_from_the_peak_to_the_minimum(step: int, factor: float) -> None:
     config = OptimConfig(lr=2.0, lr_warmup_steps=4, warmup_style="cosine", min_lr_ratio=0.1)
     assert learning_rates(config, 12)[step] == pytest.approx(2.0 * factor, abs=1e-9)
+
+
+def test_a_constant_rate_warms_up_from_zero_whatever_the_minimum_of_a_cosine_is() -> None:
+    assert learning_rates(OptimConfig(lr=1.0, lr_warmup_steps=2, min_lr_ratio=0.1), 3) == [0.0, 0.5, 1.0, 1.0]
 
 
 def test_cosine_with_a_whole_wave_is_back_at_the_peak_in_the_end() -> None:

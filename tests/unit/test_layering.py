@@ -22,8 +22,9 @@ PROGRAMS = [
 ]  # fmt: skip
 # Lowest first. A module imports modules of lower layers and of its own package.
 LAYERS: list[list[str]] = [
-    ["verl", "verl.errors"],
-    ["verl.prompt_options", "verl.config", "verl.config_checks", "verl.batch_plan"],
+    ["verl", "verl.errors", "verl.verl_keys"],
+    ["verl.prompt_options", "verl.config", "verl.config_fields", "verl.unread_settings", "verl.config_checks",
+     "verl.batch_plan"],
     ["verl.protocol", "verl.utils"],
     ["verl.algorithm", "verl.embedding"],
     ["verl.data"],
@@ -40,7 +41,7 @@ LAYERS: list[list[str]] = [
 # Third-party packages that only some modules may import.
 RESERVED = {
     "ray": {"verl.single_controller.ray_group", "verl.trainer.main_ppo", "verl.trainer.prepare", "verl.doctor"},
-    "hydra": {"verl.trainer.main_ppo", "verl.trainer.prepare", "verl.doctor"},
+    "hydra": {"verl.trainer.main_ppo", "verl.trainer.prepare", "verl.trainer.overrides", "verl.doctor"},
     "vllm": {"verl.workers.rollout.vllm"},
     "wandb": {"verl.trainer.tracking"},
     "mteb": {"verl.evaluation.local_tasks", "verl.evaluation.mteb_model", "verl.evaluation.suites"},

@@ -58,6 +58,16 @@ def test_the_kl_in_the_reward_is_taken_from_every_token():
     assert metrics == pytest.approx({"kl": 1.6 / 8, "kl_coef": 0.5}, abs=1e-6)
 
 
+def test_the_kl_that_moves_the_coefficient_is_the_mean_over_rows_of_their_tokens_mean():
+    controller = KlController(0.5, adaptive=True, target=0.25, horizon=100)
+    reference = TRAINER - torch.tensor([[0.1, 0.3], [0.6, 9.0], [0.2, 9.0], [0.0, 0.2]])
+    algorithm = AlgorithmConfig(use_kl_in_reward=True, kl_penalty="k1")
+    _, metrics = add_advantages(batch(lengths=(2, 1, 1, 2), ref_log_prob=reference), REWARDS, algorithm, controller)
+    # Of the tokens alike it would be 1.4 / 6.
+    assert metrics["kl"] == pytest.approx((0.2 + 0.6 + 0.2 + 0.1) / 4)
+    assert controller.coef == pytest.approx(0.5 * (1 + (0.275 / 0.25 - 1) * 4 / 100))
+
+
 def test_an_adaptive_coefficient_is_moved_by_the_steps_kl_and_reported_as_it_was_used():
     controller = KlController(0.5, adaptive=True, target=0.1, horizon=100)
     algorithm = AlgorithmConfig(use_kl_in_reward=True, kl_penalty="k1")

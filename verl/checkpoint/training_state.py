@@ -92,13 +92,18 @@ def load_training_state(
     # With more ranks than before, the new ones take rank 0's schedule and keep their own random state.
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
     scheduler.load_state_dict({**extra["scheduler"], "base_lrs": scheduler.base_lrs})
+    _put_back(settings, optimizer, scheduler)
+    if own.is_file():
+        torch.set_rng_state(extra["rng"])
+
+
+def _put_back(settings: list[dict[str, Any]], optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Give the optimizer the settings of its groups again, with the learning rates of the schedule's present step."""
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, configured, rate in zip(optimizer.param_groups, settings, rates, strict=True):
         group.update(configured, lr=rate)
     scheduler._last_lr = rates
-    if own.is_file():
-        torch.set_rng_state(extra["rng"])
 
 
 def _take_unsaved(moments: dict[str, dict[str, Tensor]], stored: Collection[str]) -> dict[str, dict[str, Tensor]]:

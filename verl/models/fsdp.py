@@ -81,19 +81,25 @@ def build_optimizer(policy: PolicyModel, config: OptimConfig) -> Optimizer:
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then constant or cosine; stepped once per training step."""
+    """Linear warm-up, then constant or cosine, as in verl 0.4; stepped once per training step.
+
+    With cosine, min_lr_ratio x lr is the lowest rate of the warm-up too.
+    """
     warmup = config.lr_warmup_steps
     if warmup < 0:
         warmup = int(config.lr_warmup_steps_ratio * total_steps)
 
+    lowest = config.min_lr_ratio if config.warmup_style == "cosine" else 0.0
+
     def factor(step: int) -> float:
         if step < warmup:
-            return step / max(1, warmup)
-        if config.warmup_style == "constant":
-            return 1.0
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        wave = 0.5 * (1 + math.cos(2 * math.pi * config.num_cycles * progress))
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, wave)
+            share = step / warmup
+        elif config.warmup_style == "constant":
+            share = 1.0
+        else:
+            progress = (step - warmup) / max(1, total_steps - warmup)
+            share = max(0.0, 0.5 * (1 + math.cos(2 * math.pi * config.num_cycles * progress)))
+        return lowest + (1 - lowest) * share
 
     return LambdaLR(optimizer, factor)
 

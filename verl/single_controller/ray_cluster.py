@@ -2,9 +2,11 @@
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -60,8 +62,12 @@ def start(num_cpus: int) -> Reaper:
 
     Returns:
         What ends Ray's processes when this one dies; keep it as long as the cluster runs.
+
+    Raises:
+        UserError: the folder for temporary files is too long for a socket.
     """
     _configure()
+    _give_ray_a_token()
     reaper = Reaper()
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -74,9 +80,26 @@ def start(num_cpus: int) -> Reaper:
             # No idle worker processes for tasks: a run has no tasks, and they cost memory and time.
             _system_config={"prestart_worker_first_driver": False},
         )  # fmt: skip
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise UserError(
+            f"{name}={os.environ.get(name)} is too long for the paths of Ray's sockets; export RAY_TMPDIR=/tmp, or "
+            "another folder with a short path."
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return reaper
+
+
+def _give_ray_a_token() -> None:
+    """Where the home folder cannot be written to, in which Ray keeps the token of its processes, one for this run."""
+    given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    home = Path.home()
+    kept = (home / ".ray/auth_token").is_file() or os.access(home, os.W_OK)
+    if not kept and not any(name in os.environ for name in given):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _configure() -> None:

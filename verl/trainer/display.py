@@ -68,4 +68,18 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
         + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
         + f"  {m['time/step_s']:.1f} s: {', '.join(phases)}  loss {m['actor/pg_loss']:+.4f}"
+        + nothing_learned(m)
     )
+
+
+def nothing_learned(m: dict[str, float]) -> str:
+    """Why the step's gradient was exactly 0, where it was; else nothing."""
+    if m["actor/grad_norm"] != 0:
+        return ""
+    if m["rationale/positive_truncated"] == 1:
+        why = "every rationale was cut at data.max_response_length, and the rewards of each group are equal"
+    elif m["group/duplicate_share"] == 1:
+        why = "the rationales of each group are equal"
+    else:
+        why = "the rewards of each group are equal"
+    return f"  NOTHING LEARNED: the gradient is 0; {why}"

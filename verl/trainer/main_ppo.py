@@ -1,7 +1,8 @@
 """The training program: python3 -m verl.trainer.main_ppo key=value ...
 
     --config-name NAME   a YAML of verl/trainer/config, or with --config-path of another folder
-    --print-config       show the resolved configuration and stop
+    --cfg job            as hydra's: show what was composed, and stop; nothing is checked but the keys
+    --print-config       show the checked configuration of the run, and stop
 
 The configuration is composed, checked against the data, the model and the machine, and only then are Ray
 and the devices started. Exit code 2: something given is wrong, and the message says what.
@@ -14,20 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from verl.checkpoint.run_folder import CheckpointError
 from verl.config import RunConfig
+from verl.config_checks import split_keys
 from verl.errors import UserError, WorkerError
 from verl.single_controller.local_group import LocalWorkerGroup
 from verl.single_controller.ray_group import RayWorkerGroup
 from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.overrides import plain_values, resolve
 from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.prepare import CONFIG_DIR, compose_config, start_ray
+from verl.trainer.prepare import CONFIG_DIR, compose_config, compose_values, start_ray
 from verl.trainer.run import TrainingRun, prepare_run
 from verl.trainer.signals import Interrupted, StopSignals
+from verl.utils.console import show_any_text
 from verl.utils.logging import quiet_libraries
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.group import ActorRolloutRefGroup
@@ -38,11 +43,15 @@ EXIT_USER_ERROR = 2
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse_arguments(argv)
+    show_any_text()
     quiet_libraries()
     try:
+        if args.cfg:
+            sys.stdout.write(_composed_yaml(args))
+            return 0
         config = compose_config(args.overrides, args.config_name, args.config_path)
         if args.print_config:
-            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+            sys.stdout.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
             return 0
         run(config)
     except (UserError, HydraException) as error:
@@ -108,11 +117,35 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-name", default="ppo_trainer")
-    parser.add_argument("--config-path", type=Path, default=CONFIG_DIR)
-    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--config-name", "-cn", default="ppo_trainer", metavar="NAME")
+    parser.add_argument("--config-path", "-cp", "--config-dir", "-cd", type=Path, default=CONFIG_DIR, metavar="DIR")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="show what hydra composes, and stop")
+    parser.add_argument("--package", "-p", metavar="SECTION", help="with --cfg: a section alone")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: replace ${...} by its value")
+    parser.add_argument("--print-config", action="store_true", help="show the checked configuration, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args(argv)
+    # Options may stand between overrides, as hydra allows it.
+    return parser.parse_intermixed_args(argv)
+
+
+def _composed_yaml(args: argparse.Namespace) -> str:
+    """What hydra composes, as `--cfg job` of a hydra program shows it.
+
+    Raises:
+        UserError: an override that cannot be read, a key that does not exist, or no such section.
+    """
+    composed = compose_values(args.overrides, args.config_name, args.config_path)
+    _, problems = split_keys(plain_values(composed, resolve=False))
+    if problems:
+        raise UserError("\n".join(problems))
+    if args.resolve:
+        composed = OmegaConf.create(resolve(composed))
+    if args.package is None:
+        return OmegaConf.to_yaml(composed)
+    section = OmegaConf.select(composed, args.package)
+    if not OmegaConf.is_config(section):
+        raise UserError(f"--package={args.package}: there is no such section.")
+    return f"# @package {args.package}\n{OmegaConf.to_yaml(section)}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from verl.errors import UserError
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
 from verl.trainer.tracking import check_packages
+from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.base import RewardManager
 from verl.workers.rollout.choose import choose_engine
@@ -49,10 +50,7 @@ class TrainingRun:
         lines = [*self.plan.lines(), *self._prompt_lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
-        if engine == "vllm" and self.device == "cpu":
-            lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
-            lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
-        return lines
+        return [*lines, *start_notes(self.config, self.device)]
 
     def _prompt_lines(self) -> Iterator[tuple[str, str]]:
         settings, count = self.collate.settings, self.dataset.num_system_prompts

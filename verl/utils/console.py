@@ -3,6 +3,7 @@
 The bar goes to stderr and only to a terminal, so that logs and pipes stay clean.
 """
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -14,6 +15,13 @@ T = TypeVar("T")
 
 _REFRESH_EVERY = 5_000
 """Items between two looks at the position."""
+
+
+def show_any_text() -> None:
+    """Write a character that the terminal's encoding lacks as \\xfc, rather than end the program by it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(message: str) -> None:

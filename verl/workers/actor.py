@@ -50,10 +50,7 @@ class Actor:
         self.config = config
         self.temperature = temperature
         self.max_response_length = max_response_length
-        self.limit = MicroBatchLimit(
-            config.ppo_max_token_len_per_gpu if config.use_dynamic_bsz else None,
-            None if config.use_dynamic_bsz else config.ppo_micro_batch_size_per_gpu,
-        )
+        self.limit = MicroBatchLimit(*config.update_limit)
         low, high = config.clip_ratio_low, config.clip_ratio_high
         self.clip = ClipRange(
             low=config.clip_ratio if low is None else low,

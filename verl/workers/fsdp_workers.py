@@ -282,27 +282,10 @@ class ActorRolloutRefWorker(Worker):
             move_optimizer(self.actor.optimizer, torch.device("cpu"))
 
     def _score_limit(self) -> MicroBatchLimit:
-        rollout = self.config.rollout
-        return self._limit(
-            rollout.log_prob_use_dynamic_bsz,
-            rollout.log_prob_max_token_len_per_gpu,
-            rollout.log_prob_micro_batch_size_per_gpu,
-        )
+        return MicroBatchLimit(*self.config.actor.score_limit(self.config.rollout))
 
     def _ref_limit(self) -> MicroBatchLimit:
-        ref = self.config.ref
-        return self._limit(
-            ref.log_prob_use_dynamic_bsz,
-            ref.log_prob_max_token_len_per_gpu,
-            ref.log_prob_micro_batch_size_per_gpu,
-        )
-
-    def _limit(self, dynamic: bool | None, max_tokens: int | None, max_rows: int | None) -> MicroBatchLimit:
-        """The limit of a pass, with the actor's values where it has none of its own."""
-        actor = self.config.actor
-        if actor.use_dynamic_bsz if dynamic is None else dynamic:
-            return MicroBatchLimit(max_tokens or actor.ppo_max_token_len_per_gpu, None)
-        return MicroBatchLimit(None, max_rows or actor.ppo_micro_batch_size_per_gpu)
+        return MicroBatchLimit(*self.config.actor.score_limit(self.config.ref))
 
 
 def _model_path(config: ActorRolloutRefConfig) -> str:

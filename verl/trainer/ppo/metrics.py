@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from verl.algorithm.groups import group_mean_std, groups_of
+from verl.algorithm.loss import token_weights
+from verl.config import RunConfig
 from verl.embedding.metrics import spread_report
 from verl.protocol import DataProto
 from verl.workers.reward_manager.base import RewardOutput
@@ -20,7 +22,7 @@ def prefixed(**parts: Mapping[str, float]) -> dict[str, float]:
     return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput) -> dict[str, float]:
+def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput, config: RunConfig) -> dict[str, float]:
     """Figures of a step's rows.
 
     Args:
@@ -30,12 +32,22 @@ def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput) -> dic
     metrics = {
         **reward_metrics(reward.scores, groups_of(batch), reward.metrics),
         "group/duplicate_share": duplicate_share(batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]),
-        "actor/entropy": float(batch.batch["entropy"].mean()),
+        "actor/entropy": mean_entropy(batch, config),
         **length_metrics(rows, rows.meta_info["num_shortened"]),
     }
     if "embeddings" in rows.batch.keys():
         metrics |= prefixed(embedding=spread_report(rows.batch["embeddings"]))
     return metrics
+
+
+def mean_entropy(batch: DataProto, config: RunConfig) -> float:
+    """The entropy of the trained rows' tokens, averaged as actor.loss_agg_mode says, as in verl."""
+    lengths = batch.batch["response_length"]
+    weights = token_weights(
+        lengths, config.actor_rollout_ref.actor.loss_agg_mode, float(lengths.sum()), float(len(lengths)),
+        config.data.max_response_length,
+    )  # fmt: skip
+    return float((batch.batch["entropy"].repeat_interleave(lengths) * weights).sum())
 
 
 def reward_metrics(rewards: Tensor, group: Tensor, parts: Mapping[str, float]) -> dict[str, float]:

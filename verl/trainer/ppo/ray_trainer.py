@@ -94,7 +94,7 @@ class RayPPOTrainer:
                     batch, kl = self.add_advantages(rows, reward)
                 with self.phase("update"):
                     actor = self.update(batch, step)
-                metrics = step_metrics(rows, batch, reward)
+                metrics = step_metrics(rows, batch, reward, self.config)
                 metrics |= prefixed(sync=sync, rollout=mismatch, reward=kl, actor=actor, memory=self.workers.memory())
                 self.log(step, metrics | self.cost(step, rows))
                 self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)

@@ -39,7 +39,8 @@ def add_advantages(
     if algorithm.use_kl_in_reward and kl_controller.coef != 0:
         kl = kl_penalty(batch.batch["old_log_probs"], batch.batch["ref_log_prob"], algorithm.kl_penalty) * mask
         token_rewards = token_rewards - kl_controller.coef * kl
-        metrics = {"kl": float(kl.sum() / mask.sum()), "kl_coef": kl_controller.coef}
+        # As in verl, the mean of a row's tokens first: the controller's target means this.
+        metrics = {"kl": float((kl.sum(1) / mask.sum(1)).mean()), "kl_coef": kl_controller.coef}
         kl_controller.update(metrics["kl"], len(batch))
     estimate = get_adv_estimator_fn(algorithm.adv_estimator)
     advantages = estimate(

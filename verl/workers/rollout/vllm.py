@@ -75,7 +75,7 @@ class VLLMRollout(Rollout):
             _name_shared_memory_by_run()
         threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
         try:
-            self._llm = vllm.LLM(**{**settings, **rollout.engine_kwargs.get("vllm", {})})
+            self._llm = vllm.LLM(**{**settings, **rollout.vllm_arguments})
             # A kernel that does not support the model's shape fails only when it runs.
             self._score([[0, 0]])
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:

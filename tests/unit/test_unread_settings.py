@@ -1,0 +1,157 @@
+"""Settings that nothing reads: an error where they were meant to change a result, a note where they were not."""
+
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from verl.config import HiddenRewardConfig, RunConfig
+from verl.config_checks import build_config
+from verl.config_fields import nested, walk_fields
+from verl.errors import UserError
+from verl.unread_settings import READERS, REWARD_READERS, start_notes, unread_settings
+
+ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+
+
+def config_of(settings: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(nested(settings))
+
+
+# A setting, and what makes it count.
+CASES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("trainer.resume_from_path", "global_step_3", {"trainer.resume_mode": "resume_path"}),
+    ("trainer.max_actor_ckpt_to_keep", 2, {"trainer.save_freq": 5}),
+    ("custom_reward_function.name", "score", {"custom_reward_function.path": "mine.py"}),
+    ("custom_reward_function.reward_kwargs", {"a": 1}, {"custom_reward_function.path": "mine.py"}),
+    (f"{ACTOR}.optim.min_lr_ratio", 0.1, {f"{ACTOR}.optim.warmup_style": "cosine"}),
+    (f"{ACTOR}.optim.num_cycles", 1.0, {f"{ACTOR}.optim.warmup_style": "cosine"}),
+    (f"{ACTOR}.optim.lr_warmup_steps_ratio", 0.1, {f"{ACTOR}.optim.lr_warmup_steps": -1}),
+    (f"{ACTOR}.clip_ratio", 0.3, {f"{ACTOR}.clip_ratio_high": None}),
+    (f"{ACTOR}.ppo_max_token_len_per_gpu", 99, {f"{ACTOR}.use_dynamic_bsz": True}),
+    (f"{ACTOR}.ppo_micro_batch_size_per_gpu", 3, {f"{ACTOR}.use_dynamic_bsz": None}),
+    (f"{ROLLOUT}.log_prob_max_token_len_per_gpu", 99, {f"{ROLLOUT}.log_prob_use_dynamic_bsz": True}),
+    (f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu", 3, {f"{ROLLOUT}.log_prob_use_dynamic_bsz": None}),
+    (f"{REF}.log_prob_max_token_len_per_gpu", 99, {f"{REF}.log_prob_use_dynamic_bsz": True}),
+    (f"{REF}.log_prob_micro_batch_size_per_gpu", 3, {f"{REF}.log_prob_use_dynamic_bsz": None}),
+    (f"{ACTOR}.kl_loss_coef", 0.1, {f"{ACTOR}.use_kl_loss": True}),
+    (f"{ACTOR}.kl_loss_type", "k1", {f"{ACTOR}.use_kl_loss": True}),
+    ("algorithm.kl_penalty", "k3", {"algorithm.use_kl_in_reward": True}),
+    ("algorithm.kl_ctrl.kl_coef", 0.1, {"algorithm.use_kl_in_reward": True}),
+    ("algorithm.kl_ctrl.type", "adaptive", {"algorithm.use_kl_in_reward": True}),
+    ("algorithm.kl_ctrl.horizon", 5, {"algorithm.kl_ctrl.type": "adaptive", "algorithm.use_kl_in_reward": True}),
+    ("algorithm.kl_ctrl.target_kl", 0.5, {"algorithm.kl_ctrl.type": "adaptive", "algorithm.use_kl_in_reward": True}),
+    ("algorithm.gamma", 0.9, {"algorithm.adv_estimator": "reinforce_plus_plus"}),
+    (f"{ROLLOUT}.val_kwargs.temperature", 0.7, {f"{ROLLOUT}.val_kwargs.do_sample": True}),
+    ("data.seed", 5, {"data.shuffle": True}),
+    (f"{ROLLOUT}.anchor_temperature", 0.1, {"reward_model.reward_manager": "hidden"}),
+    ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
+    (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
+    (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
+    (f"{ROLLOUT}.enable_chunked_prefill", False, {f"{ROLLOUT}.name": "vllm"}),
+    (f"{ROLLOUT}.free_cache_engine", False, {f"{ROLLOUT}.name": "vllm"}),
+    (f"{ROLLOUT}.load_format", "auto", {f"{ROLLOUT}.name": "vllm"}),
+    (f"{ROLLOUT}.max_num_batched_tokens", 99, {f"{ROLLOUT}.name": "vllm"}),
+    (f"{ROLLOUT}.max_model_len", 9999, {f"{ROLLOUT}.name": "vllm"}),
+    (f"{ROLLOUT}.engine_kwargs", {"vllm": {"a": 1}}, {f"{ROLLOUT}.name": "vllm"}),
+]
+# In which nothing reads them.
+WITHOUT: dict[str, Any] = {
+    "trainer.resume_mode": "disable", "trainer.save_freq": 0, f"{ROLLOUT}.name": "hf", "data.shuffle": False,
+    "reward_model.reward_manager": "naive", f"{ACTOR}.optim.lr_warmup_steps": 4, f"{ACTOR}.clip_ratio_low": 0.1,
+    f"{ACTOR}.clip_ratio_high": 0.1,
+}  # fmt: skip
+BY_ROWS = {f"{ACTOR}.use_dynamic_bsz": False, f"{ROLLOUT}.log_prob_use_dynamic_bsz": False}
+BY_ROWS |= {f"{REF}.log_prob_use_dynamic_bsz": False}
+BY_TOKENS = dict.fromkeys(BY_ROWS, True)
+
+
+@pytest.mark.parametrize(("key", "value", "companion"), CASES)
+def test_a_setting_without_effect_is_an_error_and_with_its_companion_it_is_none(key, value, companion):
+    sizes = BY_TOKENS if "micro_batch_size" in key else BY_ROWS if "max_token_len" in key else {}
+    (line,) = unread_settings(config_of({**WITHOUT, **sizes, key: value}))
+    assert line.startswith(f"{key}={value} has no effect: it is read with ") and "Set that, or leave" in line
+    assert list(unread_settings(config_of({**WITHOUT, **sizes, **companion, key: value}))) == []
+
+
+def test_every_key_of_the_table_has_a_case_here_and_exists():
+    assert {key for reader in READERS for key in reader.keys} == {key for key, _, _ in CASES}
+    assert {key for key, _, _ in CASES} <= dict(walk_fields(RunConfig)).keys()
+    assert {key for reader in REWARD_READERS for key in reader.keys} <= HiddenRewardConfig.model_fields.keys()
+
+
+def test_a_weight_of_zero_says_the_same_as_a_term_that_is_off():
+    off = {f"{ACTOR}.kl_loss_coef": 0, "algorithm.kl_ctrl.kl_coef": 0, f"{ROLLOUT}.val_kwargs.temperature": 0}
+    assert list(unread_settings(config_of(off))) == []
+
+
+def test_an_adaptive_coefficient_of_zero_would_stay_zero():
+    kl = {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive", "algorithm.kl_ctrl.kl_coef": 0}
+    (line,) = unread_settings(config_of(kl))
+    assert "algorithm.kl_ctrl.type=adaptive has no effect: it is read with algorithm.kl_ctrl.kl_coef above 0" in line
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name", "companion"),
+    [
+        ({"with_scale": False, "objective": "infonce"}, "with_scale", {"objective": "grace"}),
+        ({"clustering_weight": 0.5, "enable_clustering": False}, "clustering_weight", {"enable_clustering": True}),
+        ({"cross_group_weight": 0.5, "objective": "infonce"}, "cross_group_weight", {"objective": "grace"}),
+        ({"length_penalty": 2.0}, "length_penalty", {"objective": "infonce"}),
+    ],
+)
+def test_reward_arguments_without_effect_are_errors_too(kwargs, name, companion):
+    def lines(given: dict[str, Any]) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            build_config({"reward_model": {"reward_kwargs": given}})
+        return [line for line in str(caught.value).splitlines() if "reward_kwargs" in line]
+
+    (line,) = lines(kwargs)
+    assert line.startswith(f"reward_model.reward_kwargs.{name}={kwargs[name]} has no effect")
+    assert lines({**kwargs, **companion}) == []
+
+
+def test_the_size_of_micro_batches_alone_sets_their_kind():
+    def limits(**settings: Any) -> list[tuple[int | None, int | None]]:
+        section = config_of({key.replace("__", "."): value for key, value in settings.items()}).actor_rollout_ref
+        return [section.actor.update_limit, section.actor.score_limit(section.rollout)]
+
+    rows, own = "actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu", "actor_rollout_ref__rollout__log_prob_"
+    assert limits() == [(16384, None), (16384, None)]
+    assert limits(**{rows: 4}) == [(None, 4), (None, 4)]
+    assert limits(**{f"{own}micro_batch_size_per_gpu": 9}) == [(16384, None), (None, 9)]
+    assert limits(**{rows: 4, f"{own}use_dynamic_bsz": True}) == [(None, 4), (16384, None)]
+    assert limits(**{f"{own}max_token_len_per_gpu": 99}) == [(16384, None), (99, None)]
+
+
+def notes(settings: dict[str, Any], device: str) -> dict[str, str]:
+    return dict(start_notes(config_of(settings), device))
+
+
+def test_an_engine_that_keeps_its_memory_says_what_it_costs():
+    kept = {f"{ROLLOUT}.name": "vllm", f"{ROLLOUT}.free_cache_engine": False, f"{ROLLOUT}.gpu_memory_utilization": 0.4}
+    assert "vllm keeps 40% of each GPU while training" in notes(kept, "cuda")["free_cache_engine=False"]
+    assert "free_cache_engine=False" not in notes({**kept, f"{ROLLOUT}.free_cache_engine": True}, "cuda")
+
+
+def test_what_the_machine_leaves_without_effect_is_told_at_start():
+    offload = {f"{ACTOR}.fsdp_config.{name}": True for name in ("param_offload", "offload_policy")}
+    settings = {**offload, f"{REF}.fsdp_config.param_offload": True, f"{ROLLOUT}.name": "hf", "trainer.use_ray": False}
+    settings |= {f"{ROLLOUT}.max_num_seqs": 4, f"{ROLLOUT}.load_format": "auto", "trainer.phase_timeout_s": 9}
+    assert notes(settings, "cpu") == {
+        "no effect on a CPU": ", ".join([*offload, f"{REF}.fsdp_config.param_offload"]),
+        "no effect with the engine hf": f"{ROLLOUT}.load_format",
+        "no effect without a reference model": f"{REF}.fsdp_config.param_offload",
+        "no effect without Ray": "trainer.phase_timeout_s",
+    }
+    assert notes(settings, "cuda")["no effect with actor.strategy=fsdp"] == f"{ACTOR}.fsdp_config.offload_policy"
+    assert notes({f"{ROLLOUT}.name": "hf"}, "cuda") == {}
+    unscaled = {"reward_model.reward_kwargs": {"with_scale": False, "temperature": 0.1}}
+    assert notes(unscaled, "cuda") == {"no effect with with_scale=False": "temperature"}
+
+
+def test_defaults_are_read_as_they_are():
+    config = RunConfig()
+    for key, field in walk_fields(RunConfig):
+        assert reduce(getattr, key.split("."), config) == field.get_default(call_default_factory=True)
+    assert list(unread_settings(config)) == []

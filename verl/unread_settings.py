@@ -1,0 +1,227 @@
+"""Settings that nothing reads in the combination at hand.
+
+One that was given to change a result is an error. One that only moves memory or time about, and that command lines
+carry from machine to machine, is told at start.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from verl.config import HiddenRewardConfig, RunConfig
+from verl.config_fields import walk_fields
+
+
+class Reader(NamedTuple):
+    """What reads some keys."""
+
+    keys: tuple[str, ...]
+    needs: str
+    """The condition in words."""
+    holds: Callable[[Any], bool]
+    no_op: tuple[Any, ...] = ()
+    """Values that say the same as not reading the key."""
+
+
+_ACTOR, _ROLLOUT, _REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+_VLLM_ONLY = tuple(
+    f"{_ROLLOUT}.{name}"
+    for name in (
+        "gpu_memory_utilization", "enforce_eager", "enable_chunked_prefill", "free_cache_engine", "load_format",
+        "max_num_batched_tokens", "max_model_len", "engine_kwargs",
+    )
+)  # fmt: skip
+
+
+def _actor(config: RunConfig) -> Any:
+    return config.actor_rollout_ref.actor
+
+
+def _limits(config: RunConfig) -> list[tuple[int | None, int | None]]:
+    """The limits of micro-batches: of the update, of scoring, and of the reference."""
+    section = config.actor_rollout_ref
+    actor = section.actor
+    return [actor.update_limit, actor.score_limit(section.rollout), actor.score_limit(section.ref)]
+
+
+def _has_the_actors_budget(config: RunConfig, section: Any) -> bool:
+    """verl's YAML refers to the actor's value, which asks for nothing."""
+    return bool(section.log_prob_max_token_len_per_gpu == _actor(config).ppo_max_token_len_per_gpu)
+
+
+READERS = (
+    Reader(
+        ("trainer.resume_from_path",), "trainer.resume_mode=resume_path",
+        lambda c: c.trainer.resume_mode == "resume_path",
+    ),
+    Reader(
+        ("trainer.resume_force",), "trainer.resume_mode=auto or resume_path",
+        lambda c: c.trainer.resume_mode != "disable",
+    ),
+    Reader(
+        ("trainer.max_actor_ckpt_to_keep",), "trainer.save_freq other than 0, or trainer.save_best",
+        lambda c: c.trainer.save_freq != 0 or c.trainer.save_best is not None,
+    ),
+    Reader(
+        ("custom_reward_function.name", "custom_reward_function.reward_kwargs"), "custom_reward_function.path",
+        lambda c: c.custom_reward_function.path is not None,
+    ),
+    Reader(
+        (f"{_ACTOR}.optim.min_lr_ratio", f"{_ACTOR}.optim.num_cycles"), f"{_ACTOR}.optim.warmup_style=cosine",
+        lambda c: _actor(c).optim.warmup_style == "cosine",
+    ),
+    Reader(
+        (f"{_ACTOR}.optim.lr_warmup_steps_ratio",), f"{_ACTOR}.optim.lr_warmup_steps=-1",
+        lambda c: _actor(c).optim.lr_warmup_steps < 0,
+    ),
+    Reader(
+        (f"{_ACTOR}.clip_ratio",), f"{_ACTOR}.clip_ratio_low or clip_ratio_high left out",
+        lambda c: _actor(c).clip_ratio_low is None or _actor(c).clip_ratio_high is None,
+    ),
+    Reader(
+        (f"{_ACTOR}.ppo_max_token_len_per_gpu",), f"{_ACTOR}.use_dynamic_bsz=True",
+        lambda c: any(tokens for tokens, _ in _limits(c)),
+    ),
+    Reader(
+        (f"{_ACTOR}.ppo_micro_batch_size_per_gpu",), f"{_ACTOR}.use_dynamic_bsz=False",
+        lambda c: any(rows for _, rows in _limits(c)),
+    ),
+    Reader(
+        (f"{_ROLLOUT}.log_prob_max_token_len_per_gpu",), f"{_ROLLOUT}.log_prob_use_dynamic_bsz=True",
+        lambda c: _limits(c)[1][0] is not None or _has_the_actors_budget(c, c.actor_rollout_ref.rollout),
+    ),
+    Reader(
+        (f"{_ROLLOUT}.log_prob_micro_batch_size_per_gpu",), f"{_ROLLOUT}.log_prob_use_dynamic_bsz=False",
+        lambda c: _limits(c)[1][1] is not None,
+    ),
+    Reader(
+        (f"{_REF}.log_prob_max_token_len_per_gpu",), f"{_REF}.log_prob_use_dynamic_bsz=True",
+        lambda c: _limits(c)[2][0] is not None or _has_the_actors_budget(c, c.actor_rollout_ref.ref),
+    ),
+    Reader(
+        (f"{_REF}.log_prob_micro_batch_size_per_gpu",), f"{_REF}.log_prob_use_dynamic_bsz=False",
+        lambda c: _limits(c)[2][1] is not None,
+    ),
+    Reader(
+        (f"{_ACTOR}.kl_loss_coef", f"{_ACTOR}.kl_loss_type"), f"{_ACTOR}.use_kl_loss=True",
+        lambda c: _actor(c).use_kl_loss, no_op=(0,),
+    ),
+    Reader(
+        ("algorithm.kl_penalty", "algorithm.kl_ctrl.kl_coef", "algorithm.kl_ctrl.type"),
+        "algorithm.use_kl_in_reward=True", lambda c: c.algorithm.use_kl_in_reward, no_op=(0,),
+    ),
+    Reader(
+        ("algorithm.kl_ctrl.type",), "algorithm.kl_ctrl.kl_coef above 0",
+        lambda c: not c.algorithm.use_kl_in_reward or c.algorithm.kl_ctrl.kl_coef > 0,
+    ),
+    Reader(
+        ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"), "algorithm.kl_ctrl.type=adaptive",
+        lambda c: c.algorithm.kl_ctrl.type == "adaptive",
+    ),
+    Reader(
+        ("algorithm.gamma",), "algorithm.adv_estimator=reinforce_plus_plus",
+        lambda c: c.algorithm.adv_estimator == "reinforce_plus_plus",
+    ),
+    Reader(
+        (f"{_ROLLOUT}.val_kwargs.temperature",), f"{_ROLLOUT}.val_kwargs.do_sample=True",
+        lambda c: c.actor_rollout_ref.rollout.val_kwargs.do_sample, no_op=(0,),
+    ),
+    Reader(
+        ("data.seed",), f"data.shuffle=True or {_ACTOR}.shuffle=True", lambda c: c.data.shuffle or _actor(c).shuffle
+    ),
+    Reader(
+        (f"{_ROLLOUT}.anchor_temperature",), "a reward_model.reward_manager other than naive",
+        lambda c: c.reward_model.reward_manager != "naive",
+    ),
+    Reader(_VLLM_ONLY, f"{_ROLLOUT}.name=vllm", lambda c: c.actor_rollout_ref.rollout.name != "hf"),
+)  # fmt: skip
+
+REWARD_READERS = (
+    Reader(("with_scale",), "objective=grace", lambda c: c.objective == "grace"),
+    Reader(("clustering_weight",), "enable_clustering=True", lambda c: c.enable_clustering, no_op=(0,)),
+    Reader(
+        ("cross_group_weight",), "objective=grace and enable_clustering=True",
+        lambda c: c.objective == "grace" and c.enable_clustering, no_op=(0,),
+    ),
+    Reader(
+        ("length_penalty",), "objective=infonce and enable_length_penalty=True",
+        lambda c: c.objective == "infonce" and c.enable_length_penalty,
+    ),
+)  # fmt: skip
+
+
+def unread_settings(config: RunConfig) -> Iterator[str]:
+    """An error for each setting that was given and that nothing reads."""
+    yield from _unread(config, READERS, "")
+
+
+def unread_reward_kwargs(config: HiddenRewardConfig) -> Iterator[str]:
+    """As `unread_settings`, of the reward manager `hidden`."""
+    yield from _unread(config, REWARD_READERS, "reward_model.reward_kwargs.")
+
+
+def _unread(config: BaseModel, readers: tuple[Reader, ...], prefix: str) -> Iterator[str]:
+    for key, value in _changed(config).items():
+        for reader in readers:
+            if key in reader.keys and value not in reader.no_op and not reader.holds(config):
+                yield (
+                    f"{prefix}{key}={value} has no effect: it is read with {reader.needs} only. Set that, or leave "
+                    f"{key.rpartition('.')[2]} out."
+                )
+
+
+def _changed(config: BaseModel) -> dict[str, Any]:
+    """The settings that differ from their defaults, by key."""
+    values = {
+        key: (reduce(getattr, key.split("."), config), field.get_default(call_default_factory=True))
+        for key, field in walk_fields(type(config))
+    }
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
+def start_notes(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
+    """What a person should know of settings that are accepted, as (setting, note) lines.
+
+    Args:
+        config: with the engine's name resolved.
+        device: cuda or cpu.
+    """
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    if rollout.name == "vllm" and device == "cuda" and not rollout.free_cache_engine:
+        yield (
+            "free_cache_engine=False",
+            f"vllm keeps {rollout.gpu_memory_utilization:.0%} of each GPU while training; to train with that memory "
+            "leave it out",
+        )
+    if rollout.name == "vllm" and device == "cpu":
+        yield "", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"
+        yield "", "(enable_chunked_prefill); these settings have no effect"
+    for keys, why in _unread_here(config, device):
+        if keys:
+            yield f"no effect {why}", ", ".join(keys)
+    if actor.strategy == "fsdp2" and actor.fsdp_config.offload_policy and actor.fsdp_config.param_offload:
+        yield "no effect", "fsdp_config.param_offload, optimizer_offload: offload_policy does it"
+
+
+def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], str]]:
+    """Keys that this machine, or what the run found on it, leaves without effect; and in which case."""
+    section, changed = config.actor_rollout_ref, _changed(config)
+    offload = [key for key in changed if key.endswith(("param_offload", "optimizer_offload", "offload_policy"))]
+    if device == "cpu":
+        yield [*offload, *(key for key in changed if key == f"{_ROLLOUT}.dtype")], "on a CPU"
+    elif section.actor.strategy == "fsdp":
+        yield [key for key in offload if key.endswith("offload_policy")], "with actor.strategy=fsdp"
+    if section.rollout.name == "hf":
+        yield [key for key in changed if key in _VLLM_ONLY], "with the engine hf"
+    if not config.needs_reference:
+        yield [key for key in changed if key.startswith("actor_rollout_ref.ref.")], "without a reference model"
+    rewards = config.reward_model.reward_kwargs
+    if rewards.get("with_scale") is False and rewards.get("objective", "grace") == "grace":
+        # A recipe may bring a temperature, and with_scale=False is how to be rid of it.
+        yield [key for key in rewards if key == "temperature"], "with with_scale=False"
+    if not config.trainer.use_ray:
+        yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
+    if config.data.train_batch_size == section.actor.ppo_mini_batch_size:
+        yield [key for key in changed if key == f"{_ACTOR}.shuffle"], "with one mini-batch a step"
