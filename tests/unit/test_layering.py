@@ -23,8 +23,14 @@ PROGRAMS = [
 # Lowest first. A module imports modules of lower layers and of its own package.
 LAYERS: list[list[str]] = [
     ["verl", "verl.errors", "verl.verl_keys"],
-    ["verl.prompt_options", "verl.config", "verl.config_fields", "verl.unread_settings", "verl.config_checks",
-     "verl.batch_plan"],
+    [
+        "verl.prompt_options",
+        "verl.config",
+        "verl.config_fields",
+        "verl.unread_settings",
+        "verl.config_checks",
+        "verl.batch_plan",
+    ],
     ["verl.protocol", "verl.utils"],
     ["verl.algorithm", "verl.embedding"],
     ["verl.data"],
