@@ -4,12 +4,14 @@ Imports neither torch nor transformers.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
+from verl.errors import UserError
 
 FILE_NAME = "embedder_config.json"
 
@@ -30,13 +32,13 @@ class EmbedderSettings(BaseModel):
     """Pooled tokens. input+rationale: the user's text and everything after it; rationale: the rationale alone."""
     pool_system_prompt: bool = False
     """With input+rationale: start at the first token of the prompt instead of the first token of the user's text."""
-    max_prompt_length: int = 1024
+    max_prompt_length: int = Field(1024, ge=1)
     """Most tokens of a rendered prompt; the user's text is cut to fit."""
     truncation: Truncation = "right"
     """Where a user text that is too long is cut: right keeps its beginning, left its end, middle both; error raises."""
-    max_new_tokens: int = 2048
+    max_new_tokens: int = Field(2048, ge=1)
     """Most tokens of a rationale."""
-    temperature: float = 1.0
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Sampling temperature of a rationale; 0 is greedy."""
     base_model: str | None = None
     """The model that training started from."""
@@ -58,6 +60,19 @@ class EmbedderSettings(BaseModel):
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
+
+    def replaced(self, changes: Mapping[str, Any]) -> "EmbedderSettings":
+        """A copy with those of `changes` that are not None.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        try:
+            return type(self).model_validate({**self.model_dump(), **given})
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+            raise UserError("; ".join(wrong)) from error
 
     def pool_start(self, prompt: Prompt, response_length: int) -> int:
         """The first pooled position of a row, counted from the start of its prompt; the row is pooled from there on.
