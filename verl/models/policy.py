@@ -79,11 +79,14 @@ class PolicyModel(nn.Module):
 def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: dict[str, Any] | None = None) -> Any:
     """The model of a folder or hub name in float32, on the CPU, with packed attention.
 
+    Its config keeps the dtype that the folder is stored in, in which checkpoints are written.
+
     Raises:
         ValueError: the packed forward differs from the model's own, or transformers cannot load the model.
         OSError: there is no model at `path`.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **(override_config or {}))
+    stored_dtype = config.dtype
     lm = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -91,6 +94,8 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, override_config: 
         attn_implementation="sdpa",
         trust_remote_code=trust_remote_code,
     )
+    # transformers has set it to float32.
+    lm.config.dtype = stored_dtype
     plain = _probe_plain(lm)
     lm.set_attn_implementation(ATTENTION)
     packed = _probe_packed(lm)
