@@ -66,7 +66,7 @@ SUMMARY = {"text": "t", "human_summaries": ["h"], "machine_summaries": ["m", "n"
         ("reranking", [{**RANKS, "negative": [None]}], "row 1: negative.* must be a list, each item a text"),
         ("summarization", [{**SUMMARY, "relevance": [1.0, math.nan]}], r"row 1: relevance is \[1.0, nan\]"),
         ("summarization", [{**SUMMARY, "relevance": [1]}], "row 1: 2 machine_summaries and 1 of relevance"),
-        ("summarization", [{**SUMMARY, "relevance": [2, 2]}], r"row 1: relevance is \[2.0, 2.0\], and in no row"),
+        ("summarization", [{**SUMMARY, "relevance": [2, 2]}], r"row 1: relevance is \[2.0, 2.0\], and no row"),
         ("summarization", [{**SUMMARY, "human_summaries": []}], "row 1: human_summaries is"),
     ],
 )  # fmt: skip
