@@ -11,6 +11,7 @@ the engine failed; 2: an argument or a file is wrong.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -28,9 +29,11 @@ from rich.console import Console
 
 from verl.checkpoint.model_card import put_scores
 from verl.embedding.settings import EmbedderSettings, why_this_prompt
+from verl.encoder.arguments import check_options
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.store import StoreError
 from verl.errors import UserError
+from verl.evaluation.local_tasks import LocalTask
 from verl.evaluation.mteb_model import GraceMTEB
 from verl.evaluation.plan import ASK_ABOVE_HOURS, Rate, measure_rate, plan_costs, plan_table, sample_texts
 from verl.evaluation.records import name_of
@@ -73,6 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--temperature", type=float, help="of the rationales; default: the settings")
     how.add_argument("--pooling_method", choices=("mean", "last", "eos"), help="eos is an old name of last")
     how.add_argument("--span", choices=("input+rationale", "rationale"), help="tokens that are pooled")
+    how.add_argument(
+        "--normalize_embeddings", action="store_true",
+        help="scale vectors to unit length; classification, clustering and pairs see the difference",
+    )  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="of the rationales")
     how.add_argument(
         "--ignore_eos", action="store_true", help="generate every rationale to its full length (a control)"
@@ -123,7 +130,9 @@ def open_encoder(args: argparse.Namespace) -> GraceEncoder:
 
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `GraceEncoder.encode`, the same for every task."""
-    options = {"think": not args.no_thinking, "seed": args.seed}
+    options = {
+        "think": not args.no_thinking, "seed": args.seed, "normalize_embeddings": args.normalize_embeddings,
+    }  # fmt: skip
     return options if args.temperature is None else {**options, "temperature": args.temperature}
 
 
@@ -180,6 +189,8 @@ class Evaluation:
         )
         why = why_this_prompt(args.embedder_config or self.encoder.folder, args.system_prompt)
         self.console.print(f"system prompt: {self.encoder.settings.prompt_line()} ({why})", markup=False)
+        for note in (note for task in tasks if isinstance(task, LocalTask) for note in task.notes):
+            self.console.print(note, markup=False)
         rate = self._measured_rate()
         if rate is None:
             self.console.print("no plan: the sample was in the store already, and its rate is not known")
@@ -205,9 +216,12 @@ class Evaluation:
         )  # fmt: skip
         spent = self.encoder.usage - before
         if result.exceptions:
+            report.error = result.exceptions[0].exception or "no message"
+        elif not math.isfinite(result.task_results[0].get_score()):
+            report.error = f"{report.metric} is {result.task_results[0].get_score()}: are all similarities equal?"
+        if report.error:
             # When a part of an aggregated task failed, mteb keeps a result without a score.
             self.cache.get_task_result_path(name, self.model.mteb_model_meta).unlink(missing_ok=True)
-            report.error = result.exceptions[0].exception or "no message"
             return report
         ran = spent.texts > 0
         if not ran and name in self.earlier:
@@ -259,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Wide enough that no table is wrapped in a file or a pipe.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     try:
+        check_options(args.temperature, args.batch_size)
         base = score_base(args, console) if args.base_model else None
         evaluation = Evaluation(args, console)
         with evaluation.encoder as encoder:

@@ -55,3 +55,17 @@ def write_tasks(folder: Path) -> Path:
         ],
     )  # fmt: skip
     return folder
+
+
+def write_beir(folder: Path, **qrels: str) -> Path:
+    """BEIR's layout: two documents, three queries, and a file of judgements for each split."""
+    corpus = [
+        {"_id": "d1", "title": "T", "text": "one", "metadata": {}},
+        {"_id": "d2", "title": "", "text": "", "metadata": {}},
+    ]
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": f"ask {n}", "metadata": {}} for n in (1, 2, 3)])
+    for split, lines in qrels.items():
+        (folder / "qrels").mkdir(exist_ok=True)
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    return folder

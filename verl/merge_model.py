@@ -106,11 +106,16 @@ def run_test(args: argparse.Namespace) -> int:
         raise UserError(f"--test_hf_dir={args.test_hf_dir} is not a folder; give one with the model to compare with")
     reference = SavedTensors(args.test_hf_dir)
     checkpoint = open_checkpoint(args)
-    differences = find_differences(checkpoint, reference)
+    differences, other_dtypes = find_differences(checkpoint, reference)
     if not differences:
+        agreed = "dtype and values"
+        if other_dtypes:
+            agreed = (
+                f"and values, compared in the coarser dtype: {_name(checkpoint.dtype)} merged, "
+                f"{', '.join(map(_name, other_dtypes))} there"
+            )
         say(
-            f"{PROGRAM}: {args.test_hf_dir} is the merged model: {len(reference)} tensors agree in key, shape, dtype "
-            "and values"
+            f"{PROGRAM}: {args.test_hf_dir} is the merged model: {len(reference)} tensors agree in key, shape, {agreed}"
         )
         return 0
     say_differences(differences)
@@ -245,28 +250,52 @@ def unequal(saved: SavedTensors, weights: dict[str, Tensor]) -> list[str]:
     return sorted(saved.keys() ^ weights.keys()) + [name for name in both if not same_bits(saved[name], weights[name])]
 
 
-def find_differences(checkpoint: Checkpoint, reference: SavedTensors) -> dict[str, str]:
-    """A description of the difference by key. A tied key may be missing in the reference."""
+def find_differences(checkpoint: Checkpoint, reference: SavedTensors) -> tuple[dict[str, str], list[torch.dtype]]:
+    """By key, a description of the difference; and the reference's dtypes that are not those of the merged tensors.
+
+    A tied key may be missing in the reference.
+    """
     found = dict.fromkeys(reference.keys(), "only in --test_hf_dir")
+    other_dtypes: dict[torch.dtype, None] = {}
     # `compare` gets the tensor as it was stored, and the dtype that --dtype or the config asks for.
     for name, tensor in checkpoint.read(None):
         dtype = checkpoint.dtype if tensor.is_floating_point() else tensor.dtype
         copies = {key for key, owner in checkpoint.keys.tied.items() if owner == name} & reference.keys()
         for key in (name, *copies):
-            found[key] = compare(tensor, dtype, reference[key]) if key in reference.keys() else "not in --test_hf_dir"
-    return {key: difference for key, difference in found.items() if difference}
+            if key not in reference.keys():
+                found[key] = "not in --test_hf_dir"
+                continue
+            other = reference[key]
+            found[key] = compare(tensor, dtype, other)
+            if other.dtype != dtype:
+                other_dtypes[other.dtype] = None
+    return {key: difference for key, difference in found.items() if difference}, list(other_dtypes)
 
 
 def compare(merged: Tensor, dtype: torch.dtype, reference: Tensor) -> str:
-    """How a tensor, converted to `dtype`, differs from its reference; an empty string = not at all."""
-    if (merged.shape, dtype) != (reference.shape, reference.dtype):
+    """How a tensor, converted to `dtype`, differs from its reference; an empty string = not at all.
+
+    Of two floating-point dtypes the coarser one is compared: the same weights may be stored in either.
+    """
+    if merged.shape != reference.shape or not (is_float(dtype, reference.dtype) or dtype == reference.dtype):
         return f"{list(merged.shape)} {_name(dtype)}, in --test_hf_dir {list(reference.shape)} {_name(reference.dtype)}"
-    merged = merged.to(dtype)
+    dtype = coarser(dtype, reference.dtype)
+    # Rounded in the same steps as the reference: float32 to float16 to bfloat16 is not float32 to bfloat16.
+    merged, reference = merged.to(reference.dtype).to(dtype), reference.to(dtype)
     if same_bits(merged, reference):
         return ""
     gap = (merged.double() - reference.double()).abs()
     count = int((~(gap <= TOLERANCE)).sum())  # NaN counts as a difference
     return f"{count} of {gap.numel()} values differ, by up to {float(gap.max()):.3g}" if count else ""
+
+
+def is_float(*dtypes: torch.dtype) -> bool:
+    return all(dtype.is_floating_point for dtype in dtypes)
+
+
+def coarser(one: torch.dtype, two: torch.dtype) -> torch.dtype:
+    """The one with fewer digits of two floating-point dtypes; of two others, which are equal, the first."""
+    return two if is_float(one, two) and torch.finfo(two).eps > torch.finfo(one).eps else one
 
 
 def say_differences(differences: dict[str, str]) -> None:

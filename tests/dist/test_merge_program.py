@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from sharded_checkpoints import assert_is_tiny, compare, error_line, merge
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model
 
 from verl import merge_model as program
 
@@ -107,6 +108,30 @@ def test_a_folder_that_is_the_merged_model_passes(checkpoints, tmp_path, capsys)
     assert compare(checkpoints / "dcp_2_tied", tmp_path / "dcp_2_tied") == 0
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("merged", ["float32", "bfloat16", "float16"])
+def test_of_two_dtypes_values_are_compared_in_the_coarser_one(checkpoints, tmp_path, capsys, stored, merged):
+    run = checkpoints / "dcp_1_untied"
+    weights = {key: weight.to(stored) for key, weight in tiny_model(False).state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert compare(run, tmp_path, "--dtype", merged) == 0
+    other = str(stored).removeprefix("torch.")
+    said = capsys.readouterr().out
+    assert (f"compared in the coarser dtype: {merged} merged, {other} there" in said) == (merged != other)
+    norm = weights["model.norm.weight"]
+    norm[5] = torch.nextafter(norm[5].bfloat16(), torch.tensor(9.0).bfloat16()).to(stored)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert compare(run, tmp_path, "--dtype", merged) == 1
+    assert "model.norm.weight  1 of 64 values differ, by up to 0.00781" in capsys.readouterr().out
+
+
+def test_a_float32_reference_is_rounded_to_the_merged_dtype(checkpoints, tmp_path, capsys):
+    run = checkpoints / "dcp_1_untied"
+    save_tiny(tmp_path / "float32", tie=False)
+    assert compare(run, tmp_path / "float32", "--dtype", "bfloat16") == 0
+    assert "compared in the coarser dtype: bfloat16 merged, float32 there" in capsys.readouterr().out
+
+
 def test_every_difference_is_shown(checkpoints, tmp_path, capsys):
     assert merge(checkpoints / "dcp_1_tied", tmp_path / "merged") == 0
     weights = load_file(tmp_path / "merged" / "model.safetensors")
@@ -114,7 +139,7 @@ def test_every_difference_is_shown(checkpoints, tmp_path, capsys):
     weights["model.extra"] = torch.zeros(3)
     weights["model.norm.weight"][5] += 1e-3
     weights["model.layers.1.input_layernorm.weight"] = torch.ones(63)
-    weights["model.layers.2.input_layernorm.weight"] = torch.ones(64).bfloat16()
+    weights["model.layers.2.input_layernorm.weight"] = torch.ones(64).int()
     weights["model.layers.2.self_attn.q_proj.bias"][0] = float("nan")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, tmp_path / "merged" / "model.safetensors")
@@ -128,7 +153,7 @@ def test_every_difference_is_shown(checkpoints, tmp_path, capsys):
         "model.extra": "only in --test_hf_dir",
         "model.norm.weight": "1 of 64 values differ, by up to 0.001",
         "model.layers.1.input_layernorm.weight": "[64] float32, in --test_hf_dir [63] float32",
-        "model.layers.2.input_layernorm.weight": "[64] float32, in --test_hf_dir [64] bfloat16",
+        "model.layers.2.input_layernorm.weight": "[64] float32, in --test_hf_dir [64] int32",
         "model.layers.2.self_attn.q_proj.bias": "1 of 64 values differ, by up to nan",
         "lm_head.weight": "16576 of 16576 values differ, by up to 1",
     }

@@ -5,6 +5,7 @@ import pickle
 import shutil
 
 import pytest
+import torch
 from sharded_checkpoints import assert_is_tiny, error_line, merge, save_rank
 from tiny import save_tiny, tiny_model
 
@@ -86,6 +87,45 @@ def test_a_rank_that_is_missing_is_named(checkpoints, tmp_path, capsys):
     step = shutil.copytree(checkpoints / "dcp_2_tied" / "global_step_4", tmp_path / "step")
     (step / "actor" / "__1_0.distcp").unlink()
     assert "lacks __1_0.distcp" in error_line(capsys, merge(step, tmp_path / "merged"))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{}", "module.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "_fsdp_wrapped_module.{}",
+        "model.layers.{n}._orig_mod.{rest}", "model.layers.{n}._fsdp_wrapped_module._checkpoint_wrapped_module.{rest}",
+    ],
+)  # fmt: skip
+def test_names_of_a_wrapped_model_are_read(single, tmp_path, wrapped):
+    def name(key):
+        layer = key.removeprefix("model.layers.").partition(".") if key.startswith("model.layers.") else None
+        if "{rest}" in wrapped:
+            return wrapped.format(n=layer[0], rest=layer[2]) if layer else key
+        return wrapped.format(key)
+
+    single.write({name(key): weight for key, weight in tiny_model(False).state_dict().items()})
+    assert merge(single.folder, tmp_path / "merged", "--hf_model_path", str(single.model)) == 0
+    assert_is_tiny(tmp_path / "merged", tie=False)
+
+
+def test_a_model_that_is_there_wrapped_and_plain_is_an_error(single, tmp_path, capsys):
+    state = tiny_model(False).state_dict()
+    single.write(state | {"_orig_mod.model.norm.weight": state["model.norm.weight"] + 1})
+    line = error_line(capsys, merge(single.folder, tmp_path / "merged", "--hf_model_path", str(single.model)))
+    assert "holds model.norm.weight twice, once in a wrapped model (_orig_mod., module.)" in line
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model.model.model.norm.lora_A.default.weight", "base_model.model.model.norm.base_layer.weight",
+     "model.norm.lora_B.weight", "_orig_mod.model.norm.lora_embedding_A"],
+)  # fmt: skip
+def test_a_lora_is_named_as_one(single, tmp_path, capsys, key):
+    state = tiny_model(False).state_dict()
+    single.write(state | {key: torch.zeros(64, 2)})
+    line = error_line(capsys, merge(single.folder, tmp_path / "merged", "--hf_model_path", str(single.model)))
+    assert f"unexpected {key.removeprefix('_orig_mod.')}; these are a LoRA's" in line and "merge_and_unload()" in line
+    assert "config that the checkpoint was trained with" not in line
 
 
 def test_keys_and_shapes_must_be_those_of_the_config(single, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from eval_files import write_jsonl, write_tasks
+from eval_files import write_beir, write_jsonl, write_tasks
 from tiny import TEMPLATE, save_tiny, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -148,6 +148,45 @@ def test_a_failing_task_is_reported_and_does_not_stop_the_others(tmp_path, tiny_
     printed = capsys.readouterr().out
     assert "No mean: 1 of 3 tasks are finished (missing: Classes, BIOSSES)." in printed
     assert "Classes failed: the engine lost its worker" in printed
+
+
+def test_a_score_that_is_no_number_is_a_failure_and_in_no_mean(tmp_path, tiny_folder, capsys):
+    rows = [{"sentence1": "one text", "sentence2": "another", "score": score} for score in (1, 2, 3)]
+    write_jsonl(tmp_path / "tasks" / "Same.sts.jsonl", rows)
+    for _ in range(2):
+        assert eval_mteb.main(arguments(tiny_folder, tmp_path / "tasks", tmp_path / "out")) == 1
+        assert "Same failed: cosine_spearman is nan: are all similarities equal?" in capsys.readouterr().out
+    assert summary(tmp_path / "out", "tiny")["means"] == {}
+
+
+def test_the_length_of_vectors_is_a_setting_and_what_is_left_out_is_said(tmp_path, tiny_folder, tasks, capsys):
+    beir = write_beir(tmp_path / "beir" / "Small", test="q1\td1\t1\n")
+    assert eval_mteb.main(arguments(tiny_folder, beir, tmp_path, "--no_thinking")) == 0
+    assert "Small: 2 of 3 queries have no judgement, and are left out" in capsys.readouterr().out
+    for more in ([], ["--normalize_embeddings"]):
+        assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--no_thinking", "--tasks", "Sts", *more)) == 0
+        record = summary(tmp_path, "tiny_no_thinking")
+        assert record["settings"]["normalize_embeddings"] == bool(more)
+    scores = {file: score for file, score in results(tmp_path).items() if file.stem == "Sts"}
+    # A task of cosines: two results, one score.
+    first, second = scores.values()
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--temperature", "nan"], "temperature=nan: Input should be a finite number"),
+        (["--batch_size", "0"], "batch_size=0 must be 1 or more"),
+        (["--thinking_max_length", "-1"], "max_new_tokens=-1: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_an_error_before_a_model_is_loaded(
+    tmp_path, tiny_folder, tasks, capsys, monkeypatch, more, message
+):
+    monkeypatch.setattr(Backend, "__init__", lambda *_: pytest.fail("loaded a model"))
+    assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, *more)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_aggregated_task_whose_parts_failed_is_tried_again(tmp_path, tiny_folder, capsys):

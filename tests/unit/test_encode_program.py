@@ -45,6 +45,23 @@ def test_rows_are_texts_in_order_with_rationale_and_vector(tiny_folder, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", source.name]
 
 
+def test_vectors_as_they_are_and_options_out_of_their_range(tiny_folder, tmp_path, capsys):
+    source, output = tmp_path / "texts.jsonl", tmp_path / "out.parquet"
+    source.write_text('{"text": "a card"}\n{"text": "another"}\n')
+    assert program.main(arguments(tiny_folder, source, output, "--not_normalized", "--no_thinking")) == 0
+    encoder = GraceEncoder(tiny_folder, device="cpu", max_new_tokens=8)
+    means = encoder.encode(["a card", "another"], think=False, normalize_embeddings=False)
+    np.testing.assert_allclose(vectors_of(output), means, atol=1e-6)
+    for option, message in (
+        ("--temperature=nan", "encode: temperature=nan"),
+        ("--batch_size=0", "encode: batch_size=0"),
+    ):
+        capsys.readouterr()
+        assert program.main(arguments(tiny_folder, source, tmp_path / "other.parquet", option)) == 2
+        assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "other.store").exists()
+
+
 def test_a_killed_run_is_continued(tiny_folder, tmp_path, capsys):
     source, output = tmp_path / "texts.txt", tmp_path / "out.parquet"
     source.write_text("\n".join(TEXTS))

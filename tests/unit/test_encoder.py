@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from sentence_transformers.util import quantize_embeddings
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from verl import GraceEncoder
 from verl.data.dataset import PromptCollator
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.store import EmbeddingStore
+from verl.errors import UserError
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
 from verl.workers.micro_batches import MicroBatchLimit
@@ -30,6 +32,7 @@ TEXTS = [
     "naïve café",
 ]
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
+PLAIN = {"think": False}
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
 
 
@@ -171,17 +174,144 @@ def test_a_truncated_vector_has_unit_length(encoder):
     np.testing.assert_allclose(cut, whole[:, :10] / np.linalg.norm(whole[:, :10], axis=1, keepdims=True), atol=1e-6)
 
 
-def test_precision_and_container(encoder):
-    vectors = encoder.encode(TEXTS, **GREEDY)
-    np.testing.assert_array_equal(
-        encoder.encode(TEXTS, precision="int8", **GREEDY), quantize_embeddings(vectors, "int8")
-    )
+def test_a_tensor_holds_the_same_vectors(encoder):
     tensor = encoder.encode(TEXTS, convert_to_tensor=True, **GREEDY)
-    assert torch.equal(tensor, torch.from_numpy(vectors))
+    assert torch.equal(tensor, torch.from_numpy(encoder.encode(TEXTS, **GREEDY)))
 
 
-def test_no_texts_give_no_vectors(encoder):
-    assert encoder.encode([]).shape == (0, encoder.embedding_dim)
+class TestInt8:
+    """Vectors of different calls have the same ranges, so that they can be compared."""
+
+    @pytest.mark.parametrize("options", [{}, {"normalize_embeddings": False}, {"truncate_dim": 10}])
+    def test_a_text_has_one_vector_in_whatever_call(self, encoder, options):
+        options = {**PLAIN, **options}
+        floats = encoder.encode(TEXTS, **options)
+        ranges = np.stack([floats.min(axis=0), floats.max(axis=0)])
+        quantized = encoder.encode(TEXTS, precision="int8", int8_ranges=ranges, **options)
+        assert quantized.dtype == np.int8 and quantized.shape == floats.shape
+        # 256 steps of each dimension's range, counted from -128.
+        steps = (ranges[1] - ranges[0]) / 255
+        np.testing.assert_array_equal(quantized, np.clip(np.floor((floats - ranges[0]) / steps), 0, 255) - 128)
+        for row, text in enumerate(TEXTS):
+            alone = encoder.encode(text, precision="int8", int8_ranges=ranges.tolist(), **options)
+            # A last bit of a float may move a value over the edge of a step.
+            assert np.abs(alone.astype(int) - quantized[row]).max() <= 1
+        tensor = encoder.encode(TEXTS, precision="int8", int8_ranges=ranges, convert_to_tensor=True, **options)
+        assert torch.equal(tensor, torch.from_numpy(quantized))
+
+    def test_what_lies_outside_the_ranges_is_clipped(self, encoder):
+        narrow = np.stack([np.full(64, 10.0), np.full(64, 11.0)])
+        assert (encoder.encode("a card", precision="int8", int8_ranges=narrow, **PLAIN) == -128).all()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"precision": "int8"}, r"needs int8_ranges.*np\.stack\(\[v\.min\(axis=0\), v\.max\(axis=0\)\]\)"),
+            ({"int8_ranges": np.zeros((2, 64))}, "int8_ranges has no effect with precision=float32"),
+            ({"precision": "int8", "int8_ranges": np.zeros((2, 10))}, r"shape \[2, 10\] and must have \[2, 64\]"),
+            ({"precision": "int8", "int8_ranges": np.zeros((2, 64)), "truncate_dim": 10}, r"must have \[2, 10\]"),
+            ({"precision": "int8", "int8_ranges": np.full((2, 64), np.nan)}, "must be finite"),
+            ({"precision": "int8", "int8_ranges": np.array([[1.0] * 64, [0.0] * 64])}, "no least value above"),
+            ({"precision": "int8", "int8_ranges": "auto"}, "int8_ranges must hold numbers"),
+            ({"precision": "uint8"}, "precision='uint8' must be one of float32, int8"),
+        ],
+    )
+    def test_without_ranges_that_fit_it_is_refused(self, encoder, options, message):
+        with pytest.raises(UserError, match=message):
+            encoder.encode(TEXTS, **options)
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            tuple(TEXTS), iter(TEXTS), (text for text in TEXTS), np.array(TEXTS), np.array(TEXTS, object),
+            pd.Series(TEXTS, index=range(5, 10)), dict(enumerate(TEXTS)).values(),
+        ],
+        ids=["tuple", "iterator", "generator", "array of str", "array of objects", "series", "values of a dict"],
+    )  # fmt: skip
+    def test_any_sequence_of_strings_is_read(self, tiny_folder, encoder, tmp_path, inputs):
+        with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as stored:
+            vectors = stored.encode(inputs, **PLAIN)
+        np.testing.assert_allclose(vectors, encoder.encode(TEXTS, **PLAIN), atol=1e-6)
+
+    @pytest.mark.parametrize("nothing", [[], (), iter(()), np.array([], str), pd.Series([], dtype=str)])
+    def test_no_texts_give_no_vectors(self, encoder, nothing):
+        vectors, rationales = encoder.encode(nothing, return_rationales=True)
+        assert vectors.shape == (0, 64) and vectors.dtype == np.float32 and rationales == []
+
+    @pytest.mark.parametrize(
+        ("inputs", "message"),
+        [
+            (["a", None], r"inputs\[1\] is None, and every text must be a string; leave out or fill in"),
+            (pd.Series(["a", float("nan")], dtype=object), r"inputs\[1\] is nan \(float\)"),
+            (pd.Series(["a", None]), r"inputs\[1\] is nan \(float\)"),
+            (pd.Series(["a", None], dtype="string"), r"inputs\[1\] is <NA> \(NAType\)"),
+            (["a", "b", 3], r"inputs\[2\] is 3 \(int\)"),
+            ([1.5], r"inputs\[0\] is 1\.5 \(float\)"),
+            ([("a", "b")], r"inputs\[0\] is \('a', 'b'\) \(tuple\), .* several texts as several items"),
+            ([["instruction", "text"]], r"inputs\[0\] is \['instruction', 'text'\] \(list\)"),
+            ([{"text": "a"}], r"inputs\[0\] is \{'text': 'a'\} \(dict\)"),
+            ([b"a"], r"inputs\[0\] is b'a' \(bytes\)"),
+            (np.array([["a", "b"]]), r"inputs is array\(.* \(ndarray\); give one string, or a list"),
+            (np.array("a"), r"inputs is array\("),
+            (pd.DataFrame({"text": ["a"]}), r"inputs is .* \(DataFrame\)"),
+            (torch.zeros(2, 3), r"inputs is tensor\("),
+            ({"text": "a"}, r"inputs is \{'text': 'a'\} \(dict\)"),
+            ({"a", "b"}, r"inputs is \{.*\} \(set\)"),
+            (b"a", r"inputs is b'a' \(bytes\)"),
+            (None, "inputs is None"),
+            (5, r"inputs is 5 \(int\)"),
+        ],
+    )
+    def test_what_is_not_a_text_is_named_with_its_place(self, encoder, inputs, message):
+        with pytest.raises(UserError, match=message):
+            encoder.encode(inputs, **GREEDY)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"temperature": float("nan")}, "temperature=nan: Input should be a finite number"),
+            ({"temperature": float("inf")}, "temperature=inf: Input should be a finite number"),
+            ({"temperature": -1}, "temperature=-1: Input should be greater than or equal to 0"),
+            ({"temperature": "warm"}, "temperature='warm': Input should be a valid number"),
+            ({"max_new_tokens": 0}, "max_new_tokens=0: Input should be greater than or equal to 1"),
+            ({"max_new_tokens": -5}, "max_new_tokens=-5: Input should be"),
+            ({"max_new_tokens": 1.5}, "max_new_tokens=1.5: Input should be a valid integer"),
+            ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
+            ({"batch_size": 2.0}, "batch_size=2.0 must be a whole number"),
+            ({"truncate_dim": 0}, "truncate_dim=0 must be 1 or more"),
+            ({"truncate_dim": -3}, "truncate_dim=-3 must be 1 or more"),
+            ({"truncate_dim": 65}, "truncate_dim=65 must be at most 64"),
+            ({"seed": None}, "seed=None must be a whole number"),
+        ],
+    )
+    def test_an_option_out_of_its_range_is_an_error(self, encoder, options, message):
+        with pytest.raises(UserError, match=re.escape(message)):
+            encoder.encode(TEXTS, **options)
+
+    def test_numpy_numbers_are_numbers(self, tiny_folder, tmp_path, encoder):
+        options = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int64(3)}
+        with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as stored:
+            vectors = stored.encode(TEXTS, batch_size=np.int64(2), **options)
+        expected = encoder.encode(TEXTS, max_new_tokens=3, temperature=0.5, seed=3)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"max_prompt_length": 0}, {"max_prompt_length": -1}, {"max_new_tokens": 0}, {"pooling": "max"},
+         {"num_processes": 0}, {"tensor_parallel_size": -1}, {"gpu_memory_utilization": float("nan")}],
+    )  # fmt: skip
+    def test_an_option_of_the_encoder_out_of_its_range_is_an_error(self, tiny_folder, options):
+        (name,) = options
+        with pytest.raises(UserError, match=f"{name}="):
+            GraceEncoder(tiny_folder, device="cpu", **options)
+
+    @pytest.mark.parametrize(("key", "value"), [("temperature", "NaN"), ("temperature", "-1"), ("max_new_tokens", "0")])
+    def test_a_folders_setting_out_of_its_range_is_an_error(self, tmp_path, key, value):
+        (tmp_path / "embedder_config.json").write_text(f'{{"{key}": {value}}}')
+        with pytest.raises(ValueError, match=f"(?s)embedder_config.json: .*{key}"):
+            EmbedderSettings.read(tmp_path)
 
 
 def test_a_text_that_is_too_long_is_cut_before_templating_and_counted(tiny_folder):

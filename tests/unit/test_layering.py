@@ -46,7 +46,12 @@ LAYERS: list[list[str]] = [
 
 # Third-party packages that only some modules may import.
 RESERVED = {
-    "ray": {"verl.single_controller.ray_group", "verl.trainer.main_ppo", "verl.trainer.prepare", "verl.doctor"},
+    "ray": {
+        "verl.single_controller.ray_cluster",
+        "verl.single_controller.ray_group",
+        "verl.trainer.main_ppo",
+        "verl.doctor",
+    },
     "hydra": {"verl.trainer.main_ppo", "verl.trainer.prepare", "verl.trainer.overrides", "verl.doctor"},
     "vllm": {"verl.workers.rollout.vllm"},
     "wandb": {"verl.trainer.tracking"},

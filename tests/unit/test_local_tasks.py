@@ -1,4 +1,4 @@
-"""Local tasks through mteb: their scores against loops over the encoder's own vectors, and errors with their place."""
+"""Local tasks through mteb: their scores against loops over the encoder's own vectors, in every layout."""
 
 import json
 import math
@@ -9,15 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_files import SENTENCES, TOPICS, write_jsonl, write_tasks
+from datasets import Dataset
+from eval_files import SENTENCES, TOPICS, write_beir, write_jsonl, write_tasks
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from torch.utils.data import DataLoader
 
 from verl import GraceEncoder
-from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.mteb_model import GraceMTEB
 
-GOOD = '{"sentence1": "a", "sentence2": "b", "score": 1}\n'
 OPTIONS = {"max_new_tokens": 8, "seed": 3}
 
 
@@ -91,6 +92,32 @@ def test_triplets_count_queries_nearer_to_their_positive(results, model):
     assert {"mean_cosine", "effective_rank", "uniformity", "mrr"} <= results["Triples"].keys()
 
 
+def test_classifiers_and_clusterings_get_the_vectors_as_they_are(model):
+    texts = [text for _, text in SENTENCES]
+    batches = DataLoader(Dataset.from_dict({"text": texts}), batch_size=4)
+    asked = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
+    means = model.encoder.encode(texts, normalize_embeddings=False, **OPTIONS)
+    np.testing.assert_array_equal(model.encode(batches, **asked), means)
+    assert np.linalg.norm(means, axis=1).min() > 2
+    scaled = GraceMTEB(model.encoder, "tiny", {**OPTIONS, "normalize_embeddings": True})
+    np.testing.assert_allclose(scaled.encode(batches, **asked), vectors(model, texts), atol=1e-6)
+    # mteb finds stored results by this.
+    of = [m.mteb_model_meta.experiment_kwargs["normalize_embeddings"] for m in (model, scaled)]
+    assert of == [False, True]
+
+
+def test_the_accuracy_is_that_of_a_classifier_on_vectors_as_they_are(results, model):
+    """mteb draws 8 texts of a label; here a label has 3, so every draw is all of them."""
+    texts = [text for _, text in SENTENCES]
+    train, test = (
+        model.encoder.encode(some, normalize_embeddings=False, **OPTIONS)
+        for some in (texts, [f"{text} today" for text in texts])
+    )
+    labels = [topic for topic, _ in SENTENCES]
+    classifier = LogisticRegression(max_iter=100, random_state=42).fit(train, labels)
+    assert results["Classes"]["accuracy"] == pytest.approx(classifier.score(test, labels), abs=1e-6)
+
+
 def test_pairs_are_scored_by_their_cosine(results, model, tmp_path):
     rows = [json.loads(line) for line in (write_tasks(tmp_path) / "Pairs.pairs.jsonl").read_text().splitlines()]
     first, second = (vectors(model, [row[f"sentence{k}"] for row in rows]) for k in (1, 2))
@@ -131,40 +158,23 @@ def test_the_revision_follows_the_content(tmp_path):
         return task.metadata.revision
 
     row = {"sentence1": "a", "sentence2": "b", "score": 1}
-    write_jsonl(tmp_path / "Sts.sts.jsonl", [row])
+    write_jsonl(tmp_path / "Sts.sts.jsonl", [row, {**row, "score": 3}])
     first = revision()
     assert revision() == first
-    write_jsonl(tmp_path / "Sts.sts.jsonl", [{**row, "score": 2}])
+    write_jsonl(tmp_path / "Sts.sts.jsonl", [row, {**row, "score": 2}])
     assert revision() != first
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("A.sts.jsonl", GOOD + '{"sentence1": "a"}\n', "line 2: sentence2 is None"),
-        ("A.sts.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "high"}\n', "line 1: score is 'high'"),
-        ("A.sts.jsonl", '\n{"sentence1": \n', "A.sts.jsonl, line 2: not valid JSON"),
-        ("A.sts.jsonl", "[1]\n", "line 1: a JSON list instead of an object"),
-        ("A.sts.jsonl", "\n", "A.sts.jsonl is empty"),
-        ("A.sts.parquet", "x", "A.sts.parquet is not a readable parquet file"),
-        ("A.classification.jsonl", "{}\n", "is a folder A.classification with train.jsonl, test.jsonl"),
-        ("triplets.jsonl", "{}\n", "holds no task; name files NAME.TYPE.jsonl"),
-        ("notes.txt", "hello", "holds no task; name files NAME.TYPE.jsonl"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        find_local_tasks(tmp_path)
-
-
-def test_a_folder_without_a_part_and_a_query_without_its_document_are_errors(tmp_path):
-    write_jsonl(tmp_path / "S.retrieval" / "corpus.jsonl", [{"id": "d", "text": "x"}])
-    with pytest.raises(UserError, match=r"S.retrieval holds no queries.jsonl \(nor queries.parquet\)"):
-        find_local_tasks(tmp_path)
-    write_jsonl(tmp_path / "S.retrieval" / "queries.jsonl", [{"id": "q", "text": "y", "relevant": ["e"]}])
-    with pytest.raises(UserError, match="query q: e is not an id of the corpus"):
-        find_local_tasks(tmp_path)
+def test_beirs_layout_gives_the_same_scores(tmp_path, model, results):
+    folder = write_tasks(tmp_path / "own") / "Search.retrieval"
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    judged = "".join(f"{q['id']}\t{document}\t1\r\n" for q in queries for document in q.pop("relevant"))
+    beir = write_beir(tmp_path / "beir" / "Search", test=judged)
+    (beir / "corpus.jsonl").write_text((folder / "corpus.jsonl").read_text())
+    write_jsonl(beir / "queries.jsonl", queries)
+    found = mteb.evaluate(model, find_local_tasks(beir.parent), cache=None, co2_tracker=False)
+    scores = found.task_results[0].scores["test"][0]
+    assert scores["ndcg_at_10"] == pytest.approx(results["Search"]["ndcg_at_10"], abs=1e-6)
 
 
 def test_the_examples_are_tasks(repo: Path):

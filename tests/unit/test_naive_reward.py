@@ -31,7 +31,8 @@ from verl.workers.reward_manager.naive import NaiveRewardManager, default_comput
         ("#### 1234", "1,234", 1.0),
         ("#### 3.5", "3.5", 1.0),
         ("#### 7. Done, in 2 steps.", "7", 1.0),  # the marked number counts, not the last one
-        ("#### 3 no, #### 4", "4", 1.0),
+        ("#### 4\n\nQuestion: 1 + 2?\n#### 3", "4", 1.0),  # what a model goes on with does not count
+        ("#### 3 no, #### 4", "4", 0.0),
         ("The answer is 42.", "42", 1.0),
         ("First 41, then 42", "42", 1.0),
         ("First 42, then 41", "42", 0.0),

@@ -30,6 +30,9 @@ from verl.checkpoint.safe_dcp import DCP_METADATA, UNREADABLE, DcpError, read_me
 from verl.errors import UserError
 
 _DCP_MODEL, _POLICY = "model.", "lm."
+# What torch.compile, DDP and FSDP1 put into the names of a model that they wrap.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
+_LORA = re.compile(r"\blora_|\.base_layer\.|^base_model\.model\.")
 _FSDP_GLOB, _FSDP_NAME = "model_world_size_*_rank_*.pt", re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
 
@@ -151,11 +154,9 @@ class DcpShards:
             self._metadata = read_metadata(folder / DCP_METADATA)
         except DcpError as error:
             raise UserError(str(error)) from error
-        self._keys = {
-            key.removeprefix(_DCP_MODEL).removeprefix(_POLICY): key
-            for key in self._metadata.state_dict_metadata
-            if key.startswith(_DCP_MODEL)
-        }
+        keys = [key for key in self._metadata.state_dict_metadata if key.startswith(_DCP_MODEL)]
+        names = unwrapped([key.removeprefix(_DCP_MODEL) for key in keys], folder)
+        self._keys = {name.removeprefix(_POLICY): key for name, key in zip(names, keys, strict=True)}
         self.names = frozenset(self._keys)
         self._check_files()
         self._reader = FileSystemReader(folder)
@@ -208,7 +209,8 @@ class FsdpShards:
         self.folder = folder
         self.model_folder = folder / "huggingface"
         files = _fsdp_files(folder)
-        self._ranks = [_load_tensors(file) for file in files]
+        ranks = [_load_tensors(file) for file in files]
+        self._ranks = [dict(zip(unwrapped(held, folder), held.values(), strict=True)) for held in ranks]
         self.names = frozenset(self._ranks[0])
         for file, held in zip(files, self._ranks, strict=True):
             if differing := sorted(self.names ^ held.keys()):
@@ -231,6 +233,28 @@ class FsdpShards:
             raise UserError(f"{self.folder}: {name} cannot be joined: {error}") from error
         _check_shape(self.folder, name, tensor.shape, shape)
         return tensor
+
+
+def unwrapped(names: Collection[str], folder: Path) -> list[str]:
+    """The names without the parts that torch.compile, DDP and FSDP1 add, in their order.
+
+    Raises:
+        UserError: two of them become the same.
+    """
+    plain = [_unwrapped(name) for name in names]
+    if len(set(plain)) < len(plain):
+        twice = sorted({name for name in plain if plain.count(name) > 1})
+        raise UserError(
+            f"{folder} holds {_listed(twice)} twice, once in a wrapped model (_orig_mod., module.); save only one"
+        )
+    return plain
+
+
+def _unwrapped(name: str) -> str:
+    # A wrapper may hold another: module._orig_mod.model...
+    while (inner := _WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -329,7 +353,7 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
     if missing or unexpected:
         raise UserError(
             f"{shards.folder} does not fit the config of a {keys.architecture}: missing {_listed(missing)}, "
-            f"unexpected {_listed(unexpected)}; give the config that the checkpoint was trained with"
+            f"unexpected {_listed(unexpected)}; {_remedy(unexpected)}"
         )
     for name, owner in keys.tied.items():
         if name in shards.names:
@@ -342,6 +366,16 @@ def read_weights(shards: Shards, keys: ModelKeys, dtype: torch.dtype | None = No
     for name, shape in keys.shapes.items():
         tensor = shards.read(name, shape)
         yield name, tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+
+
+def _remedy(unexpected: Sequence[str]) -> str:
+    """What to do about keys that the model of the config does not have."""
+    if any(map(_LORA.search, unexpected)):
+        return (
+            "these are a LoRA's, which this program does not merge: load the base model and the adapter (of verl: "
+            "actor/lora_adapter) with peft's PeftModel.from_pretrained, and save what its merge_and_unload() returns"
+        )
+    return "give the config that the checkpoint was trained with"
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:

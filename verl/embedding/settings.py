@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
 from verl.errors import UserError
@@ -38,13 +38,13 @@ class EmbedderSettings(BaseModel):
     """Pooled tokens. input+rationale: the user's text and everything after it; rationale: the rationale alone."""
     pool_system_prompt: bool = False
     """With input+rationale: start at the first token of the prompt instead of the first token of the user's text."""
-    max_prompt_length: int = 1024
+    max_prompt_length: int = Field(1024, ge=1)
     """Most tokens of a rendered prompt; the user's text is cut to fit."""
     truncation: Truncation = "right"
     """Where a user text that is too long is cut: right keeps its beginning, left its end, middle both; error raises."""
-    max_new_tokens: int = 2048
+    max_new_tokens: int = Field(2048, ge=1)
     """Most tokens of a rationale."""
-    temperature: float = 1.0
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Sampling temperature of a rationale; 0 is greedy."""
     base_model: str | None = None
     """The model that training started from."""

@@ -1,9 +1,10 @@
 """Embed a file: python3 -m verl.encoder --model FOLDER --input texts.jsonl --output vectors.parquet
 
 The input is text (one text a line), JSON lines, CSV or parquet with a column `text` (or `sentence`); blank lines of a
-text file are skipped. The output has a row per text, in order: text, rationale, vector. Rationales and vectors are
-written to --store as they are made, so the same command continues a run that was killed; without --store a store next
-to the output is used, and removed when the output is complete.
+text file are skipped. The output has a row per text, in order: text, rationale, vector. Vectors have unit length, for
+cosines; --not_normalized is for training a classifier or a clustering on them. Rationales and vectors are written to
+--store as they are made, so the same command continues a run that was killed; without --store a store next to the
+output is used, and removed when the output is complete.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from verl.data.readers import open_source
 from verl.data.samples import BadSample, read_sample
 from verl.embedding.settings import why_this_prompt
+from verl.encoder.arguments import check_options
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.store import StoreError
 from verl.errors import UserError
@@ -40,6 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
     add_system_prompt_flag(parser, "the model's settings")
     add_template_flags(parser, "the model's settings")
+    parser.add_argument("--not_normalized", action="store_true", help="vectors as they are, not of unit length")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")
     parser.add_argument("--temperature", type=float, help="default: the model's settings")
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     with open_source(args.input, "unsupervised"):
         pass  # so that a missing or empty input is an error before a model is loaded
+    check_options(args.temperature, args.batch_size)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     store = args.store or args.output.with_suffix(".store")
     written = args.output.with_name(f".{args.output.name}.writing")
@@ -101,7 +105,7 @@ def write_vectors(args: argparse.Namespace, encoder: GraceEncoder, path: Path) -
         while texts := list(islice(texts_left, _CHUNK)):
             vectors, rationales = encoder.encode(
                 texts, batch_size=args.batch_size, think=not args.no_thinking, temperature=args.temperature,
-                seed=args.seed, return_rationales=True,
+                seed=args.seed, normalize_embeddings=not args.not_normalized, return_rationales=True,
             )  # fmt: skip
             cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), encoder.embedding_dim)
             writer.write_table(pa.table([pa.array(texts), pa.array(rationales), cells], schema=schema))

@@ -4,20 +4,20 @@ It renders, generates, packs and pools with the functions of training, so that i
 rewarded. Argument names follow sentence-transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from verl.checkpoint.model_folder import model_folder, weights_revision
-from verl.embedding.pooling import unit
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings, Pooling, Span
+from verl.encoder.arguments import list_texts, whole_number
 from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
 from verl.encoder.call_store import CallStore, NoStore
@@ -25,12 +25,12 @@ from verl.encoder.processes import ProcessesBackend
 from verl.encoder.record import NO_RATIONALE, Sampling, TextRecord
 from verl.encoder.store import EmbeddingStore
 from verl.encoder.usage import Usage
+from verl.encoder.vector_format import Precision, VectorFormat
+from verl.errors import UserError
 from verl.prompt_options import SystemPromptPlace, read_system_prompt
 from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.choose import choose_device_and_engine
-
-Precision = Literal["float32", "int8"]
 
 
 class GraceEncoder:
@@ -57,7 +57,7 @@ class GraceEncoder:
 
     Raises:
         ValueError: the folder, its chat template or its settings cannot be used.
-        UserError: vllm is asked for and cannot be imported.
+        UserError: an argument is out of its range, or vllm is asked for and cannot be imported.
     """
 
     def __init__(  # noqa: PLR0913 - a user's options, all by name
@@ -81,6 +81,10 @@ class GraceEncoder:
         trust_remote_code: bool = False,
         ignore_eos: bool = False,
     ) -> None:
+        num_processes = whole_number("num_processes", num_processes, 1)
+        tensor_parallel_size = whole_number("tensor_parallel_size", tensor_parallel_size, 1)
+        if not 0 < gpu_memory_utilization <= 1:
+            raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be above 0 and at most 1")
         self.folder = model_folder(str(path))
         self.settings = (settings or EmbedderSettings.read(self.folder)).changed(
             pooling=pooling, span=span, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens,
@@ -126,11 +130,12 @@ class GraceEncoder:
 
     def encode(  # noqa: PLR0913 - sentence-transformers' arguments
         self,
-        inputs: str | Sequence[str],
+        inputs: str | Iterable[str],
         *,
         batch_size: int = 64,
         show_progress_bar: bool | None = None,
         precision: Precision = "float32",
+        int8_ranges: np.ndarray | None = None,
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
@@ -146,12 +151,19 @@ class GraceEncoder:
         the other texts do not change its vector beyond rounding.
 
         Args:
-            inputs: N texts, or one; a text that occurs several times is embedded once.
+            inputs: one text, or N of them in a list, generator, one-dimensional array or series; a text that occurs
+                several times is embedded once.
             batch_size: texts that the hf engine decodes at once, and most rows of one forward.
             show_progress_bar: None = on a terminal.
-            precision: int8 = quantised by sentence-transformers, with the ranges of this call's vectors.
+            precision: int8 = quantised by sentence-transformers, each dimension over its range of `int8_ranges`.
+            int8_ranges: [2,D], the least and the largest value of each of the D dimensions that are returned; what lies
+                outside is clipped. Vectors can only be compared if they have the same ranges: take them once, from
+                the float32 vectors v of typical texts, np.stack([v.min(axis=0), v.max(axis=0)]).
             convert_to_tensor: return a torch tensor on the CPU instead of a numpy array.
-            normalize_embeddings: return unit vectors, as training rewards them; False = the means as they are.
+            normalize_embeddings: return unit vectors, whose products are the cosines that training rewards; False =
+                the means as they are. For a classifier or a clustering give False: the vectors of a language model
+                lie in a narrow cone, and on unit vectors that differ by little a regularised classifier (scikit-learn's
+                LogisticRegression as it is) underfits.
             truncate_dim: keep this many dimensions, the first ones.
             think: False embeds the prompt alone, without a rationale.
             max_new_tokens, temperature: of the rationales; None = those of the settings.
@@ -162,27 +174,30 @@ class GraceEncoder:
             [N,H] float32 or int8, or [H] for one text; with return_rationales a pair: that, and N strings or one.
 
         Raises:
-            ValueError: an argument does not fit the settings.
+            UserError: `inputs` are not texts, or an argument is out of its range or does not fit the settings.
             RolloutError: the engine could not generate a rationale; no vector is returned.
             StoreError: the store cannot be read or written.
         """
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = list_texts(inputs)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        form = VectorFormat(normalize_embeddings, truncate_dim, precision, int8_ranges, convert_to_tensor)
+        form.check(self.embedding_dim)
         sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
         records = self._encode_records(texts, sampling, return_rationales, batch_size, show_progress_bar)
         means = np.zeros((len(texts), self.embedding_dim), np.float32)
         for row, record in enumerate(records):
             means[row] = record.vector
-        vectors = _finish_vectors(means, normalize_embeddings, truncate_dim, precision, convert_to_tensor)
+        vectors = form.apply(means)
         rationales = [self._decode(record) for record in records] if return_rationales else []
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
         return (vectors, rationales) if return_rationales else vectors
 
-    def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
+    def encode_query(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """Embed queries. They get the same prompt as any text; options are those of `encode`."""
         return self.encode(inputs, **options)
 
-    def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
+    def encode_document(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """Embed documents; see `encode_query`."""
         return self.encode(inputs, **options)
 
@@ -194,7 +209,7 @@ class GraceEncoder:
         return first @ second.T
 
     def describe(self, **options: Any) -> dict[str, Any]:
-        """Everything besides text and weights that decides the vectors of `encode` with these options."""
+        """Everything besides text and weights that decides the float32 vectors of `encode` with these options."""
         sampling = None
         if options.get("think", True):
             sampling = self._sampling(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
@@ -202,6 +217,7 @@ class GraceEncoder:
             include={"system_prompt", "system_prompt_in", "max_prompt_length", "truncation"}
         )
         prompt["template_date"] = self.renderer.template_date
+        prompt["normalize_embeddings"] = options.get("normalize_embeddings", True)
         return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling()}
 
     def close(self) -> None:
@@ -217,20 +233,20 @@ class GraceEncoder:
         self.close()
 
     def _sampling(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
-        settings = self.settings
-        limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        settings = self.settings.changed(max_new_tokens=max_new_tokens, temperature=temperature)
+        limit = settings.max_new_tokens
         context = self.backend.size.context
         if context is not None and settings.max_prompt_length + limit > context:
-            raise ValueError(
+            raise UserError(
                 f"max_prompt_length={settings.max_prompt_length} and max_new_tokens={limit} are more than the model's "
                 f"{context} positions, beyond which its output is meaningless; lower one of them"
             )
-        if limit > settings.max_new_tokens and self.backend.spec.engine == "vllm":
-            raise ValueError(
-                f"max_new_tokens={limit} is more than the {settings.max_new_tokens} that vllm is started for; give "
-                f"GraceEncoder(..., max_new_tokens={limit})"
+        if limit > self.settings.max_new_tokens and self.backend.spec.engine == "vllm":
+            raise UserError(
+                f"max_new_tokens={limit} is more than the {self.settings.max_new_tokens} that vllm is started for; "
+                f"give GraceEncoder(..., max_new_tokens={limit})"
             )
-        return Sampling(limit, settings.temperature if temperature is None else temperature, seed)
+        return Sampling(limit, settings.temperature, whole_number("seed", seed))
 
     def _encode_records(
         self, texts: Sequence[str], sampling: Sampling | None, want_rationales: bool, batch_size: int,
@@ -284,18 +300,3 @@ class GraceEncoder:
         settings = self.settings
         return {"pooling": settings.pooling, "span": settings.span, "pool_system_prompt": settings.pool_system_prompt,
                 "forward_dtype": self.backend.spec.dtype_name}  # fmt: skip
-
-
-def _finish_vectors(
-    means: np.ndarray, normalize: bool, truncate_dim: int | None, precision: Precision, convert_to_tensor: bool
-) -> Any:
-    """Cut, normalise and convert [N,H] float32 means; cutting comes first, so that the result has unit length."""
-    vectors = torch.from_numpy(means[:, :truncate_dim])
-    vectors = unit(vectors) if normalize else vectors
-    if precision == "float32":
-        return vectors if convert_to_tensor else vectors.numpy()
-    # Imported here: it takes seconds, and only int8 needs it.
-    from sentence_transformers.util import quantize_embeddings
-
-    quantized = quantize_embeddings(vectors.numpy(), precision)
-    return torch.from_numpy(quantized) if convert_to_tensor else quantized

@@ -39,7 +39,7 @@ class Judged:
 def read_questions(path: Path, count: int) -> list[Question]:
     """The first `count` rows of a file, JSON lines or .parquet.
 
-    The gold number is what follows the last mark in the column `answer`; where there is no mark it is the column
+    The gold number is what follows the first mark in the column `answer`; where there is no mark it is the column
     `final_answer`, and without that the whole answer.
 
     Raises:
@@ -95,7 +95,7 @@ def _read_question(where: str, fields: dict[str, Any]) -> Question:
     gold = whole_number(stated)
     if gold is None:
         raise UserError(
-            f"{where}: no gold number: {stated.strip()[:40]!r} is none; it is read after the last {MARK} of 'answer', "
+            f"{where}: no gold number: {stated.strip()[:40]!r} is none; it is read after the first {MARK} of 'answer', "
             f"else from 'final_answer', else from the whole 'answer' (columns: {', '.join(fields)})"
         )
     return Question(where, text.strip(), gold)

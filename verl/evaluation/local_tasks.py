@@ -14,6 +14,10 @@ A folder holds one entry per task, NAME.TYPE.jsonl or NAME.TYPE.parquet, or a fo
 | retrieval | corpus | id, text, title (optional) |
 | | queries | id, text, relevant (list of corpus ids) |
 
+A folder in BEIR's layout is a retrieval task too, whatever its name: corpus.jsonl, queries.jsonl (without `relevant`)
+and qrels/test.tsv (or the only .tsv) with the columns query-id, corpus-id, score, where a score above 0 is relevant.
+As in BEIR, queries without a judgement there are those of another split, and left out.
+
 Columns are found by name; `verl.data.columns` lists other names that are accepted.
 """
 
@@ -38,13 +42,13 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 from torch.utils.data import DataLoader
 
-from verl.data.columns import find_value, names_of
-from verl.data.rows import read_rows
 from verl.embedding.metrics import triplet_report
 from verl.errors import UserError
-
-Rows = list[dict[str, Any]]
-Parts = Mapping[str, Rows]
+from verl.evaluation import cells
+from verl.evaluation import task_checks as checks
+from verl.evaluation.task_checks import Parts, listed_judgements, relevant_documents
+from verl.evaluation.task_files import QRELS, find_entries, part_files
+from verl.evaluation.task_rows import Columns, Row, read_part
 
 _SPLIT = "test"
 
@@ -82,6 +86,8 @@ class LocalTask:
     """In the form of the mteb base."""
     texts: ClassVar[list[str]]
     """Every text that is embedded, repeated ones too."""
+    notes: ClassVar[list[str]]
+    """What a reader of the scores should know of the data."""
 
     def load_data(self, *_: Any, **__: Any) -> None:
         self.dataset = self.data
@@ -92,36 +98,25 @@ def find_local_tasks(folder: Path) -> list[AbsTask]:
     """The tasks of a folder, by name.
 
     Raises:
-        UserError: there is none, or a file's name, a column or a line is not as documented above.
+        UserError: there is none; or a file's name, a column or a line is not as documented above, or cannot be scored.
     """
-    if not folder.is_dir():
-        raise UserError(f"--task_dir {folder} is not a folder")
-    found = [_read_task(path) for path in sorted(folder.iterdir()) if _type_of(path)]
-    if not found:
-        raise UserError(
-            f"--task_dir {folder} holds no task; name files NAME.TYPE.jsonl (or .parquet) or folders NAME.TYPE with "
-            f"TYPE one of {', '.join(_KINDS)}"
-        )
+    found = [_read_task(*entry) for entry in find_entries(folder, _KINDS)]
     names = [task.metadata.name for task in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"--task_dir {folder}: several tasks are called {', '.join(sorted(twice))}")
     return found
 
 
-def _type_of(path: Path) -> str | None:
-    stem = path.name if path.is_dir() else path.stem
-    name, _, kind = stem.rpartition(".")
-    return kind if name and kind in _KINDS and (path.is_dir() or path.suffix in (".jsonl", ".parquet")) else None
-
-
-def _read_task(path: Path) -> AbsTask:
-    kind = _KINDS[_type_of(path) or ""]
-    name = (path.name if path.is_dir() else path.stem).rpartition(".")[0]
-    files = {part: _part_file(path, part) for part in kind.columns} if path.is_dir() else {_SPLIT: path}
-    if files.keys() != kind.columns.keys():
+def _read_task(path: Path, name: str, kind_name: str) -> AbsTask:
+    kind = _BEIR if (path / QRELS).is_dir() else _KINDS[kind_name]
+    if path.is_dir() and kind.columns.keys() == {_SPLIT}:
+        raise UserError(f"{path}: this type of task is one file {path.name}.jsonl, and no folder")
+    if path.is_file() and kind.columns.keys() != {_SPLIT}:
         wanted = ", ".join(f"{part}.jsonl" for part in kind.columns)
         raise UserError(f"{path}: this type of task is a folder {path.stem} with {wanted}")
-    parts = {part: _read_rows(file, kind.columns[part]) for part, file in files.items()}
+    files = part_files(path, kind.columns) if path.is_dir() else {_SPLIT: path}
+    read = {part: read_part(file, kind.columns[part]) for part, file in files.items()}
+    parts = kind.check(read)
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files.values())).hexdigest()
     metadata = TaskMetadata(
         name=name,
@@ -132,71 +127,51 @@ def _read_task(path: Path) -> AbsTask:
         eval_langs=["eng-Latn"],
         main_score=kind.main_score,
     )
-    texts = [text for part, rows in parts.items() for row in rows for text in _texts_of(row, kind.columns[part])]
-    members = {"metadata": metadata, "data": kind.build(parts), "texts": texts}
+    texts = [text for rows in parts.values() for row in rows for text in _embedded_texts(row)]
+    members = {"metadata": metadata, "data": kind.build(parts), "texts": texts, "notes": _left_out(name, read, parts)}
     return type(f"Local{name}", (LocalTask, kind.base), {**members, **kind.members(parts)})()
 
 
-def _part_file(folder: Path, part: str) -> Path:
-    for file in (folder / f"{part}.jsonl", folder / f"{part}.parquet"):
-        if file.is_file():
-            return file
-    raise UserError(f"{folder} holds no {part}.jsonl (nor {part}.parquet)")
+def _left_out(name: str, read: Parts, scored: Parts) -> list[str]:
+    """A line for each file of which not all rows are scored."""
+    counts = {part: (len(read[part]) - len(rows), len(read[part])) for part, rows in scored.items()}
+    return [
+        f"{name}: {less:,} of {total:,} {part} have no judgement, and are left out"
+        for part, (less, total) in counts.items()
+        if less
+    ]
 
 
-def _read_rows(file: Path, columns: Mapping[str, type]) -> Rows:
-    """The rows of a file with `columns` under their own names and of their type."""
-    rows = [_read_row(where, record, columns) for where, record in read_rows(file)]
-    if not rows:
-        raise UserError(f"{file} is empty")
-    return rows
-
-
-def _read_row(where: str, record: dict[str, Any], columns: Mapping[str, type]) -> dict[str, Any]:
-    info = record.get("extra_info")
-    if isinstance(info, dict) and "positive_example" in info:  # a row of process_data.py
-        record = {"query": info["original_query"], "positive": info["positive_example"],
-                  "negative": info["negative_example"]}  # fmt: skip
-    row: dict[str, Any] = {}
-    for column, kind in columns.items():
-        _, value = find_value(record, column)
-        if kind is list and isinstance(value, str):
-            value = [value]
-        if column == "title" and value is None:
-            value = ""
-        if value is None or not isinstance(value, (int, float) if kind is float else kind):
-            names = "|".join(names_of(column))
-            raise UserError(f"{where}: {names} is {value!r}, and must be a {kind.__name__}")
-        row[column] = value
-    return row
-
-
-def _texts_of(row: Mapping[str, Any], columns: Mapping[str, type]) -> list[str]:
-    """The texts of a row that are embedded."""
-    if "title" in columns:
-        return [f"{row['title']} {row['text']}".strip()]
+def _embedded_texts(row: Row) -> list[str]:
+    values = row.values
+    if "title" in values:
+        return [f"{values['title']} {values['text']}".strip()]
     texts: list[str] = []
-    for column in columns:
-        is_text = column not in ("id", "label", "score", "relevant", "relevance")
+    for column, value in values.items():
         # mteb compares the machines' summaries with the people's, not with the text.
-        if not is_text or (column == "text" and "human_summaries" in columns):
+        if column in _NOT_EMBEDDED or (column == "text" and "human_summaries" in values):
             continue
-        texts += row[column] if columns[column] is list else [row[column]]
+        texts += value if isinstance(value, list) else [value]
     return texts
 
 
-def _columns(rows: Rows, **names: str) -> Dataset:
+# ---- The data in mteb's form
+
+
+def _columns(rows: list[Row], **names: str) -> Dataset:
     """A dataset with the columns `new=old` of rows."""
-    return Dataset.from_dict({new: [row[old] for row in rows] for new, old in names.items()})
+    return Dataset.from_dict({new: [row.values[old] for row in rows] for new, old in names.items()})
 
 
-def _label_numbers(*parts: Rows) -> dict[Any, int]:
-    return {label: number for number, label in enumerate(sorted({str(row["label"]) for rows in parts for row in rows}))}
+def _label_numbers(*parts: list[Row]) -> dict[str, int]:
+    labels = sorted({row.values["label"] for rows in parts for row in rows})
+    return {name: index for index, name in enumerate(labels)}
 
 
-def _numbered(rows: Rows, numbers: Mapping[Any, int], text: str, label: str) -> Dataset:
-    labels = [numbers[str(row["label"])] for row in rows]
-    return Dataset.from_dict({text: [row["text"] for row in rows], label: labels})
+def _numbered(rows: list[Row], numbers: Mapping[str, int], texts: str, labels: str) -> Dataset:
+    return Dataset.from_dict(
+        {texts: [row.values["text"] for row in rows], labels: [numbers[row.values["label"]] for row in rows]}
+    )
 
 
 def _build_sts(parts: Parts) -> DatasetDict:
@@ -218,23 +193,16 @@ def _build_classification(parts: Parts) -> DatasetDict:
     return DatasetDict({part: _numbered(rows, numbers, "text", "label") for part, rows in parts.items()})
 
 
-def _build_summarization(parts: Parts) -> DatasetDict:
-    return DatasetDict({_SPLIT: Dataset.from_list(parts[_SPLIT])})
-
-
-def _build_triplets(parts: Parts) -> DatasetDict:
-    return DatasetDict({_SPLIT: Dataset.from_list(parts[_SPLIT])})
+def _build_rows(parts: Parts) -> DatasetDict:
+    return DatasetDict({_SPLIT: Dataset.from_list([row.values for row in parts[_SPLIT]])})
 
 
 def _build_retrieval(parts: Parts) -> dict[str, Any]:
-    known = {str(row["id"]) for row in parts["corpus"]}
-    for row in parts["queries"]:
-        if unknown := {str(document) for document in row["relevant"]} - known:
-            raise UserError(f"query {row['id']}: {', '.join(sorted(unknown))} is not an id of the corpus")
+    judgements = parts[QRELS] if QRELS in parts else listed_judgements(parts)
     split = RetrievalSplitData(
-        corpus=Dataset.from_list([{**row, "id": str(row["id"])} for row in parts["corpus"]]),
-        queries=Dataset.from_list([{"id": str(row["id"]), "text": row["text"]} for row in parts["queries"]]),
-        relevant_docs={str(row["id"]): {str(d): 1 for d in row["relevant"]} for row in parts["queries"]},
+        corpus=Dataset.from_list([row.values for row in parts["corpus"]]),
+        queries=_columns(parts["queries"], id="id", text="text"),
+        relevant_docs=relevant_documents(judgements),
         top_ranked=None,
     )
     return {"default": {_SPLIT: split}}
@@ -243,16 +211,18 @@ def _build_retrieval(parts: Parts) -> dict[str, Any]:
 def _build_reranking(parts: Parts) -> dict[str, Any]:
     """Every query ranks documents of its own."""
     documents, ranked, relevant = [], {}, {}
-    for number, row in enumerate(parts[_SPLIT]):
-        query = f"q{number}"
-        own = [(text, 1) for text in row["positive"]] + [(text, 0) for text in row["negative"]]
+    for index, (_, row) in enumerate(parts[_SPLIT]):
+        query = f"q{index}"
+        own = [(document, 1) for document in row["positive"]] + [(document, 0) for document in row["negative"]]
         ids = [f"{query}-d{place}" for place in range(len(own))]
-        documents += [{"id": i, "text": text, "title": ""} for i, (text, _) in zip(ids, own, strict=True)]
+        documents += [{"id": i, "text": document, "title": ""} for i, (document, _) in zip(ids, own, strict=True)]
         ranked[query] = ids
-        relevant[query] = {i: grade for i, (_, grade) in zip(ids, own, strict=True)}
+        relevant[query] = {i: is_relevant for i, (_, is_relevant) in zip(ids, own, strict=True)}
     split = RetrievalSplitData(
         corpus=Dataset.from_list(documents),
-        queries=Dataset.from_list([{"id": f"q{n}", "text": row["query"]} for n, row in enumerate(parts[_SPLIT])]),
+        queries=Dataset.from_list(
+            [{"id": f"q{n}", "text": row.values["query"]} for n, row in enumerate(parts[_SPLIT])]
+        ),
         relevant_docs=relevant,
         top_ranked=ranked,
     )
@@ -261,10 +231,8 @@ def _build_reranking(parts: Parts) -> dict[str, Any]:
 
 def _score_range(parts: Parts) -> dict[str, Any]:
     """mteb scales gold scores by it; correlations do not depend on it."""
-    rows = parts[_SPLIT]
-    grades = [grade for row in rows for grade in row["relevance"]] if "relevance" in rows[0] else []
-    grades = grades or [row["score"] for row in rows]
-    return {"min_score": min(grades), "max_score": max(grades)}
+    scores = [score for row in parts[_SPLIT] for score in row.values.get("relevance") or [row.values["score"]]]
+    return {"min_score": min(scores), "max_score": max(scores)}
 
 
 def _all_documents(_: Parts) -> dict[str, Any]:
@@ -279,46 +247,61 @@ class _Kind:
     base: Any
     mteb_type: Any
     main_score: str
-    columns: Mapping[str, Mapping[str, type]]
-    """Per file (`test` alone is the one file), the columns and their types."""
+    columns: Mapping[str, Columns]
+    """By file (`test` alone is the one file)."""
     build: Callable[[Parts], Any]
+    check: Callable[[Parts], Parts] = checks.as_they_are
     members: Callable[[Parts], dict[str, Any]] = lambda parts: {}
     """Further members of the mteb class."""
 
 
-def _one(**columns: type) -> dict[str, dict[str, type]]:
+def _one(**columns: Callable[[Any], Any]) -> dict[str, Columns]:
     return {_SPLIT: columns}
 
 
+_NOT_EMBEDDED = {"id", "label", "score", "relevant", "relevance", "query-id", "corpus-id"}
+_LABELLED: Columns = {"text": cells.text, "label": cells.label}
+_CORPUS: Columns = {"id": cells.identifier, "text": cells.document_text, "title": cells.optional_text}
 _KINDS = {
     "sts": _Kind(
-        AbsTaskSTS, "STS", "cosine_spearman", _one(sentence1=str, sentence2=str, score=float), _build_sts, _score_range
+        AbsTaskSTS, "STS", "cosine_spearman", _one(sentence1=cells.text, sentence2=cells.text, score=cells.number),
+        _build_sts, checks.check_sts, _score_range,
     ),
     "pairs": _Kind(
-        AbsTaskPairClassification, "PairClassification", "max_ap", _one(sentence1=str, sentence2=str, label=int),
-        _build_pairs,
+        AbsTaskPairClassification, "PairClassification", "max_ap",
+        _one(sentence1=cells.text, sentence2=cells.text, label=cells.zero_or_one), _build_pairs, checks.check_labels,
     ),
     "clustering": _Kind(
-        AbsTaskClustering, "Clustering", "v_measure", _one(text=str, label=object), _build_clustering, _all_documents
+        AbsTaskClustering, "Clustering", "v_measure", {_SPLIT: _LABELLED}, _build_clustering, checks.check_labels,
+        _all_documents,
     ),
     "reranking": _Kind(
-        AbsTaskRetrieval, "Reranking", "map_at_1000", _one(query=str, positive=list, negative=list), _build_reranking
+        AbsTaskRetrieval, "Reranking", "map_at_1000",
+        _one(query=cells.text, positive=cells.texts, negative=cells.texts), _build_reranking,
     ),
     "summarization": _Kind(
         AbsTaskSummarization, "Summarization", "cosine_spearman",
-        _one(text=str, human_summaries=list, machine_summaries=list, relevance=list), _build_summarization,
-        _score_range,
+        _one(text=cells.text, human_summaries=cells.texts, machine_summaries=cells.texts, relevance=cells.numbers),
+        _build_rows, checks.check_summarization, _score_range,
     ),
     "triplets": _Kind(
-        AbsTaskTriplets, "Reranking", "triplet_accuracy", _one(query=str, positive=str, negative=str), _build_triplets
+        AbsTaskTriplets, "Reranking", "triplet_accuracy",
+        _one(query=cells.text, positive=cells.text, negative=cells.text), _build_rows,
     ),
     "classification": _Kind(
-        AbsTaskClassification, "Classification", "accuracy",
-        {"train": {"text": str, "label": object}, "test": {"text": str, "label": object}}, _build_classification,
+        AbsTaskClassification, "Classification", "accuracy", {"train": _LABELLED, "test": _LABELLED},
+        _build_classification, checks.check_classification,
     ),
     "retrieval": _Kind(
         AbsTaskRetrieval, "Retrieval", "ndcg_at_10",
-        {"corpus": {"id": object, "text": str, "title": str}, "queries": {"id": object, "text": str, "relevant": list}},
-        _build_retrieval,
+        {"corpus": _CORPUS,
+         "queries": {"id": cells.identifier, "text": cells.text, "relevant": cells.identifiers}},
+        _build_retrieval, checks.check_retrieval,
     ),
 }  # fmt: skip
+_BEIR = _Kind(
+    AbsTaskRetrieval, "Retrieval", "ndcg_at_10",
+    {"corpus": _CORPUS, "queries": {"id": cells.identifier, "text": cells.text},
+     QRELS: {"query-id": cells.identifier, "corpus-id": cells.identifier, "score": cells.grade}},
+    _build_retrieval, checks.check_beir,
+)  # fmt: skip

@@ -1,4 +1,8 @@
-"""GraceEncoder as a model of mteb, with a ModelMeta that differs whenever the vectors may differ."""
+"""GraceEncoder as a model of mteb, with a ModelMeta that differs whenever the vectors may differ.
+
+mteb computes cosines itself where a task is defined by them. What sees the vectors' length is its classifiers, its
+k-means, and the distances and products of pair classification.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,21 +21,22 @@ class GraceMTEB(AbsEncoder):
 
     Args:
         name: of the model in result folders, after the owner `GRACE/`.
-        options: arguments of `GraceEncoder.encode`, the same for every task.
+        options: arguments of `GraceEncoder.encode`, the same for every task. Vectors are not scaled to unit length
+            unless `normalize_embeddings` is among them: the paper's scores come from vectors as they are.
     """
 
     mteb_model_meta: ModelMeta
 
     def __init__(self, encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> None:
         self.encoder = encoder
-        self.options = dict(options)
-        self.mteb_model_meta = model_meta(encoder, name, options)
+        self.options = {"normalize_embeddings": False, **options}
+        self.mteb_model_meta = model_meta(encoder, name, self.options)
 
     def encode(
         self, inputs: DataLoader[BatchedInput], *, task_metadata: Any, hf_split: str, hf_subset: str,
         prompt_type: PromptType | None = None, **kwargs: Any,
     ) -> np.ndarray:  # fmt: skip
-        """[N,H] float32 unit vectors; a failure of the engine is the task's failure."""
+        """[N,H] float32; a failure of the engine is the task's failure."""
         texts = [text for batch in inputs for text in batch["text"]]
         return self.encoder.encode(texts, batch_size=kwargs.get("batch_size", 64), **self.options)
 

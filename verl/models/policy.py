@@ -92,6 +92,8 @@ def load_causal_lm(
     Args:
         kernel: what computes attention on CUDA.
 
+    Its config keeps the dtype that the folder is stored in, in which checkpoints are written.
+
     Raises:
         UserError: transformers cannot load the model, or the packed forward cannot stand for the model's own.
         OSError: there is no model at `path`.
@@ -116,11 +118,13 @@ def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, A
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **override_config)
     dropout = dropout_of(config)
     set_dropout(config, dict.fromkeys(dropout, 0.0))
+    stored_dtype = config.dtype
     lm = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
     )
-    # For the checkpoints' config.json; the layers have 0.
+    # For the checkpoints' config.json; the layers have 0, and float32.
     set_dropout(lm.config, dropout)
+    lm.config.dtype = stored_dtype
     return lm
 
 

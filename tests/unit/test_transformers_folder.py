@@ -1,0 +1,67 @@
+"""The model folder of a checkpoint has the dtype, and about the size, of the one that training started from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from verl.checkpoint.training_state import checkpoint_bytes, save_transformers_folder
+from verl.embedding.settings import EmbedderSettings
+from verl.models.policy import load_causal_lm
+
+
+def write_base(folder: Path, dtype: torch.dtype) -> Path:
+    save_tiny(folder)
+    tiny_model().to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save(lm, folder: Path) -> Path:
+    weights = [(name, weight) for name, weight in lm.named_parameters()]
+    save_transformers_folder(folder, weights, lm, tiny_tokenizer(), EmbedderSettings(), rank=0)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_saved_model_has_the_dtype_of_its_base(tmp_path, dtype):
+    base = write_base(tmp_path / "base", dtype)
+    lm = load_causal_lm(str(base))
+    assert {weight.dtype for weight in lm.parameters()} == {torch.float32}
+    with torch.no_grad():
+        lm.model.norm.weight += 1e-4
+    saved = save(lm, tmp_path / "saved")
+    files = (base / "model.safetensors", saved / "model.safetensors")
+    before, after = (load_file(file) for file in files)
+    assert {weight.dtype for weight in after.values()} == {dtype}
+    assert torch.equal(after["model.norm.weight"], (before["model.norm.weight"].float() + 1e-4).to(dtype))
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    sizes = [file.stat().st_size for file in files]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads((saved / "config.json").read_text())["dtype"] == name
+    assert AutoModelForCausalLM.from_pretrained(saved, dtype="auto").dtype == dtype
+
+
+def test_a_config_with_the_old_name_of_the_dtype_counts(tmp_path):
+    base = write_base(tmp_path / "base", torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    saved = save(load_causal_lm(str(base)), tmp_path / "saved")
+    assert {weight.dtype for weight in load_file(saved / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_the_estimate_of_the_room_is_the_one_that_the_doctor_makes(tmp_path):
+    base = write_base(tmp_path / "base", torch.bfloat16)
+    lm = load_causal_lm(str(base))
+    count = sum(weight.numel() for weight in lm.parameters())
+    # Three times float32, and the folder in bfloat16.
+    of_the_run, of_the_doctor = (
+        checkpoint_bytes(count, config.dtype) for config in (lm.config, AutoConfig.from_pretrained(base))
+    )
+    assert of_the_run == of_the_doctor == 14 * count
+    assert 2 * count == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.05)

@@ -1,0 +1,69 @@
+"""What `GraceEncoder.encode` is given, checked before anything is computed."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from verl.embedding.settings import EmbedderSettings
+from verl.errors import UserError
+
+_SHOWN_CHARS = 60
+
+
+def list_texts(inputs: Any) -> list[str]:
+    """The texts of a string, or of a list, generator, one-dimensional array or series of strings.
+
+    Raises:
+        UserError: it is none of these, or an item is not a string; the message has its position.
+    """
+    if isinstance(inputs, str):
+        return [inputs]
+    # What is excluded can be iterated over too, and gives integers, keys, names of columns, or texts in no order.
+    several = isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, Mapping, set, frozenset))
+    if not several or getattr(inputs, "ndim", 1) != 1:
+        raise UserError(
+            f"inputs is {_described(inputs)}; give one string, or a list, generator, one-dimensional array or series "
+            "of strings"
+        )
+    texts = list(inputs)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(
+                f"inputs[{position}] is {_described(text)}, and every text must be a string; leave out or fill in what "
+                "is missing, and give several texts as several items"
+            )
+    return texts
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """`value` as an int.
+
+    Raises:
+        UserError: it is no whole number, or out of its range; the message begins with `name`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r} must be a whole number") from None
+    if least is not None and number < least:
+        raise UserError(f"{name}={number} must be {least} or more")
+    if most is not None and number > most:
+        raise UserError(f"{name}={number} must be at most {most}")
+    return number
+
+
+def check_options(temperature: float | None, batch_size: int) -> None:
+    """Check the arguments of `encode` that a program can check before it loads a model.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    EmbedderSettings().changed(temperature=temperature)
+    whole_number("batch_size", batch_size, 1)
+
+
+def _described(value: Any) -> str:
+    """`nan (float)`, `None`: at most _SHOWN_CHARS of the value, and its type."""
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+    return shown if value is None else f"{shown} ({type(value).__name__})"
