@@ -43,6 +43,7 @@ class TrainingRun:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
         lines = [*self.plan.lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        lines += self.dataset.length_lines()
         if engine == "vllm" and self.device == "cpu":
             lines.append(("", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"))
             lines.append(("", "(enable_chunked_prefill); these settings have no effect"))
