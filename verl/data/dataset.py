@@ -90,7 +90,7 @@ class PromptDataset(Dataset):
             _check_columns(schema.names, wanted, name)
             check_types(schema, name, prompt_key, has_triplets)
             table = pq.read_table(name, columns=wanted)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{name} is not a parquet file, or damaged: {error}") from None
         first_row = 1
         for batch in table.to_batches():

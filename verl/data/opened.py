@@ -72,7 +72,7 @@ def open_input(path: Path) -> Iterator[Opened]:
         raise UserError(f"input file {path} does not exist")
     if not path.is_file():
         raise UserError(f"input file {path} is not a file")
-    with path.open("rb", buffering=_BUFFER) as raw:
+    with io.BufferedReader(path.open("rb", buffering=0), _BUFFER) as raw:
         head = raw.peek()
         compression = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
         file: Any = _stream(_decompressed(raw, compression, path)) if compression else raw

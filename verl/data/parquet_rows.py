@@ -48,7 +48,7 @@ class ParquetRows:
                 for row in zip(*cells, strict=True):
                     yield _record(self._num_read, columns, row)
                     self._num_read += 1
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self._path} is damaged after row {self._num_read}: {error}") from error
 
 
