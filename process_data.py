@@ -33,6 +33,8 @@ from verl.utils.versions import installed_versions
 SPLITS = ("train", "test")
 PARQUET = ("train.parquet", "test.parquet")
 JSON = ("train.json", "test.json")
+ODD_LINES = 0.1
+"""Share of bad lines above which the form of the file is wrong, and --max_rejected no remedy."""
 REJECTED, MANIFEST = "rejected.jsonl", "manifest.json"
 
 
@@ -60,7 +62,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--input_file",
         type=Path,
         required=True,
-        help=".jsonl, .json (one object a line), .csv, .parquet or .txt",
+        help="JSON lines, a JSON array, CSV, TSV, parquet, or .txt; also compressed (gzip, zstd, bzip2)",
+    )
+    add(
+        "--columns",
+        type=_names,
+        default=[],
+        help="query,positive,negative: the columns of a table without a header, or of JSON lists",
     )
     add("--local_dir", type=Path, required=True, help="output folder, made if it is not there")
     add("--hdfs_dir", help="also copy the outputs here: a folder or a URI (hdfs://, s3://, file://, ...)")
@@ -71,6 +79,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_rejected", type=float, default=0.01, help="largest share of bad lines that is put up with")
     add("--write_json", action="store_true", help="also write train.json and test.json")
     return parser.parse_args(argv)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -96,10 +108,19 @@ def check_counts(args: argparse.Namespace, counts: Counts, first_rejects: list[s
         )
     share = counts.rejected / max(counts.rejected + counts.accepted, 1)
     if share > args.max_rejected:
+        way_out = "mend them, or raise --max_rejected"
+        if share > ODD_LINES:
+            way_out = "give the file the form that the reasons ask for; raising --max_rejected would leave little of it"
         raise UserError(
             f"{counts.rejected:,} of {counts.lines:,} lines of {args.input_file} were rejected ({share:.1%}, "
             f"more than --max_rejected {args.max_rejected}): {'; '.join(first_rejects)}. "
-            f"All are in {args.local_dir / REJECTED}; mend them, or raise --max_rejected"
+            f"All are in {args.local_dir / REJECTED}; {way_out}"
+        )
+    if instruction := counts.lists.find_instruction():
+        field, text = instruction
+        raise UserError(
+            f"every list in {field} of {args.input_file} begins with {text[:60]!r}; of a list the first text is used, "
+            "so write [instruction, text] as one text"
         )
     if counts.accepted == 0:
         raise UserError(
@@ -154,7 +175,7 @@ def write_manifest(args: argparse.Namespace, counts: Counts, totals: Totals, fol
 def prepare(args: argparse.Namespace, spool_path: Path, folder: Path) -> tuple[Counts, Totals]:
     """Write every output into `folder`."""
     with (
-        open_source(args.input_file, args.mode) as source,
+        open_source(args.input_file, args.mode, args.columns) as source,
         RejectLog(folder / REJECTED) as rejects,
         Spool(spool_path, args.mode) as spool,
     ):
@@ -198,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     check_args(args)
     # Its text, so that the manifest has it too.
     args.system_prompt = SYSTEM_PROMPT if args.system_prompt is None else read_system_prompt(args.system_prompt)
-    with open_source(args.input_file, args.mode):
+    with open_source(args.input_file, args.mode, args.columns):
         pass  # a missing or empty input is told before the output folder is made
     args.local_dir.mkdir(parents=True, exist_ok=True)
     # On the same file system as the outputs, so that moving them into place is a rename.

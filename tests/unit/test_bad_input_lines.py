@@ -31,7 +31,10 @@ BAD_JSON_LINES = [
     (b'{"query": "q", "positive": "p\\u0000", "negative": "n"}', "positive holds a NUL character"),
     (b'{"query": "q", "positive": "\\ud800", "negative": "n"}', "not valid JSON"),
     (b'{"query": "q", "positive": "\xff", "negative": "n"}', "not UTF-8: byte 0xff at byte 29"),
-    (b'{"query": "q", "positive": "p", "negative": "n", "source": 3}', "source is or holds int"),
+    (b'{"query": ["q", "q2"], "positive": "p", "negative": "n"}', "query is a list of 2 texts, and a sample has one"),
+    (b'{"query": "q", "positive": ["p", 5], "negative": "n"}', "positive is or holds int"),
+    (b'{"query": {"0": "q"}, "positive": "p", "negative": "n"}', "query is or holds dict"),
+    (b'{"query": "q", "positive": "p", "negative": NaN}', "not valid JSON"),
     (b'{"query": "' + b"q" * MAX_LINE_BYTES + b'"}', "the line is longer than 10 MB"),
     (b"[" * 5_000, "not valid JSON"),
 ]
@@ -74,7 +77,7 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     rejects = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()]
     # The open quote swallows the rest of the file, and each swallowed line counts.
     assert [r["line"] for r in rejects] == [4, 5, 6, 7, 9, 10]
-    assert "1 cells, but the header has 2 columns" in rejects[0]["reason"]
+    assert "1 values, but 2 columns" in rejects[0]["reason"]
     assert "not UTF-8" in rejects[1]["reason"]
     assert "not valid CSV" in rejects[2]["reason"]
     assert "text is empty" in rejects[3]["reason"]

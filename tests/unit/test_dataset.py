@@ -1,6 +1,8 @@
 """Samples from parquet: which ones a step gets, their chats by role, and their rows."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +18,8 @@ from verl.errors import UserError
 ROLES = ("positive", "query", "negative")
 
 
-@pytest.fixture
-def parquet(tmp_path: Path) -> str:
-    rows = [
+def prompt_rows() -> list[dict[str, Any]]:
+    return [
         {
             "data_source": "supervised",
             "prompt": rationale_messages(f"positive {i}" + " long" * (i == 2) * 60, system_prompt="Own system words."),
@@ -29,8 +30,15 @@ def parquet(tmp_path: Path) -> str:
         for i in range(5)
     ]
 
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    return str(tmp_path / "train.parquet")
+
+def write(path: Path, rows: list[dict[str, Any]] | pa.Table) -> str:
+    pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> str:
+    return write(tmp_path / "train.parquet", prompt_rows())
 
 
 def renderer(limit: int | None = None) -> PromptRenderer:
@@ -111,3 +119,117 @@ def test_an_empty_file_is_an_error(parquet, tmp_path):
 
 def test_files_are_joined(parquet):
     assert len(PromptDataset([parquet, parquet], DataConfig(), ROLES, renderer())) == 10
+
+
+def with_row_3(**columns: Any) -> list[dict[str, Any]]:
+    rows = prompt_rows()
+    rows[2] |= columns
+    return rows
+
+
+def all_rows(prompt: Any) -> list[dict[str, Any]]:
+    return [{**row, "prompt": prompt} for row in prompt_rows()]
+
+
+USER = {"role": "user", "content": "a text"}
+BAD_ROWS = {
+    "a plain text": (all_rows("a text"), "column 'prompt' is string instead of a list of messages"),
+    "a list of texts": (all_rows(["a", "text"]), "column 'prompt' is list<element: string> instead of"),
+    "conversations": (all_rows([{"from": "human", "value": "a"}]), "without the text 'role', 'content'"),
+    "parts": (all_rows([{"role": "user", "content": [{"type": "text"}]}]), "without the text 'content'"),
+    "always null": (all_rows(None), "column 'prompt' is null instead of a list of messages"),
+    "null": (with_row_3(prompt=None), "row 3: prompt is null"),
+    "no turn": (with_row_3(prompt=[]), "row 3: prompt has no message of the role 'user'"),
+    "no user turn": (with_row_3(prompt=[{**USER, "role": "human"}]), "row 3: prompt has no message of the role 'user'"),
+    "null content": (with_row_3(prompt=[{**USER, "content": None}]), "row 3: prompt.content is null"),
+    "null role": (with_row_3(prompt=[{"role": None, "content": "s"}, USER]), "row 3: prompt.role is null"),
+    "no text": (with_row_3(prompt=[USER, {**USER, "content": " \n\u3000"}]), "row 3: prompt has an empty user text"),
+    "null negative": (
+        with_row_3(multi_input={"query": "q", "negative_document": None}),
+        "row 3: multi_input.negative_document is null",
+    ),
+    "null triplet": (with_row_3(multi_input=None), "row 3: multi_input.query is null"),
+    "empty query": (
+        with_row_3(multi_input={"query": " ", "negative_document": "n"}),
+        "row 3: multi_input.query is empty",
+    ),
+    "always null negative": (
+        [{**row, "multi_input": {"query": "q", "negative_document": None}} for row in prompt_rows()],
+        "column 'multi_input' is struct<query: string, negative_document: null>, without the text 'negative_document'",
+    ),
+    "no negative": (
+        [{**row, "multi_input": {"query": "q"}} for row in prompt_rows()],
+        "column 'multi_input' is struct<query: string>, without the text 'negative_document'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_row_that_cannot_be_rendered_is_refused_by_file_row_and_column(tmp_path, rows, message):
+    # The second file: its rows have numbers of their own.
+    files = [write(tmp_path / "good.parquet", prompt_rows()), write(tmp_path / "bad.parquet", rows)]
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'bad.parquet'}")) as error:
+        PromptDataset(files, DataConfig(), ROLES, renderer())
+    assert message in str(error.value)
+
+
+def test_a_text_that_is_not_utf8_is_refused_by_its_row(tmp_path):
+    table = pa.Table.from_pylist(prompt_rows())
+    broken = pa.array([b"q", b"q", b"\xff", b"q", b"q"])
+    texts = {"query": pa.Array.from_buffers(pa.string(), 5, broken.buffers()), "negative_document": pa.array(["n"] * 5)}
+    triplets = pa.StructArray.from_arrays(list(texts.values()), list(texts))
+    file = write(tmp_path / "bad.parquet", table.set_column(4, "multi_input", triplets))
+    with pytest.raises(UserError, match=r"bad.parquet, row 3: multi_input.query is not UTF-8"):
+        PromptDataset([file], DataConfig(), ROLES, renderer())
+
+
+def test_rows_that_are_not_used_are_not_checked(tmp_path):
+    file = write(tmp_path / "texts.parquet", with_row_3(multi_input=None))
+    assert len(PromptDataset([file], DataConfig(train_mode="unsupervised"), ("positive", "query"), renderer())) == 5
+    assert len(PromptDataset([file], DataConfig(), ("positive",), renderer())) == 5
+
+
+def test_turns_that_the_template_refuses_are_found_in_any_row(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{% if messages[-1].role == 'assistant' %}{{ messages[0].content }}{% endif %}"
+    file = write(tmp_path / "in.parquet", with_row_3(prompt=[USER, {"role": "assistant", "content": "an answer"}]))
+    with pytest.raises(UserError, match=r"shows the user's text 2 times .*in.parquet, row 3"):
+        PromptDataset([file], DataConfig(), ROLES, PromptRenderer(tokenizer))
+
+
+def test_files_whose_columns_do_not_fit_together_are_refused(parquet, tmp_path):
+    other = write(tmp_path / "other.parquet", [{**row, "extra_info": "none"} for row in prompt_rows()])
+    with pytest.raises(UserError, match="columns of different types"):
+        PromptDataset([parquet, other], DataConfig(), ROLES, renderer())
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_and_padding_measures_whole_prompts(parquet):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=2_000)
+    limit = renderer().lengths([rationale_messages("positive 0", system_prompt="Own system words.")])[0] + 5
+    config = DataConfig(filter_overlong_prompts=True, max_prompt_length=limit)
+    dataset = PromptDataset([parquet], config, ROLES, PromptRenderer(tokenizer, limit))
+    assert [dataset[i]["extra_info"]["index"] for i in range(len(dataset))] == [0, 1, 3, 4]
+    assert list(dataset.length_lines()) == [
+        ("over-long samples", f"1 dropped, 4 left (data.max_prompt_length={limit} tokens)")
+    ]
+
+
+@pytest.mark.parametrize("truncation", ["right", "left", "middle"])
+def test_the_share_of_samples_that_are_cut_is_told(parquet, truncation):
+    limit = renderer().lengths([rationale_messages("positive 0", system_prompt="Own system words.")])[0] + 5
+    config = DataConfig(max_prompt_length=limit, truncation=truncation)
+    dataset = PromptDataset([parquet, parquet], config, ROLES, renderer(limit))
+    told = " ".join(text for _, text in dataset.length_lines())
+    assert "WARNING: 20.00% of the samples have a text" in told
+    assert f"data.max_prompt_length={limit} tokens, which data.truncation={truncation} cuts" in told
+    longer = DataConfig(max_prompt_length=1000, truncation=truncation)
+    assert not list(PromptDataset([parquet], longer, ROLES, renderer(1000)).length_lines())
+
+
+def test_an_over_long_text_anywhere_ends_a_run_before_its_start_with_truncation_error(parquet):
+    limit = renderer().lengths([rationale_messages("positive 0", system_prompt="Own system words.")])[0] + 5
+    config = DataConfig(max_prompt_length=limit, truncation="error")
+    with pytest.raises(UserError, match=r"1 of 5 samples have a text of more tokens .* 'positive 2 long"):
+        PromptDataset([parquet], config, ROLES, PromptRenderer(tiny_tokenizer(), limit, "error"))

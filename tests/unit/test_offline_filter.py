@@ -208,6 +208,30 @@ def test_filtering_again_replaces_the_lengths(tmp_path: Path, tokenizer_path: st
     assert two.schema.metadata[b"grace.max_len"] == b"999"
 
 
+@pytest.mark.parametrize("saved", [("truncation",), ("padding",), ("truncation", "padding")])
+def test_truncation_and_padding_saved_in_the_tokenizer_change_no_length(
+    tmp_path: Path, tokenizer_path: str, saved: tuple[str, ...]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    backend = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
+    if "truncation" in saved:
+        backend.enable_truncation(16)
+    if "padding" in saved:
+        backend.enable_padding(length=700, pad_token="<|im_end|>", pad_id=backend.token_to_id("<|im_end|>"))
+    tokenizer.save_pretrained(tmp_path / "used")
+    backend.save(str(tmp_path / "used" / "tokenizer.json"))
+
+    rows = write_triplets(tmp_path / "in.parquet", num=20)
+    lengths = [triplet_lengths(tokenizer, row) for row in rows]
+    max_len = sorted(max(each.values()) for each in lengths)[10]
+    argv = ["--train_parquet", tmp_path / "in.parquet", "--out_dir", tmp_path / "out", "--max_len", max_len]
+    assert run(*argv, "--tokenizer_path", tmp_path / "used") == 0
+    table = pq.read_table(tmp_path / "out" / "train.parquet")
+    assert table["prompt_lengths"].to_pylist() == [each for each in lengths if max(each.values()) <= max_len]
+    fingerprint = PromptRenderer(AutoTokenizer.from_pretrained(tokenizer_path)).fingerprint()
+    assert table.schema.metadata[b"grace.tokenizer_hash"] == fingerprint.encode()
+
+
 def test_processes_give_what_one_process_gives(
     tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,13 +283,13 @@ def write_odd_inputs(folder: Path) -> None:
     ("name", "message"),
     [
         ("columns", "has no column 'prompt'; found title, body"),
-        ("strings", "column 'prompt' does not hold the text 'role'"),
-        ("inputs", "column 'multi_input' does not hold the text 'negative_document'"),
+        ("strings", "column 'prompt' is string instead of a list of messages, without the text 'role', 'content'"),
+        ("inputs", "column 'multi_input' is struct<query: string>, without the text 'negative_document'"),
         ("text", "is not a readable parquet file"),
         ("missing", "does not exist"),
-        ("null", "rows 1 to 1,000: column 'prompt' holds nulls"),
-        ("empty", "empty user text"),
-        ("turns", "needs a user turn"),
+        ("null", "row 2: prompt is null"),
+        ("empty", "row 2: prompt has an empty user text"),
+        ("turns", "row 1: prompt has no message of the role 'user'"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--train_parquet", "--val_parquet"])

@@ -73,7 +73,7 @@ FAILURES = [
         "in.csv",
         b"query,positive\na,b\n",
         [],
-        "has the columns query, positive; --mode supervised",
+        "its first line is 'query,positive'",
     ),
     ("supervised", "in.csv", b'a"b\n"', [], "--mode supervised needs"),
     ("unsupervised", "in.csv", b"te\xffxt\na\n", [], "not UTF-8"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
+from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row, first_of_each_form
 from verl.embedding.chat_template import Message, system_prompt_of, with_system_prompt
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
@@ -25,6 +27,9 @@ from verl.utils.files import sha256_of_all
 
 Sample = dict[str, Any]
 
+_MEASURED = 2_000
+"""Samples whose lengths say how many of all are over-long."""
+
 
 class PromptDataset(Dataset):
     """Samples with their texts as chats, by role.
@@ -32,10 +37,11 @@ class PromptDataset(Dataset):
     Args:
         files: parquet files.
         roles: which texts a sample gives: `positive` alone, or anchors too.
-        renderer: measures prompts for data.filter_overlong_prompts.
+        renderer: finds rows that cannot be rendered, and over-long ones.
 
     Raises:
-        UserError: a file is not parquet, lacks a column, or no sample is left.
+        UserError: a file is not parquet, lacks a column, or has a row that cannot be rendered; a text is over-long and
+            data.truncation=error; or no sample is left.
     """
 
     def __init__(
@@ -44,12 +50,17 @@ class PromptDataset(Dataset):
         self.config = config
         self.roles = roles
         self.supervised = (config.train_mode or "supervised") == "supervised"
-        self.table = pa.concat_tables([self._read(name) for name in files], promote_options="permissive")
+        tables = [self._read(name, renderer) for name in files]
+        try:
+            self.table = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise UserError(f"{', '.join(files)} have columns of different types: {error}") from error
         self.sha256 = sha256_of_all(map(Path, files))
         """Hex, over the training files."""
         self.num_dropped = 0
-        if config.filter_overlong_prompts:
-            self._drop_overlong(renderer)
+        self.share_cut = 0.0
+        """Estimated share of the samples that have a text which is cut."""
+        self._treat_overlong(renderer)
         if not len(self):
             raise UserError(f"{', '.join(files)}: no samples to train on.")
 
@@ -66,25 +77,48 @@ class PromptDataset(Dataset):
         return len(pc.unique(pc.struct_field(turns, "content").filter(is_system)))
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.table.slice(index, 1).to_pylist()[0]
+        row = _row(self.table, index)
         return {**row, "uid": index, "chats": self._chats(row)}
 
-    def _read(self, name: str) -> pa.Table:
+    def length_lines(self) -> Iterator[tuple[str, str]]:
+        """What happens to over-long samples, as (what, how much) lines; none where there are no such samples."""
+        limit = f"data.max_prompt_length={self.config.max_prompt_length} tokens"
+        if self.num_dropped:
+            yield "over-long samples", f"{self.num_dropped:,} dropped, {len(self):,} left ({limit})"
+        if self.share_cut:
+            measured = f" of {_MEASURED:,} that were measured" if len(self) > _MEASURED else ""
+            yield "over-long samples", f"WARNING: {self.share_cut:.2%} of the samples{measured} have a text beyond"
+            yield "", f"{limit}, which data.truncation={self.config.truncation} cuts;"
+            yield "", "raise it, or drop them: data.filter_overlong_prompts=True"
+
+    def _read(self, name: str, renderer: PromptRenderer) -> pa.Table:
+        prompt_key = self.config.prompt_key
+        has_triplets = self.supervised and "query" in self.roles
+        wanted = [prompt_key, self.config.reward_fn_key, "reward_model", "extra_info"]
+        wanted += [TRIPLET] if has_triplets else []
         try:
-            available = pq.read_schema(name).names
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{name} is not a parquet file: {error}") from None
-        wanted = [self.config.prompt_key, self.config.reward_fn_key, "reward_model", "extra_info"]
-        if self.supervised and "query" in self.roles:
-            wanted.append("multi_input")
-        missing = [column for column in wanted if column not in available]
-        if missing:
-            hint = "; for plain texts set +data.train_mode=unsupervised" if missing == ["multi_input"] else ""
-            raise UserError(
-                f"{name} lacks the column {', '.join(missing)} (it has {', '.join(available)}); "
-                f"make it with process_data.py{hint}."
-            )
-        return pq.read_table(name, columns=wanted)
+            schema = pq.read_schema(name)
+            _check_columns(schema.names, wanted, name)
+            check_types(schema, name, prompt_key, has_triplets)
+            table = pq.read_table(name, columns=wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{name} is not a parquet file, or damaged: {error}") from None
+        first_row = 1
+        for batch in table.to_batches():
+            if fault := find_bad_row(batch, first_row, prompt_key, has_triplets):
+                raise UserError(f"{name}, {fault}")
+            for index in first_of_each_form(batch[prompt_key]):
+                self._check_turns(_row(batch, index), f"{name}, row {first_row + index:,}", renderer)
+            first_row += len(batch)
+        return table
+
+    def _check_turns(self, row: Sample, place: str, renderer: PromptRenderer) -> None:
+        """Raise unless the chat template takes the turns of a row."""
+        try:
+            for chat in self._chats(row).values():
+                renderer.frame(chat)
+        except ValueError as error:
+            raise UserError(f"{error} (met in {place})") from error
 
     def _chats(self, row: Sample) -> dict[str, list[Message]]:
         """The chat of each role; anchors get the system turn of the sample's own prompt."""
@@ -96,19 +130,53 @@ class PromptDataset(Dataset):
         if not self.supervised:
             return {role: prompt for role in self.roles}
         system = system_prompt_of(prompt)
-        texts = {"query": row["multi_input"]["query"], "negative": row["multi_input"]["negative_document"]}
+        texts = {role: row[TRIPLET][column] for role, column in TRIPLET_FIELDS.items()}
         anchors = {role: rationale_messages(texts[role], system) for role in self.roles if role in texts}
         return {"positive": prompt, **anchors}
 
-    def _drop_overlong(self, renderer: PromptRenderer) -> None:
-        keep = []
-        for start in range(0, len(self), 1000):
-            samples = [self[i] for i in range(start, min(start + 1000, len(self)))]
+    def _treat_overlong(self, renderer: PromptRenderer) -> None:
+        """Drop over-long samples, refuse them, or estimate how many there are."""
+        if self.config.filter_overlong_prompts:
+            fits = ~self._are_overlong(np.arange(len(self)), renderer)
+            self.num_dropped = int(np.count_nonzero(~fits))
+            self.table = self.table.filter(pa.array(fits))
+        elif self.config.truncation == "error":
+            found = np.flatnonzero(self._are_overlong(np.arange(len(self)), renderer))
+            if len(found):
+                text = self[int(found[0])]["chats"]["positive"][-1]["content"]
+                raise UserError(
+                    f"{len(found):,} of {len(self):,} samples have a text of more tokens than "
+                    f"data.max_prompt_length={self.config.max_prompt_length}, the first one with {text[:60]!r}...; "
+                    "drop them with data.filter_overlong_prompts=True, raise data.max_prompt_length, or set "
+                    "data.truncation=right"
+                )
+        elif len(self):
+            spread = np.unique(np.linspace(0, len(self) - 1, min(_MEASURED, len(self)), dtype=np.int64))
+            self.share_cut = float(self._are_overlong(spread, renderer).mean())
+
+    def _are_overlong(self, indices: np.ndarray, renderer: PromptRenderer) -> np.ndarray:
+        """[len(indices)] bool: which samples have a text with more than data.max_prompt_length tokens."""
+        overlong: list[bool] = []
+        for start in range(0, len(indices), 1000):
+            samples = [self[int(index)] for index in indices[start : start + 1000]]
             chats = [chat for sample in samples for chat in sample["chats"].values()]
             lengths = iter(renderer.lengths(chats))
-            keep += [max([next(lengths) for _ in s["chats"]]) <= self.config.max_prompt_length for s in samples]
-        self.num_dropped = keep.count(False)
-        self.table = self.table.filter(pa.array(keep))
+            overlong += [max([next(lengths) for _ in s["chats"]]) > self.config.max_prompt_length for s in samples]
+        return np.array(overlong, bool)
+
+
+def _row(table: pa.Table | pa.RecordBatch, index: int) -> Sample:
+    return table.slice(index, 1).to_pylist()[0]
+
+
+def _check_columns(names: Sequence[str], wanted: Sequence[str], file: str) -> None:
+    missing = [column for column in wanted if column not in names]
+    if missing:
+        hint = "; for plain texts set +data.train_mode=unsupervised" if missing == [TRIPLET] else ""
+        raise UserError(
+            f"{file} lacks the column {', '.join(missing)} (it has {', '.join(names)}); "
+            f"make it with process_data.py{hint}."
+        )
 
 
 class StepBatches:

@@ -22,6 +22,42 @@ _BATCH_CHARS = 4 * 2**20
 
 
 @dataclass
+class _Lists:
+    """The lists of several texts of one field."""
+
+    first: str
+    second: str
+    count: int = 0
+    same_first: bool = True
+    same_second: bool = True
+
+
+class ListBeginnings:
+    """Finds fields whose lists are [instruction, text] where lists of alternatives are expected.
+
+    They all begin with the same text, and samples would be made of that.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[str, _Lists] = {}
+
+    def add(self, sample: Sample, fields: Iterable[str]) -> None:
+        for name, first in zip(fields, sample.texts, strict=True):
+            if second := sample.second.get(name):
+                lists = self._lists.setdefault(name, _Lists(first, second))
+                lists.count += 1
+                lists.same_first &= first == lists.first
+                lists.same_second &= second == lists.second
+
+    def find_instruction(self) -> tuple[str, str] | None:
+        """A field with three such lists or more, and the text that all of them begin with."""
+        for name, lists in self._lists.items():
+            if lists.count >= 3 and lists.same_first and not lists.same_second:
+                return name, lists.first
+        return None
+
+
+@dataclass
 class Counts:
     """What became of the records; `lines` is the sum of the next three."""
 
@@ -33,6 +69,7 @@ class Counts:
     """Rejected records that have none of a field's accepted names."""
     names_found: list[str] = field(default_factory=list)
     """The names in the first of those."""
+    lists: ListBeginnings = field(default_factory=ListBeginnings)
 
 
 class Spool:
@@ -103,7 +140,7 @@ def ingest(records: Iterable[Record], mode: Mode, spool: Spool, rejects: RejectL
         try:
             if record.fields is None:
                 raise BadSample(record.problem)
-            spool.add(read_sample(record.fields, mode), record.line_idx)
+            sample = read_sample(record.fields, mode)
         except BadSample as problem:
             counts.rejected += 1
             if isinstance(problem, MissingField):
@@ -111,6 +148,9 @@ def ingest(records: Iterable[Record], mode: Mode, spool: Spool, rejects: RejectL
                 counts.names_found = counts.names_found or list(record.fields or ())
             rejects.add(record, str(problem))
             continue
+        spool.add(sample, record.line_idx)
+        if sample.second:
+            counts.lists.add(sample, FIELDS[mode])
         counts.accepted += 1
         if counts.accepted == max_samples:
             break

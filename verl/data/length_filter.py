@@ -7,7 +7,7 @@ and template they hold for, so that training need not tokenize to know them.
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.data.parallel import Mapper
+from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row
 from verl.data.writer import ParquetSink
 from verl.embedding.chat_template import system_prompt_of
 from verl.embedding.prompts import PromptRenderer, rationale_messages
@@ -25,9 +26,6 @@ from verl.prompt_options import SystemPromptPlace
 from verl.utils.tokenizer import load_tokenizer
 
 LENGTHS = "prompt_lengths"
-TRIPLET = "multi_input"
-TRIPLET_FIELDS = {"query": "query", "negative": "negative_document"}
-"""The triplet's texts that are measured beside the prompt, and their names in the TRIPLET column."""
 
 _BATCH_ROWS = 1_000
 _STALE_METADATA = b"huggingface"
@@ -94,10 +92,7 @@ def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
             f"{path} has no column {prompt_key!r}; found {', '.join(schema.names)}. "
             "Make it with process_data.py, or name its column of chat messages with --prompt_key"
         )
-    messages = schema.field(prompt_key).type
-    _check_texts(f"{path}: column {prompt_key!r}", getattr(messages, "value_type", None), ("role", "content"))
-    if TRIPLET in schema.names:
-        _check_texts(f"{path}: column {TRIPLET!r}", schema.field(TRIPLET).type, TRIPLET_FIELDS.values())
+    check_types(schema, str(path), prompt_key, TRIPLET in schema.names)
     return file
 
 
@@ -105,7 +100,7 @@ def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, ma
     """Write to `target` the rows of `file` whose every length is at most `max_len`, with their lengths.
 
     Raises:
-        UserError: a prompt cannot be rendered, or the file is damaged.
+        UserError: a row is no prompt or cannot be rendered, or the file is damaged.
     """
     schema = _schema_with_lengths(file.schema_arrow, settings)
     report = FilterReport()
@@ -117,6 +112,8 @@ def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, ma
                 kept = [batch[name] for name in schema.names if name != LENGTHS]
                 column = pa.StructArray.from_arrays([pa.array(v) for v in lengths.values()], list(lengths))
                 sink.add(pa.record_batch([*kept, column], schema=schema).filter(pa.array(fits)))
+        except UserError:
+            raise
         except (ValueError, pa.ArrowException) as error:
             first = report.rows + 1
             raise UserError(f"rows {first:,} to {first + _BATCH_ROWS - 1:,}: {error}") from error
@@ -126,32 +123,15 @@ def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, ma
 def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     """Token counts of every text of `batch` as training will template it, by field."""
     renderer = load_renderer(settings)
-    column = batch[settings.prompt_key]
-    messages = column.flatten()
-    _check_no_nulls(settings.prompt_key, [column, messages.field("role"), messages.field("content")])
-    prompts = column.to_pylist()
+    prompts = batch[settings.prompt_key].to_pylist()
     if TRIPLET not in batch.schema.names:
         return {"text": np.array(renderer.lengths(prompts), np.int32)}
     conversations = {"positive": prompts}
     for name, child in TRIPLET_FIELDS.items():
         texts = batch[TRIPLET].field(child)
-        _check_no_nulls(f"{TRIPLET}.{child}", [batch[TRIPLET], texts])
         systems = map(system_prompt_of, prompts)
         conversations[name] = list(map(rationale_messages, texts.to_pylist(), systems))
     return {name: np.array(renderer.lengths(chats), np.int32) for name, chats in conversations.items()}
-
-
-def _check_texts(what: str, type_: pa.DataType | None, names: Iterable[str]) -> None:
-    children = {child.name: child.type for child in type_} if type_ and pa.types.is_struct(type_) else {}
-    for name in names:
-        child = children.get(name)
-        if child is None or not (pa.types.is_string(child) or pa.types.is_large_string(child)):
-            raise UserError(f"{what} does not hold the text {name!r}; make the file with process_data.py")
-
-
-def _check_no_nulls(name: str, arrays: list[pa.Array]) -> None:
-    if any(array.null_count for array in arrays):
-        raise ValueError(f"column {name!r} holds nulls")
 
 
 def _schema_with_lengths(schema: pa.Schema, settings: FilterSettings) -> pa.Schema:
@@ -172,11 +152,16 @@ def _measured(
     file: pq.ParquetFile, settings: FilterSettings, mapper: Mapper
 ) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
     """Batches with their lengths, in order; only as many are held as the mapper has under way."""
-    columns = [settings.prompt_key, *([TRIPLET] if TRIPLET in file.schema_arrow.names else [])]
+    has_triplets = TRIPLET in file.schema_arrow.names
+    columns = [settings.prompt_key, *([TRIPLET] if has_triplets else [])]
     waiting: deque[pa.RecordBatch] = deque()
 
     def texts() -> Iterator[pa.RecordBatch]:
+        first_row = 1
         for batch in file.iter_batches(_BATCH_ROWS):
+            if fault := find_bad_row(batch, first_row, settings.prompt_key, has_triplets):
+                raise UserError(fault)
+            first_row += len(batch)
             waiting.append(batch)
             yield batch.select(columns)
 

@@ -112,12 +112,12 @@ class PromptRenderer:
         counts = {i: len(self._tokenize_marked(*part)[0]) for i, part in enumerate(parts) if self._has_marker(part[1])}
         plain = ["".join(part) for i, part in enumerate(parts) if i not in counts]
         # The backend's own call, which builds no lists of ids and masks.
-        encoded = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
+        encoded = iter(self._plain_backend().encode_batch_fast(plain, add_special_tokens=False))
         return [counts[i] if i in counts else len(next(encoded)) for i in range(len(parts))]
 
     def fingerprint(self) -> str:
         """SHA-256 of what determines a prompt's length: tokenizer, chat template, the system text's place, the date."""
-        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest = hashlib.sha256(self._plain_backend().to_str().encode())
         digest.update(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode())
         digest.update(json.dumps([self._template.system_prompt_in, self.template_date]).encode())
         return digest.hexdigest()
@@ -167,9 +167,19 @@ class PromptRenderer:
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=not markers
         )
-        # The backend keeps the setting of the last call, and `lengths` calls it directly.
-        self.tokenizer.backend_tokenizer.encode_special_tokens = False
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def _plain_backend(self) -> Any:
+        """The tokenizer's backend for a direct call.
+
+        It keeps the settings of the tokenizer's last call, and those that tokenizer.json was saved with: truncation
+        and padding, with which many model folders are published.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return backend
 
     def _finish(self, frame: tuple[str, str], text: str, ids: list[int], offsets: Offsets) -> Prompt:
         prefix, suffix = frame

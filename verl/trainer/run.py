@@ -47,7 +47,8 @@ class TrainingRun:
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
-        lines = [*self.plan.lines(), *self._prompt_lines(), ("rollout engine", f"{engine}: {self.engine_reason}")]
+        lines = [*self.plan.lines(), *self._prompt_lines(), *self.dataset.length_lines()]
+        lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
         return [*lines, *start_notes(self.config, self.device)]
