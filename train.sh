@@ -49,7 +49,7 @@ if (( GPUS > 0 )); then
         trainer.experiment_name="$MODE"
     )
 else
-    echo "train.sh: no GPU is visible; the CPU recipe, $MODE: SmolLM2-135M, short rationales, 11 to 15 s a step on 2 cores"
+    echo "train.sh: no GPU is visible; the CPU recipe, $MODE: SmolLM2-135M, short rationales"
     MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
     if [[ "$MODEL" == models/SmolLM2-135M-Instruct ]]; then
         "$PYTHON" -m verl.get_demo_model

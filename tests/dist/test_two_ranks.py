@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ports import free_port
 from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
 
 from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import FsdpConfig
+from verl.encoder.backend import free_port
 from verl.models.fsdp import full_weights, shard
 from verl.utils.seqlen_balancing import partition_rows
 from verl.workers.micro_batches import MicroBatchLimit

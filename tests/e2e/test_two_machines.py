@@ -1,4 +1,4 @@
-"""A run on two machines, as the README types it, one of which is lost in mid-step; and the run on the other one."""
+"""A run on two machines (docs/several-machines.md), one of which is lost in mid-step; and the run on the other one."""
 
 import re
 import secrets

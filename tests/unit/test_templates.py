@@ -415,7 +415,7 @@ def test_rows_with_several_system_prompts_are_counted(tmp_path, system_prompt, c
 
 
 def test_the_table_of_a_run_shows_a_prompt_with_brackets(capsys):
-    RunDisplay(1, 0, show_steps=True).table("title", [("system prompt", "'[/think] as it [bold] is'")])
+    RunDisplay(1, 0, show_steps=True, show_bars=True).table("title", [("system prompt", "'[/think] as it [bold] is'")])
     assert "'[/think] as it [bold] is'" in capsys.readouterr().out
 
 

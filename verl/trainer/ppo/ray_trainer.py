@@ -64,7 +64,7 @@ class RayPPOTrainer:
         )
         self.mismatch_guard = MismatchGuard(state.get("first_probs_diff"))
         self.run_ids: dict[str, str] = state["run_ids"]
-        self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger)
+        self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger, trainer.use_ray)
         self.tracking = Tracking(
             self.config.run_dir, list(trainer.logger), trainer.project_name, trainer.experiment_name,
             self.config.model_dump(), self.display.say,
