@@ -143,9 +143,9 @@ def multiples_near(value: int, divisor: int) -> str:
 
 def _check_required(config: RunConfig) -> Iterator[str]:
     if not config.actor_rollout_ref.model.path:
-        yield ("actor_rollout_ref.model.path is not set; give a model folder or hub name.")
+        yield "actor_rollout_ref.model.path is not set; give a model folder or hub name."
     if not config.data.train_files:
-        yield ("data.train_files is not set; give the train.parquet that process_data.py wrote.")
+        yield "data.train_files is not set; give the train.parquet that process_data.py wrote."
     yield from _missing_files("data.train_files", config.data.train_files)
     if config.validates:
         if not config.data.val_files:
@@ -155,7 +155,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
             )
         yield from _missing_files("data.val_files", config.data.val_files)
     if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
-        yield ("trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N.")
+        yield "trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N."
 
 
 def _missing_files(key: str, files: str | list[str] | None) -> Iterator[str]:
@@ -220,6 +220,15 @@ def _check_engine(config: RunConfig) -> Iterator[str]:
         yield (f"{prefix}engine_kwargs.{min(unknown)}: only engine_kwargs.vllm is read; put arguments under it.")
 
 
+def _check_attention(config: RunConfig) -> Iterator[str]:
+    model = config.actor_rollout_ref.model
+    if "attn_implementation" in model.override_config:
+        yield (
+            "actor_rollout_ref.model.override_config.attn_implementation has no effect; set "
+            "actor_rollout_ref.model.attn_implementation."
+        )
+
+
 def _check_without_ray(config: RunConfig) -> Iterator[str]:
     """Without Ray there is one worker, in the driver's process."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
@@ -281,6 +290,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_batch_sizes,
     _check_micro_batches,
     _check_engine,
+    _check_attention,
     _check_without_ray,
     _check_algorithm,
     _check_save_best,

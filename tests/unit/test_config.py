@@ -123,6 +123,10 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("data.max_prompt_length=0", r"data\.max_prompt_length=0 must be above 0"),
         ("actor_rollout_ref.rollout.n=1", r"rollout\.n=1 with algorithm\.adv_estimator=grpo.*2 or more"),
         ("algorithm.adv_estimator=gae", "gae is not supported: it needs a critic"),
+        (
+            "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+            r"no effect; set actor_rollout_ref\.model\.attn_implementation",
+        ),
         ("actor_rollout_ref.rollout.top_p=0.9", "must keep the full distribution"),
         ("trainer.critic_warmup=5", "there is no critic"),
         ("reward_model.enable=True", "rewards come from embeddings"),
