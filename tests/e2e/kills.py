@@ -27,7 +27,7 @@ def run_with_kills(overrides: list[str], kills: int, draw: random.Random, longes
         mark = f"GRACE_KILLS_{time.time_ns()}"
         process = start_main_ppo(*overrides, **{mark: "1"})
         if not _wait_for_models(process):
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
             raise AssertionError("the run ended before it had all its kills; give it more steps")
         after = draw.uniform(0, longest_s)
@@ -36,7 +36,7 @@ def run_with_kills(overrides: list[str], kills: int, draw: random.Random, longes
         whom, pids = ("worker", workers) if workers and draw.random() < 0.5 else ("driver", [process.pid])
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         if process.returncode == 0:
             raise AssertionError("the run ended before it had all its kills; give it more steps")
         found.append({"killed": whom, "after_s": round(after, 2), "left": left_after(mark), "errors": errors})

@@ -48,7 +48,7 @@ class Machine:
     def run(self, *command: str, **environment: str) -> str:
         """Run a program there to its end; return its output."""
         process = self.start(*command, **environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, output + errors
         return output
 

@@ -92,7 +92,7 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
     wait_for(process, "step 1/4")
     # As a terminal does: to every process of the group.
     os.killpg(process.pid, number)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number, errors
     assert f"stopped by {signal.Signals(number).name}" in message(errors)
     assert re.search(r"the same command resumes from step [1-3]\b", output)
@@ -119,7 +119,7 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path, tiny_folder, t
     # Two kinds, since two of one kind at the same moment are one. No phase can begin, and save, between them.
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
     assert time.monotonic() - start < 20
     assert not list(run_dir.glob("global_step_*"))
@@ -149,18 +149,18 @@ def test_a_reward_that_is_no_number_ends_the_run_and_loses_no_step(tmp_path, tin
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
     mark = "GRACE_HANG"
     process = start_main_ppo(
-        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=15",
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=40",
         "trainer.total_training_steps=500", "trainer.save_freq=0", **{mark: "1"},
     )  # fmt: skip
     wait_for(process, "step 2/500")
     workers = [pid for pid in pids_with(mark) if "ActorRolloutRefWorker" in command_line(pid)]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGSTOP)
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=300)
     said = message(errors)
     assert process.returncode == 1, errors
     assert re.search(
-        r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=15", said
+        r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=40", said
     ), said
     assert re.search(rf"rank \d \(pid {workers[1]} on .*\): no answer and no stacks; it is stopped", said), said
     assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (finished|still running; its stacks:\nT)", said), said
@@ -288,7 +288,7 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, t
         if place.status == psutil.CONN_LISTEN
     ]
     driver.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert {name for name, _ in heard} >= {"raylet", "gcs_server"}
     assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}, heard
 

@@ -15,6 +15,7 @@ from verl.config_checks import build_config
 from verl.config_fields import limits_of, types_of, walk_fields
 from verl.doctor import check_ray
 from verl.errors import UserError
+from verl.trainer.main_ppo import main
 from verl.trainer.ppo.validation import read_pairs
 from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices, start_ray
 from verl.verl_keys import ONLY_VALUE
@@ -75,14 +76,19 @@ def test_the_originals_command_line_is_accepted_with_its_meaning(files, mode):
 
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
-def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus):
+def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus, monkeypatch, capsys):
     python = tmp_path / "python"
     # What a shell can name and hydra's grammar cannot read.
     data = tmp_path / "Übung (1) #&=~,{a}'\"\\ $x ${y} [z]"
     data.mkdir()
     for name in ("train.parquet", "test.parquet"):
         (data / name).touch()
-    python.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus}; else exec {sys.executable} "$@"; fi\n')
+    # The program itself runs in this process, as importing it takes longest.
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/command; env -0 > {tmp_path}/environment; fi
+"""
+    )
     python.chmod(0o755)
     env = {**os.environ, "PYTHON": str(python), "MODE": mode, "MODEL": f"{data}/model"}
     env |= {"TRAIN_FILE": f"{data}/train.parquet", "VAL_FILE": f"{data}/test.parquet"}
@@ -92,7 +98,12 @@ def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode
     command += [f"trainer.default_local_dir={written}", "trainer.experiment_name=20251128"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
-    note, printed = out.stdout.split("\n", 1)
+    note = out.stdout
+    for variable in (tmp_path / "environment").read_text().split("\0")[:-1]:
+        monkeypatch.setenv(*variable.split("=", 1))
+    module, *arguments = (tmp_path / "command").read_text().split("\0")[1:-1]
+    assert module == "verl.trainer.main_ppo" and main(arguments) == 0
+    printed = capsys.readouterr().out
     assert ("no GPU" in note) if gpus == 0 else (f"{gpus} visible GPU" in note)
     config = yaml.safe_load(printed)
     assert config["data"]["train_mode"] == mode
