@@ -21,7 +21,7 @@ if [[ "$MODE" != supervised && "$MODE" != unsupervised ]]; then
     echo "train.sh: MODE=$MODE; use supervised or unsupervised" >&2
     exit 2
 fi
-GPUS=$("$PYTHON" -m verl.utils.gpus)
+GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
 
 if (( GPUS > 0 )); then
     echo "train.sh: the paper's recipe, $MODE, on $GPUS visible GPU(s)"

@@ -1,7 +1,6 @@
-"""How many GPUs this process may use: python3 -m verl.utils.gpus prints it, for shell scripts."""
+"""How many GPUs a process may use, for programs that have not loaded torch: train.sh and eval.sh."""
 
 import ctypes
-import sys
 from pathlib import Path
 
 
@@ -22,7 +21,3 @@ def _has_driver() -> bool:
     except OSError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{count_gpus()}\n")
