@@ -21,7 +21,7 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 STEP=${STEP:-latest}
 OUTPUT_DIR=${OUTPUT_DIR:-results}
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
 
 fail() {
     echo "eval.sh: $1" >&2

@@ -21,7 +21,7 @@ if [[ "$MODE" != supervised && "$MODE" != unsupervised ]]; then
     echo "train.sh: MODE=$MODE; use supervised or unsupervised" >&2
     exit 2
 fi
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
 
 if (( GPUS > 0 )); then
     echo "train.sh: the paper's recipe, $MODE, on $GPUS visible GPU(s)"

@@ -21,6 +21,7 @@ SHORT = {
     "memory": [],
     "reward": [],
     "data": ["--lines", "200000"],
+    "start": ["--rounds", "1"],
     "encode": ["--rounds", "1"],
 }
 

@@ -4,6 +4,7 @@ A relative link must name a file or folder that exists, and its #anchor a headin
 spells anchors. Links to other sites are not looked at. Exit code 1: the broken links are listed.
 """
 
+import argparse
 import re
 import sys
 from collections import Counter
@@ -65,4 +66,5 @@ def main(root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

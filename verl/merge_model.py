@@ -10,57 +10,14 @@ arguments or the checkpoint are wrong.
 """
 
 import argparse
-import json
-import shutil
-from collections.abc import Iterator, KeysView, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
-
-from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
-from verl.errors import UserError
-from verl.utils.console import complain, say
-from verl.utils.logging import quiet_libraries
-
-PROGRAM = "merge_model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Written into every merged folder; only a folder that has it is replaced.
-RECORD = "merge_model.json"
-# Differences up to this are none in `test`.
-TOLERANCE = 1e-6
-# Most differing tensors that are listed.
-SHOWN = 20
-# A connection error comes from the hub's HTTP library; its class is one of the bases of HfHubHTTPError.
-HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass
-class Checkpoint:
-    """The shards, and the config, keys and dtype of the model they are merged into."""
-
-    shards: Shards
-    model_folder: Path
-    config: Any
-    keys: ModelKeys
-    dtype: torch.dtype
-
-    def read(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model but the tied ones, with a progress bar on stderr; see `read_weights`."""
-        weights = read_weights(self.shards, self.keys, dtype)
-        yield from track(weights, "reading", len(self.keys.shapes), console=Console(stderr=True))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     both = argparse.ArgumentParser(add_help=False)
@@ -69,7 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     both.add_argument(
         "--hf_model_path", help="folder or hub name with config and tokenizer, if the checkpoint has none"
     )
-    both.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto = the config's")
+    both.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto = the config's")
     merge = commands.add_parser("merge", parents=[both], help="write a transformers folder")
     merge.add_argument(
         "--target_dir", type=Path, default=Path("tmp"), help="folder to write; an earlier result is replaced"
@@ -78,274 +35,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     merge.add_argument(
         "--private", action="store_true", help="make the repository private; an existing public one is an error"
     )
-    merge.set_defaults(run=run_merge)
     test = commands.add_parser("test", parents=[both], help="compare with a transformers folder")
     test.add_argument("--test_hf_dir", type=Path, required=True, help="folder with the safetensors to compare with")
-    test.set_defaults(run=run_test)
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def run_merge(args: argparse.Namespace) -> int:
-    target = args.target_dir.resolve()
-    check_target(args.target_dir)
-    check_upload(args.hf_upload_path, args.private)
-    checkpoint = open_checkpoint(args)
-    weights = dict(checkpoint.read(checkpoint.dtype))
-    size = write_folder(target, weights, checkpoint)
-    say(
-        f"{PROGRAM}: wrote {args.target_dir}: {checkpoint.keys.architecture}, {len(weights)} tensors, "
-        f"{_name(checkpoint.dtype)}, {size / 1e6:,.1f} MB; read back, every tensor equals the merged one"
-    )
-    if args.hf_upload_path:
-        upload(target, args.hf_upload_path, args.private)
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    # This takes seconds to load, for which a help text and a wrong flag need not wait.
+    from verl.checkpoint.merge import run_program
 
-
-def run_test(args: argparse.Namespace) -> int:
-    if not args.test_hf_dir.is_dir():
-        raise UserError(f"--test_hf_dir={args.test_hf_dir} is not a folder; give one with the model to compare with")
-    reference = SavedTensors(args.test_hf_dir)
-    checkpoint = open_checkpoint(args)
-    differences, other_dtypes = find_differences(checkpoint, reference)
-    if not differences:
-        agreed = "dtype and values"
-        if other_dtypes:
-            agreed = (
-                f"and values, compared in the coarser dtype: {_name(checkpoint.dtype)} merged, "
-                f"{', '.join(map(_name, other_dtypes))} there"
-            )
-        say(
-            f"{PROGRAM}: {args.test_hf_dir} is the merged model: {len(reference)} tensors agree in key, shape, {agreed}"
-        )
-        return 0
-    say_differences(differences)
-    say(f"{PROGRAM}: {args.test_hf_dir} is not the merged model: {len(differences)} tensors differ")
-    return 1
-
-
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """Find and open the checkpoint that the arguments name, and print what was found."""
-    if not args.local_dir.is_dir():
-        raise UserError(f"--local_dir={args.local_dir} is not a folder; give a run, step or shard folder")
-    folder, skipped = find_shards(args.local_dir)
-    for line in skipped:
-        say(f"{PROGRAM}: skipped: {line}")
-    shards = open_shards(folder)
-    model_folder = find_model_folder(shards, args.hf_model_path)
-    say(f"{PROGRAM}: {folder}: {shards}; config and tokenizer of {model_folder}")
-    try:
-        config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
-        keys = model_keys(config)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"{model_folder / 'config.json'} does not describe a causal language model: {_line(error)}"
-        ) from error
-    return Checkpoint(shards, model_folder, config, keys, DTYPES.get(args.dtype) or config.dtype or torch.float32)
-
-
-def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
-    """The folder with config and tokenizer: the checkpoint's own if it has one, else --hf_model_path."""
-    if (shards.model_folder / "config.json").is_file():
-        return shards.model_folder
-    if not hf_model_path:
-        raise UserError(f"{shards.model_folder} has no config.json; give --hf_model_path, the model that was trained")
-    folder = Path(hf_model_path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(hf_model_path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"]))
-        except HUB_ERRORS as error:
-            raise UserError(
-                f"--hf_model_path={hf_model_path} is neither a folder nor a model of the hub: {_line(error)}"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--hf_model_path={hf_model_path} has no config.json; give a transformers folder")
-    return folder
-
-
-def check_target(target: Path) -> None:
-    """Check that the target does not exist, is empty, or was written by this program."""
-    if target.exists() and not (target / RECORD).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--target_dir={target} exists and is not an earlier result of this program; give another")
-
-
-def check_upload(repo: str | None, private: bool) -> None:
-    if private and not repo:
-        raise UserError("--private is for uploads; give --hf_upload_path too")
-    try:
-        if repo:
-            validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"--hf_upload_path={repo}: {_line(error)}") from error
-
-
-def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoint) -> int:
-    """Write and check the folder under a temporary name, then rename it; return the bytes of its weights."""
-    folder = target.with_name(f".{target.name}.merging")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        write_model_files(folder, checkpoint)
-        save_torch_state_dict(weights, folder)
-        if wrong := unequal(SavedTensors(folder), weights):
-            raise UserError(
-                f"{folder.parent}: {', '.join(wrong)} read back differently from what was written; check the disk"
-            )
-        record = {
-            "source": str(checkpoint.shards.folder), "shards": str(checkpoint.shards),
-            "model": str(checkpoint.model_folder), "dtype": _name(checkpoint.dtype),
-        }  # fmt: skip
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return sum(file.stat().st_size for file in target.glob("*.safetensors"))
-
-
-def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
-    """Config, tokenizer with its chat template, generation settings, and the embedder's settings."""
-    source = checkpoint.model_folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} has no tokenizer that can be loaded: {_line(error)}; add its files there") from error
-    tokenizer.save_pretrained(folder)
-    checkpoint.config.dtype = checkpoint.dtype
-    checkpoint.config.architectures = [checkpoint.keys.architecture]
-    checkpoint.config.save_pretrained(folder)
-    for name in ("generation_config.json", "embedder_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-class SavedTensors:
-    """The safetensors of a folder, read one tensor at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        # The order in which transformers looks: the single file, else the files of the index.
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        if not single.is_file() and not index.is_file():
-            raise UserError(f"{folder} has no {single.name} and no {index.name}; give a folder with safetensors")
-        try:
-            names = {single.name} if single.is_file() else set(json.loads(index.read_text())["weight_map"].values())
-            files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
-        except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
-            raise UserError(f"the safetensors of {folder} cannot be read: {_line(error)}; copy them again") from error
-        self._files = {name: file for file in files for name in file.keys()}
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def keys(self) -> KeysView[str]:
-        return self._files.keys()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-
-def unequal(saved: SavedTensors, weights: dict[str, Tensor]) -> list[str]:
-    """Names that only one side has, or whose tensors differ in shape, dtype or any bit."""
-    both = saved.keys() & weights.keys()
-    return sorted(saved.keys() ^ weights.keys()) + [name for name in both if not same_bits(saved[name], weights[name])]
-
-
-def find_differences(checkpoint: Checkpoint, reference: SavedTensors) -> tuple[dict[str, str], list[torch.dtype]]:
-    """By key, a description of the difference; and the reference's dtypes that are not those of the merged tensors.
-
-    A tied key may be missing in the reference.
-    """
-    found = dict.fromkeys(reference.keys(), "only in --test_hf_dir")
-    other_dtypes: dict[torch.dtype, None] = {}
-    # `compare` gets the tensor as it was stored, and the dtype that --dtype or the config asks for.
-    for name, tensor in checkpoint.read(None):
-        dtype = checkpoint.dtype if tensor.is_floating_point() else tensor.dtype
-        copies = {key for key, owner in checkpoint.keys.tied.items() if owner == name} & reference.keys()
-        for key in (name, *copies):
-            if key not in reference.keys():
-                found[key] = "not in --test_hf_dir"
-                continue
-            other = reference[key]
-            found[key] = compare(tensor, dtype, other)
-            if other.dtype != dtype:
-                other_dtypes[other.dtype] = None
-    return {key: difference for key, difference in found.items() if difference}, list(other_dtypes)
-
-
-def compare(merged: Tensor, dtype: torch.dtype, reference: Tensor) -> str:
-    """How a tensor, converted to `dtype`, differs from its reference; an empty string = not at all.
-
-    Of two floating-point dtypes the coarser one is compared: the same weights may be stored in either.
-    """
-    if merged.shape != reference.shape or not (is_float(dtype, reference.dtype) or dtype == reference.dtype):
-        return f"{list(merged.shape)} {_name(dtype)}, in --test_hf_dir {list(reference.shape)} {_name(reference.dtype)}"
-    dtype = coarser(dtype, reference.dtype)
-    # Rounded in the same steps as the reference: float32 to float16 to bfloat16 is not float32 to bfloat16.
-    merged, reference = merged.to(reference.dtype).to(dtype), reference.to(dtype)
-    if same_bits(merged, reference):
-        return ""
-    gap = (merged.double() - reference.double()).abs()
-    count = int((~(gap <= TOLERANCE)).sum())  # NaN counts as a difference
-    return f"{count} of {gap.numel()} values differ, by up to {float(gap.max()):.3g}" if count else ""
-
-
-def is_float(*dtypes: torch.dtype) -> bool:
-    return all(dtype.is_floating_point for dtype in dtypes)
-
-
-def coarser(one: torch.dtype, two: torch.dtype) -> torch.dtype:
-    """The one with fewer digits of two floating-point dtypes; of two others, which are equal, the first."""
-    return two if is_float(one, two) and torch.finfo(two).eps > torch.finfo(one).eps else one
-
-
-def say_differences(differences: dict[str, str]) -> None:
-    width = max(map(len, differences))
-    for key in sorted(differences)[:SHOWN]:
-        say(f"  {key:{width}}  {differences[key]}")
-    if len(differences) > SHOWN:
-        say(f"  ... and {len(differences) - SHOWN} more")
-
-
-def upload(folder: Path, repo: str, private: bool) -> None:
-    """Upload a merged folder to the hub.
-
-    Raises:
-        UserError: the hub cannot be reached or rejects it, or --private is given and the repository is public.
-    """
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private:
-            raise UserError(f"--private: {repo} exists and is public; make it private, or give another name")
-        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=[RECORD])
-    except HUB_ERRORS as error:
-        raise UserError(
-            f"--hf_upload_path={repo}: {_line(error)}; the merged folder is complete, upload it later with "
-            f"hf upload {repo} {folder}"
-        ) from error
-    say(f"{PROGRAM}: uploaded to {repo}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _line(error: Exception) -> str:
-    """The message of a library's error in one line, at most 300 characters of it."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
-    quiet_libraries()
-    try:
-        if args.backend != "fsdp":
-            raise UserError(f"--backend={args.backend}: only fsdp checkpoints exist here; give --backend fsdp")
-        return args.run(args)
-    except (UserError, OSError, SafetensorError) as error:
-        return complain(PROGRAM, error)
+    return run_program(args)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -12,6 +12,7 @@ from sharded_checkpoints import assert_is_tiny, compare, error_line, merge
 from tiny import save_tiny, tiny_model
 
 from verl import merge_model as program
+from verl.checkpoint import merge as merge_work
 
 # ---- Writing and uploading
 
@@ -40,7 +41,7 @@ def test_a_folder_that_reads_back_differently_is_not_published(checkpoints, tmp_
     def broken_disk(weights, folder):
         save_torch_state_dict(weights | {"model.norm.weight": weights["model.norm.weight"] + 1e-6}, folder)
 
-    monkeypatch.setattr(program, "save_torch_state_dict", broken_disk)
+    monkeypatch.setattr(merge_work, "save_torch_state_dict", broken_disk)
     line = error_line(capsys, merge(checkpoints / "dcp_1_tied", tmp_path / "merged"))
     assert "model.norm.weight read back differently from what was written" in line
     assert_is_tiny(tmp_path / "merged", tie=False)
@@ -69,7 +70,7 @@ class Hub:
 
 def test_the_hub_is_used_only_when_asked(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Hub, "calls", [], raising=False)
-    monkeypatch.setattr(program, "HfApi", Hub)
+    monkeypatch.setattr(merge_work, "HfApi", Hub)
     run, target = checkpoints / "dcp_1_tied", tmp_path / "merged"
     assert merge(run, target) == 0
     assert Hub.calls == []

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval_mteb
 from verl.encoder.backend import Backend
+from verl.evaluation import evaluate
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.suites import QUICK, select_tasks
 from verl.workers.rollout.base import RolloutError
@@ -135,7 +136,7 @@ def test_a_failing_task_is_reported_and_does_not_stop_the_others(tmp_path, tiny_
 
     decode = tiny_tokenizer().decode
     monkeypatch.setattr(Backend, "generate", fail_on_today)
-    monkeypatch.setattr(eval_mteb, "sample_texts", lambda *_: ["a sample", "of texts"])
+    monkeypatch.setattr(evaluate, "sample_texts", lambda *_: ["a sample", "of texts"])
     code = eval_mteb.main(arguments(tiny_folder, tasks, tmp_path, "--tasks", "Classes", "Sts", "BIOSSES"))
     assert code == 1
     record = summary(tmp_path, "tiny")
@@ -225,7 +226,7 @@ def test_an_engine_that_does_not_start_is_an_error_before_any_task(tmp_path, tin
 
 
 def test_many_hours_need_confirmation(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
-    monkeypatch.setattr(eval_mteb, "ASK_ABOVE_HOURS", 0.0)
+    monkeypatch.setattr(evaluate, "ASK_ABOVE_HOURS", 0.0)
     assert eval_mteb.main(arguments(tiny_folder, tasks, tmp_path)) == 2
     assert "give --yes to run it" in capsys.readouterr().err
     assert not results(tmp_path)

@@ -13,11 +13,12 @@ from verl.batch_plan import BatchPlan
 from verl.config import DataConfig, HiddenRewardConfig, RunConfig
 from verl.config_checks import build_config
 from verl.config_fields import limits_of, types_of, walk_fields
-from verl.doctor import check_ray
 from verl.errors import UserError
+from verl.trainer.compose import compose_config
+from verl.trainer.machine_checks import check_ray
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo.validation import read_pairs
-from verl.trainer.prepare import build_renderer, check_engine_groups, compose_config, find_devices, start_ray
+from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, start_ray
 from verl.verl_keys import ONLY_VALUE
 
 ORIGINAL = """

@@ -10,6 +10,7 @@ import pytest
 
 import verl.encoder.__main__ as program
 from verl import GraceEncoder
+from verl.encoder import embed_file
 from verl.encoder.store import EmbeddingStore
 
 TEXTS = ["a card", "where is my parcel?", "a card", "naïve café", *(f"text number {i}" for i in range(30))]
@@ -34,7 +35,7 @@ def test_rows_are_texts_in_order_with_rationale_and_vector(tiny_folder, tmp_path
         source.write_text("\n".join(pa_rows))
     else:
         pq.write_table(pa.table({"sentence": TEXTS}), source)
-    monkeypatch.setattr(program, "_CHUNK", 10)
+    monkeypatch.setattr(embed_file, "_CHUNK", 10)
     assert program.main(arguments(tiny_folder, source, tmp_path / "out.parquet")) == 0
     table = pq.read_table(tmp_path / "out.parquet")
     expected, rationales = GraceEncoder(tiny_folder, device="cpu", max_new_tokens=8).encode(

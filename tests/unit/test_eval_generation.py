@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from verl import eval_generation as program
 from verl.encoder.backend import Backend
 from verl.errors import UserError
+from verl.evaluation import generation
 from verl.evaluation.exact_match import Judged, compare, read_questions, score
 from verl.evaluation.records import name_of
 from verl.utils.answers import extract
@@ -255,7 +256,7 @@ class TestRun:
         start = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[start])
         assert tokenizer("a")["input_ids"][0] == start[1]  # as many models do; the template has added it already
-        monkeypatch.setattr(program, "load_tokenizer", lambda _: tokenizer)
+        monkeypatch.setattr(generation, "load_tokenizer", lambda _: tokenizer)
         calls = answering(monkeypatch, ["1"] * 5)
         assert run(tiny_folder, write_rows(tmp_path), tmp_path, "--instruction", "Be brief.") == 0
         shown = tiny_tokenizer().batch_decode(calls[0].prompts)
@@ -271,7 +272,7 @@ class TestBase:
             assert command[:3] == [sys.executable, "-m", "verl.eval_generation"] and not check
             return SimpleNamespace(returncode=program.main(command[3:]))
 
-        monkeypatch.setattr(program.subprocess, "run", run_here)
+        monkeypatch.setattr(generation.subprocess, "run", run_here)
 
     def test_both_run_with_the_same_settings_and_are_compared(
         self, tiny_folder, tmp_path, monkeypatch, in_this_process, capsys

@@ -19,6 +19,7 @@ from verl import GraceEncoder
 from verl import export_sentence_transformer as program
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder import export
 
 # No text holds a marker of the chat template: the export reads it as a marker, the encoder as plain characters.
 TEXTS = [
@@ -212,7 +213,7 @@ class TestRejected:
 
 
 def test_vectors_that_differ_are_reported_and_nothing_is_left(plain, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(program, "MultiVectorMask", lambda words, **options: MultiVectorMask([], **options))
+    monkeypatch.setattr(export, "MultiVectorMask", lambda words, **options: MultiVectorMask([], **options))
     assert run(plain[0], tmp_path / "out") == 1
     output = capsys.readouterr()
     assert "largest difference" in output.out and "that is above 0.0001; nothing is written" in output.err

@@ -14,6 +14,7 @@ from data_files import load_program
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from verl.data import filter_files
 from verl.data.length_filter import FilterSettings, load_renderer
 from verl.data.schema import SCHEMAS, build_rows
 from verl.embedding.prompts import PromptRenderer, rationale_messages
@@ -235,7 +236,7 @@ def test_truncation_and_padding_saved_in_the_tokenizer_change_no_length(
 def test_processes_give_what_one_process_gives(
     tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "ROWS_WORTH_A_PROCESS", 1_000)
+    monkeypatch.setattr(filter_files, "ROWS_WORTH_A_PROCESS", 1_000)
     write_chats(tmp_path / "in.parquet", [chat(text) for text in some_texts(7_500, 9)])
     common = [
         "--train_parquet",
@@ -335,6 +336,14 @@ def test_bad_tokenizers_and_arguments(tmp_path: Path, tokenizer_path: str, capsy
         assert message in one_complaint(capsys)
     assert not list(tmp_path.glob("out/*"))
     assert pq.read_table(path).num_rows == 1
+
+
+def test_the_program_measures_without_loading_torch(tmp_path, repo, tokenizer_path):
+    write_chats(tmp_path / "in.parquet", [chat("a text")])
+    command = [sys.executable, "-X", "importtime", "offline_filter_data.py", "--train_parquet", tmp_path / "in.parquet",
+               "--out_dir", tmp_path / "out", "--tokenizer_path", tokenizer_path]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repo)
+    assert " transformers\n" in done.stderr and " torch\n" not in done.stderr
 
 
 def test_a_program_that_hides_torch_measures_the_same_lengths(tokenizer_path):

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from verl.config import RunConfig
 from verl.errors import UserError
+from verl.trainer.compose import compose_config, compose_values
 from verl.trainer.main_ppo import main
 from verl.trainer.overrides import hydra_overrides, resolve
-from verl.trainer.prepare import compose_config, compose_values
 from verl.utils.console import show_any_text
 
 

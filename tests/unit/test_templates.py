@@ -19,6 +19,8 @@ from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import SYSTEM_PROMPT, PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.evaluation.exact_match import Question
+from verl.evaluation.generation import render
 from verl.prompt_options import read_system_prompt
 from verl.trainer.display import RunDisplay
 from verl.trainer.run import build_collate
@@ -375,10 +377,10 @@ def test_every_program_says_it_in_one_line(tmp_path, capsys, template, message):
 
 def test_questions_to_a_trained_model_are_dated_as_in_training(tmp_path):
     tokenizer = renderer(DATED["strftime_now"] + TURNS + HEADER).tokenizer
-    question = eval_generation.Question("line 1", "1 + 1?", None)
+    question = Question("line 1", "1 + 1?", None)
     args = eval_generation.parse_args(["--model_path", "m", "--data", "d", "--instruction", ""])
     for given, day in ((None, "26 Jul 2024"), ("2025-03-04", "04 Mar 2025")):
-        (ids,) = eval_generation.render(tokenizer, [question], args, EmbedderSettings(template_date=given))
+        (ids,) = render(tokenizer, [question], args, EmbedderSettings(template_date=given))
         assert tokenizer.decode(ids) == f"[{day}][user]1 + 1?[/][A]"
 
 

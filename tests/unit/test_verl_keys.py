@@ -11,7 +11,7 @@ from verl.config import RunConfig
 from verl.config_checks import all_keys, build_config, split_keys
 from verl.config_fields import nested
 from verl.errors import UserError
-from verl.trainer.prepare import compose_config
+from verl.trainer.compose import compose_config
 from verl.verl_keys import ABSENT, DIFFERENCES, ONLY_VALUE, find_absent, leaves, verl_defaults
 
 

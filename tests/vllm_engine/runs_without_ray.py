@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from verl.trainer import main_ppo
+from verl.trainer import main_ppo, train
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.rollout.base import RolloutError
 from verl.workers.rollout.choose import load_vllm_adapter
@@ -30,7 +30,7 @@ class StaleHeadWorker(ActorRolloutRefWorker):
 
 def run(job: dict[str, Any]) -> None:
     if job["stale_head"]:
-        main_ppo.ActorRolloutRefWorker = StaleHeadWorker
+        train.ActorRolloutRefWorker = StaleHeadWorker
     left = {"returncode": 1, "error": ""}
     out, errors = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(errors):

@@ -5,7 +5,6 @@ says otherwise.
 """
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 
@@ -79,4 +78,7 @@ def spread_report(vectors: Tensor) -> dict[str, float]:
 
 def spearman(first: Tensor, second: Tensor) -> float:
     """Rank correlation of two series [N]; equal values get the mean of their ranks. NaN when a series is constant."""
+    # A second to load, which only a validation with scored pairs needs.
+    from scipy.stats import spearmanr
+
     return float(spearmanr(first.double().numpy(), second.double().numpy()).statistic)

@@ -12,7 +12,6 @@ from rich.table import Table
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.evaluation.local_tasks import LocalTask
 
-ASK_ABOVE_HOURS = 6.0
 # The sample: most texts, and at most one in so many of all texts. Its rationales and vectors go to the store, where the
 # tasks find them.
 _SAMPLE = 64

@@ -11,6 +11,7 @@ from mteb.abstasks import AbsTask
 
 from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
+from verl.evaluation.options import SUITES
 
 ENGLISH_V1 = "MTEB(eng, v1)"
 ENGLISH_V2 = "MTEB(eng, v2)"
@@ -20,12 +21,6 @@ QUICK = (
     "Banking77Classification", "EmotionClassification", "MedrxivClusteringS2S", "TwitterSemEval2015",
     "AskUbuntuDupQuestions", "BIOSSES", "STS17", "STSBenchmark", "SummEval",
 )  # fmt: skip
-SUITES = {
-    "quick": "9 of the tasks of MTEB(eng, v1), of every type but retrieval",
-    "nano": "NanoBEIR: 13 small retrieval tasks",
-    "eng-v1": "MTEB(eng, v1): the 56 tasks of the paper",
-    "eng-v2": "MTEB(eng, v2): 41 tasks",
-}
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,20 @@
-"""What a run needs before its parts are built: configuration, devices, prompt renderer, Ray.
+"""What a run needs before its parts are built: devices, prompt renderer, Ray.
 
 The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoConfig
 
 from verl.config import RunConfig
-from verl.config_checks import build_config
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
-from verl.trainer.overrides import hydra_overrides, resolve
 from verl.utils.tokenizer import load_tokenizer
-
-CONFIG_DIR = Path(__file__).parent / "config"
-
-
-def compose_config(overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR) -> RunConfig:
-    """Compose YAML and overrides with hydra, and check the result.
-
-    Raises:
-        UserError: unknown keys, wrong values, missing files and bad combinations, one a line.
-    """
-    return build_config(resolve(compose_values(overrides, config_name, config_path)))
-
-
-def compose_values(
-    overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR
-) -> DictConfig:
-    """What hydra composes of YAML and overrides, with `${...}` as written and nothing checked.
-
-    Raises:
-        UserError: an override that cannot be read.
-        HydraException: there is no such YAML, or a key to be removed does not exist.
-    """
-    with initialize_config_dir(str(config_path.absolute()), version_base=None):
-        try:
-            return compose(config_name, hydra_overrides(overrides))
-        except OmegaConfBaseException as error:
-            raise UserError(str(error)) from error
 
 
 def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:

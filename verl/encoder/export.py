@@ -1,0 +1,234 @@
+"""Exporting a model to a sentence-transformers folder, and comparing the vectors: the work of its program."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
+
+from verl.checkpoint.model_folder import model_folder
+from verl.embedding.prompts import Prompt, rationale_messages
+from verl.embedding.settings import EmbedderSettings
+from verl.encoder.grace_encoder import GraceEncoder
+from verl.utils.console import complain, say
+from verl.utils.logging import quiet_libraries
+
+PROGRAM = "export_sentence_transformer"
+TOLERANCE = 1e-4
+TEXTS = [
+    "a card", "", " \t\n ", "\x1c\xa0 odd spaces\u3000\n", "The quick brown fox jumps over the lazy dog. " * 8,
+    "naïve café, 東京タワー 🦊🦊", "12 + 30 = 42", "'quoted' (words)", "- a list\n\n- of two ", "https://a.org/b.jpg",
+]  # fmt: skip
+# Other turns and tasks would silently change the prompt, or which tokens are pooled.
+TEMPLATE = (
+    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
+    "{{ raise_exception('the prompt of this model is built in: give texts, and neither a prompt nor chats') }}"
+    "{% endif %}{% if task is defined and task not in ['query', 'document'] %}"
+    "{{ raise_exception('this model embeds every text alike: give no task') }}"
+    "{% endif %}{{ prefix ~ (messages[0]['content'] | trim) ~ suffix }}"
+)
+CARD = """\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+---
+# {name} without rationales
+
+These are the embeddings of {name} WITHOUT rationales: a cheap baseline, one short forward pass per text.
+
+```python
+from sentence_transformers import SentenceTransformer  # 6 or newer
+
+vectors = SentenceTransformer("path/to/this/folder").encode(["a text", "another"])  # {hidden} dimensions, unit length
+```
+
+The prompt is built in, for queries and documents alike: give none. Texts are cut so that text and prompt have at most
+{length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves their size and rounds the vectors.
+
+The model was trained to write a rationale about a text and to embed both. Those embeddings need GRACE and the original
+model folder:
+
+```python
+from verl import GraceEncoder
+
+vectors = GraceEncoder("path/to/{name}").encode(["a text", "another"])
+```
+
+With think=False GraceEncoder gives the same vectors as this folder: over {count} texts no number differed by more than
+{gap:.1e} (float32, CPU). Where a text is cut after a space or within a character, this folder keeps a few more tokens.
+Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
+"""
+
+
+class VectorsDiffer(RuntimeError):
+    """The exported folder does not give the encoder's vectors."""
+
+
+def run_program(args: argparse.Namespace) -> int:
+    """Export as the arguments of `verl.export_sentence_transformer` ask for; the exit code."""
+    quiet_libraries()
+    try:
+        export(args.model_path, args.output)
+    except VectorsDiffer as error:
+        complain(PROGRAM, error)
+        return 1
+    except (ValueError, OSError, TemplateError) as error:
+        return complain(PROGRAM, error)
+    return 0
+
+
+def check(folder: Path, output: Path) -> None:
+    """Check what can be checked without loading the model.
+
+    Raises:
+        ValueError: the output exists, or the model's settings allow no export.
+    """
+    settings = EmbedderSettings.read(folder)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output={output} exists and is not an empty folder; give another, or remove it")
+    if settings.span == "rationale":
+        raise ValueError("span=rationale pools rationales, and an export has none; use GraceEncoder")
+    if settings.truncation != "right":
+        raise ValueError(f"truncation={settings.truncation}: an export can only cut on the right; use GraceEncoder")
+    positions = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", -1)
+    if 0 < positions < settings.max_prompt_length:
+        raise ValueError(
+            f"max_prompt_length={settings.max_prompt_length} is more than the model's {positions} positions; lower it "
+            "in embedder_config.json"
+        )
+
+
+def export(model_path: str, output: Path) -> None:
+    """Write the folder under a temporary name, compare its vectors, and then give it its name.
+
+    Raises:
+        ValueError: this model cannot be exported.
+        VectorsDiffer: nothing is written.
+    """
+    folder = model_folder(model_path)
+    check(folder, output)
+    say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
+    encoder = GraceEncoder(folder, device="cpu")
+    texts = probe_texts(encoder)
+    expected = encoder.encode(texts, think=False)
+    making = output.with_name(f".{output.name}.exporting")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        say(f"{PROGRAM}: building the modules of sentence-transformers")
+        build(encoder, texts).save_pretrained(str(making), create_model_card=False)
+        say(f"{PROGRAM}: loading what was written, and comparing")
+        gap = float(np.abs(SentenceTransformer(str(making), device="cpu").encode(texts, batch_size=2) - expected).max())
+        say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
+        if not gap <= TOLERANCE:
+            raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
+        (making / "README.md").write_text(
+            CARD.format(
+                name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
+                length=encoder.settings.max_prompt_length,
+            )
+        )  # fmt: skip
+        making.rename(output)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    say(f"{PROGRAM}: wrote {output}")
+
+
+def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:
+    return encoder.renderer.render([rationale_messages(text, encoder.settings.system_prompt) for text in texts])
+
+
+def probe_texts(encoder: GraceEncoder) -> list[str]:
+    """Texts that fit, and one that is cut. It has no spaces: only GraceEncoder drops a space before a cut."""
+    fitting = [text for text, prompt in zip(TEXTS, render(encoder, TEXTS), strict=True) if not prompt.shortened]
+    return [*fitting, "qzjxvkwpf" * encoder.settings.max_prompt_length]
+
+
+def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
+    """The encoder's model as modules of sentence-transformers.
+
+    Raises:
+        ValueError: for some of `texts` their tokens are not the encoder's.
+    """
+    settings = encoder.settings
+    states = {"method": "forward", "method_output_name": "last_hidden_state"}
+    transformer = Transformer(
+        str(encoder.folder),
+        model_kwargs={"dtype": torch.float32},
+        modality_config={"text": states, "message": {**states, "format": "flat"}},
+        module_output_name="token_embeddings",
+        unpad_inputs=False,
+    )
+    tokenizer = tokenizer_of(transformer)
+    tokenizer.pad_token = encoder.tokenizer.pad_token
+    # With padding on the left, a text's positions would depend on the other texts of its batch.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = settings.max_prompt_length
+    prompts = render(encoder, texts)
+    prefix, suffix = encoder.renderer.frame(rationale_messages(texts[0], settings.system_prompt))
+    copies: dict[int, str] = {}
+    if settings.pooling == "mean" and not settings.pool_system_prompt:
+        head = prompts[0].ids[: prompts[0].text_start]
+        copies = copy_tokens(transformer, sorted(set(head)))
+        prefix = "".join(copies[token] for token in head)
+    tokenizer.chat_template = f"{{% set prefix, suffix = {prefix!r}, {suffix!r} %}}{TEMPLATE}"
+    check_tokens(transformer, texts, prompts, copies)
+    masks = [MultiVectorMask(list(copies.values()), skiplist_tasks=["query", "document"])] if copies else []
+    pooling = Pooling(encoder.embedding_dim, "lasttoken" if settings.pooling == "last" else "mean")
+    modules = [transformer, *masks, pooling, Normalize()]
+    return SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
+
+
+@torch.no_grad()
+def copy_tokens(transformer: Transformer, tokens: Sequence[int]) -> dict[int, str]:
+    """Add a token with the same input embedding for each of `tokens`, and return their names."""
+    names = [f"<|frame_{token}|>" for token in tokens]
+    tokenizer = tokenizer_of(transformer)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[name] for name in names]
+    # Models often have more rows than their vocabulary has tokens: those are used first.
+    rows = input_embedding(transformer).num_embeddings
+    transformer.model.resize_token_embeddings(max(rows - 1, *ids) + 1, mean_resizing=False)
+    weight = input_embedding(transformer).weight
+    weight[ids] = weight[list(tokens)]
+    return dict(zip(tokens, names, strict=True))
+
+
+def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
+    if transformer.tokenizer is None:
+        raise ValueError("sentence-transformers finds no tokenizer in the model folder; use GraceEncoder")
+    return transformer.tokenizer
+
+
+def input_embedding(transformer: Transformer) -> torch.nn.Embedding:
+    embedding = transformer.model.get_input_embeddings()
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise ValueError(f"the model's input embedding is a {type(embedding).__name__}; use GraceEncoder")
+    return embedding
+
+
+def check_tokens(
+    transformer: Transformer, texts: Sequence[str], prompts: Sequence[Prompt], copies: dict[int, str]
+) -> None:
+    """Compare the tokens of the modules, with copies read as their originals, with those of the encoder.
+
+    Raises:
+        ValueError: they differ: the tokenizer splits a text differently beside the copies, or where it is cut.
+    """
+    originals = {tokenizer_of(transformer).convert_tokens_to_ids(name): token for token, name in copies.items()}
+    for text, prompt in zip(texts, prompts, strict=True):
+        ids = transformer.preprocess([text])["input_ids"][0].tolist()
+        masked = [originals[token] for token in ids if token in originals]
+        same = [originals.get(token, token) for token in ids] == prompt.ids
+        if not same or (copies and masked != prompt.ids[: prompt.text_start]):
+            raise ValueError(
+                f"the tokenizer splits {text[:40]!r} differently in an export: its first or last characters go into "
+                "one token with the template's; use GraceEncoder"
+            )
