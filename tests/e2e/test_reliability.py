@@ -149,7 +149,7 @@ def test_a_reward_that_is_no_number_ends_the_run_and_loses_no_step(tmp_path, tin
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
     mark = "GRACE_HANG"
     process = start_main_ppo(
-        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=40",
+        *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=60",
         "trainer.total_training_steps=500", "trainer.save_freq=0", **{mark: "1"},
     )  # fmt: skip
     wait_for(process, "step 2/500")
@@ -160,7 +160,7 @@ def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_tha
     said = message(errors)
     assert process.returncode == 1, errors
     assert re.search(
-        r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=40", said
+        r"no worker returned or made progress for \d+ s in phase \w+ \(trainer.phase_timeout_s=60", said
     ), said
     assert re.search(rf"rank \d \(pid {workers[1]} on .*\): no answer and no stacks; it is stopped", said), said
     assert re.search(rf"rank \d \(pid {workers[0]} on .*\): (finished|still running; its stacks:\nT)", said), said

@@ -52,7 +52,7 @@ def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, machines
 
 
 def lose_a_machine(first: Machine, second: Machine, train: list[str], environment: dict[str, str], how: str) -> None:
-    limit = ["trainer.phase_timeout_s=90", "trainer.total_training_steps=500", "trainer.save_freq=2"]
+    limit = ["trainer.phase_timeout_s=300", "trainer.total_training_steps=500", "trainer.save_freq=2"]
     process = first.start(*train, *limit, **environment)
     assert process.stdout is not None
     assert any("step 3/500" in line for line in iter(process.stdout.readline, "")), process.communicate()[1]
