@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

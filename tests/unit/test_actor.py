@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from steps import (
     MAX_RESPONSE,
     TEMPERATURE,
@@ -21,12 +20,7 @@ from verl.protocol import DataProto
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
-
-@pytest.fixture(autouse=True)
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def rows_to_train() -> DataProto:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
 
 from verl.models.fsdp import full_weights
@@ -12,12 +11,7 @@ from verl.protocol import DataProto, is_trained
 from verl.workers.kept_forward import KeptForward
 from verl.workers.micro_batches import MicroBatchLimit
 
-
-@pytest.fixture(autouse=True)
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def line_of(response: tuple[int, ...]):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -14,11 +13,7 @@ from verl.workers.actor import Actor
 UNUSED = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture

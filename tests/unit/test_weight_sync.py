@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,11 +21,7 @@ FEW = "model.layers.1.post_attention_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture(autouse=True)
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class WatchedRollout(HFRollout):

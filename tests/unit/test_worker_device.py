@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from steps import trained_rows
 
 from verl.batch_plan import BatchPlan
@@ -13,12 +12,7 @@ from verl.single_controller.worker import WorkerPlace
 from verl.workers import fsdp_workers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
-
-@pytest.fixture(autouse=True)
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture

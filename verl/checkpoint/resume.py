@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from, and whether it is a checkpoint of the same run."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from verl.checkpoint.run_folder import RunFolder, find_fault, read_state, step_folder
 from verl.config import RunConfig
 from verl.errors import UserError
+from verl.verl_keys import leaves
 
 # With another value of one of these it is another run: other samples, other rows, or another model.
 _SAME_RUN = (
@@ -86,7 +86,7 @@ def _given_folder(config: RunConfig) -> Path:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """A line for each setting with another value than before, by its dotted key."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     return {
         key: f"{key}: {old[key]!r} before, {new[key]!r} now"
         # A key that only one version of the program has was not changed by anybody.
@@ -116,12 +116,3 @@ def _compare(
         )
     lines = [line for line in changed.values() if line not in other_run]
     return [f"changed: {line}" for line in lines] + [f"FORCED: {line}" for line in other_run]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
