@@ -417,7 +417,8 @@ class TrainerConfig(_Section):
     resume_force: bool = False
     """Resume even if the model, data, batch size or n differ from the checkpoint's."""
     phase_timeout_s: NonNegativeInt = 3600
-    """Seconds without a result or progress from any worker after which the run ends with their stacks; 0 = no limit."""
+    """Seconds without a result or progress, from any worker or in the driver's own phases, after which the run ends
+    with the stacks; 0 = no limit."""
     critic_warmup: int = 0
     """Must be 0: there is no critic."""
     balance_batch: bool = True

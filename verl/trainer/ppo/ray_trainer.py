@@ -37,7 +37,7 @@ from verl.workers.reward_manager.checked import RewardError
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
 _BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val")
-# In these the driver calls no worker.
+# In these the driver calls no worker, so that nothing but a limit of its own would end them.
 _IN_THE_DRIVER = ("data", "reward")
 
 
@@ -161,7 +161,9 @@ class RayPPOTrainer:
             self.signals.check()
         self.workers.enter_phase(name)
         start = time.perf_counter()
-        with watch(name, self.config.trainer.phase_timeout_s) if name in _IN_THE_DRIVER else nullcontext():
+        # Without Ray a person may sit in a debugger.
+        watched = name in _IN_THE_DRIVER and self.config.trainer.use_ray
+        with watch(name, self.config.trainer.phase_timeout_s) if watched else nullcontext():
             yield
         self.seconds[name] = time.perf_counter() - start
 
