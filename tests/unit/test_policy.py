@@ -91,6 +91,28 @@ def test_packed_equals_padded_with_gradients(share, checkpointing, tie):
         )
 
 
+def test_the_gradient_has_the_same_bits_at_every_repetition():
+    """Rows of one prompt score, and pool, the same positions: their gradients must be added in one order."""
+    prompt = tuple(range(20))
+    packed = pack([Row(prompt, (i % 250,), 0, True) for i in range(1000)], share_prompts=True)
+    policy = packed_policy()
+    weights = torch.linspace(-1, 1, packed.num_rows)
+
+    def gradient() -> torch.Tensor:
+        policy.zero_grad()
+        out = policy(packed, embeddings=True)
+        ((out.log_probs * weights).sum() + (out.embeddings.sin().sum(1) * weights).sum()).backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_sharing_computes_a_prompt_and_the_common_beginning_once():
     rows = make_rows()
     tokens = sum(len(r.prompt) + len(r.response) for r in rows)

@@ -26,7 +26,8 @@ def mean_pool(hidden: torch.Tensor, pool_token: torch.Tensor, pool_row: torch.Te
     if (counts == 0).any():
         raise ValueError(f"rows {(counts == 0).nonzero().flatten().tolist()} have no token to pool")
     sums = torch.zeros(num_rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-    sums = sums.index_add(0, pool_row, hidden[pool_token].float())
+    # `index_select`: the backward of indexing adds the gradients of a position that several rows pool in any order.
+    sums = sums.index_add(0, pool_row, hidden.index_select(0, pool_token).float())
     return sums / counts.unsqueeze(1)
 
 

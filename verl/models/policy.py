@@ -77,10 +77,13 @@ class PolicyModel(nn.Module):
         vectors = mean_pool(hidden, packed.pool_token, packed.pool_row, packed.num_rows) if embeddings else None
         if not log_probs:
             return PolicyOutput(None, None, vectors)
-        head = self.lm.get_output_embeddings()
+        # Rows of a shared prompt score at its last token. Indexing would add the gradients of such a token in any order
+        # of the threads, and round differently from run to run. (On a GPU no prompt is shared, and no index repeats.)
+        scoring = hidden.index_select(0, packed.score_token)
         scored, entropies = token_log_probs(
-            head, hidden[packed.score_token], packed.score_target, temperature, entropy, logit_form(self.lm.config)
-        )
+            self.lm.get_output_embeddings(), scoring, packed.score_target, temperature, entropy,
+            logit_form(self.lm.config),
+        )  # fmt: skip
         return PolicyOutput(scored, entropies, vectors)
 
 
