@@ -117,6 +117,24 @@ def test_a_rows_draws_do_not_depend_on_the_other_rows(max_num_seqs):
     assert len({len(r.ids) for r in together}) > 1
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 100])
+@pytest.mark.parametrize("limit", [1, 24])
+@pytest.mark.parametrize("start", ["beginning", "inside", "response", "last"])
+def test_what_is_pooled_is_the_mean_of_the_hidden_states_of_a_forward(start, limit, max_num_seqs):
+    stop_ids, seeds = list(range(60)), [5, 2**62, 17, 5]
+    starts = [{"beginning": 0, "inside": len(p) - 7, "response": len(p), "last": -1}[start] for p in prompts()]
+    pooling = engine(stop_ids, max_num_seqs)
+    responses = finish(pooling.generate_and_pool(prompts(), [1.0] * 4, limit, seeds, starts))
+    lm = tiny_model()
+    for prompt, first, response in zip(prompts(), starts, responses, strict=True):
+        states = lm(torch.tensor([prompt + response.ids]), output_hidden_states=True).hidden_states[-1][0].detach()
+        torch.testing.assert_close(response.pooled, states[first:].mean(0), atol=1e-5, rtol=1e-5)
+    without = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [1.0] * 4, limit, seeds))
+    assert [(r.ids, r.truncated) for r in responses] == [(r.ids, r.truncated) for r in without]
+    assert all(r.pooled is None for r in without)
+    assert limit == 1 or len({len(r.ids) for r in responses}) > 1, "rows end at different times"
+
+
 def test_ignore_eos_generates_to_the_limit():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
     responses = finish(engine(stop_ids, ignore_eos=True).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))
@@ -163,6 +181,8 @@ def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
     rollout.state = state
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
         rollout.generate(prompts(), [0.0] * 4, 8, row_seeds(0, 4))
+    with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
+        rollout.generate_and_pool(prompts(), [0.0] * 4, 8, row_seeds(0, 4), [0] * 4)
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
         rollout.score(prompts())
 

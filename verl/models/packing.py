@@ -24,7 +24,7 @@ class Row:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     pool_start: int
-    """First pooled position in prompt + response; all positions from there to the end are pooled."""
+    """First pooled position in prompt + response, or -1, the last one; all from there to the end are pooled."""
     scored: bool
     """Whether to compute log-probs of the response."""
 
@@ -128,8 +128,9 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     score: list[tuple[int, int, int, int]] = []
     for i, (row, leaf) in enumerate(zip(rows, leaves, strict=True)):
         positions = leaf.packed_positions(0)
-        pool_token += positions[row.pool_start :]
-        pool_row += [i] * (len(positions) - row.pool_start)
+        pooled = positions[row.pool_start :]
+        pool_token += pooled
+        pool_row += [i] * len(pooled)
         if row.scored:
             predicting = positions[len(row.prompt) - 1 : -1] if row.response else []
             score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, row.response, strict=True))]

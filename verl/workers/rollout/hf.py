@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from verl.embedding.pooling import RunningPool
 from verl.models.attention import DecodingCache
 from verl.models.logits import logit_form
 from verl.models.onednn import PackedLinear
@@ -60,17 +61,35 @@ class HFRollout(Rollout):
                 parts.append(HeldWeight(place, tensor.to(own.dtype), own))
         return parts
 
+    def generate_and_pool(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
+        seeds: Sequence[int], pool_starts: Sequence[int],
+    ) -> Iterator[Responses]:  # fmt: skip
+        """`generate`, and pool each row's hidden states, which decoding computes anyway but for the last token's.
+
+        Args:
+            pool_starts: one per prompt, see `RunningPool`.
+        """
+        self._require_awake()
+        return self._generate(prompts, temperatures, max_new_tokens, seeds, pool_starts)
+
     @torch.no_grad()
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
-    ) -> Iterator[Responses]:
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
+        seeds: Sequence[int], pool_starts: Sequence[int] | None = None,
+    ) -> Iterator[Responses]:  # fmt: skip
         # Prompts of similar length in one batch need little padding; sorting also puts equal prompts together.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i])))
         for start in range(0, len(order), self.max_num_seqs):
             rows = order[start : start + self.max_num_seqs]
             draws = _uniform_draws([seeds[i] for i in rows], max_new_tokens).to(self.lm.device)
-            decoded = self._decode([prompts[i] for i in rows], [temperatures[i] for i in rows], max_new_tokens, draws)
-            for ended in decoded:
+            pool = None
+            if pool_starts is not None:
+                hidden_size = self.lm.get_output_embeddings().in_features
+                pool = RunningPool([pool_starts[i] for i in rows], hidden_size, self.lm.device)
+            for ended in self._decode(
+                [prompts[i] for i in rows], [temperatures[i] for i in rows], max_new_tokens, draws, pool
+            ):
                 yield {rows[place]: response for place, response in ended.items()}
 
     def wake_weights(self) -> None:
@@ -108,6 +127,7 @@ class HFRollout(Rollout):
         temperatures: list[float],
         max_new_tokens: int,
         draws: Tensor,
+        pool: RunningPool | None,
     ) -> Iterator[Responses]:
         """Decode one batch of B rows to its end; draws: [B, max_new_tokens] float64, see `uniform` of `_sample`."""
         device = self.lm.device
@@ -118,28 +138,35 @@ class HFRollout(Rollout):
         temperature = torch.tensor(temperatures, device=device)
         prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
         cache = DecodingCache(prompt_length.tolist(), max_new_tokens, device)
-        logits = self._prefill(prompts, cache)
+        logits = self._logits(self._prefill(prompts, cache, pool))
         for step in range(max_new_tokens):
             token, log_prob = _sample(logits, temperature[rows], draws[rows, step])
             stopped = torch.isin(token, self.stop_ids)
-            at_limit = step == max_new_tokens - 1
-            ended: Responses = {}
-            for row, t, lp, s in zip(rows.tolist(), token.tolist(), log_prob.tolist(), stopped.tolist(), strict=True):
+            ended = stopped if step < max_new_tokens - 1 else torch.ones_like(stopped)
+            for row, t, lp in zip(rows.tolist(), token.tolist(), log_prob.tolist(), strict=True):
                 ids[row].append(t)
                 log_probs[row].append(lp)
-                if s or at_limit:
-                    ended[row] = Response(ids[row], log_probs[row], truncated=not s)
-            if ended:
-                yield ended
-            if len(ended) == len(rows):
-                return
-            if ended:
-                kept = cache.keep(~stopped)
+            truncated = dict(zip(rows[ended].tolist(), (~stopped[ended]).tolist(), strict=True))
+            if pool is None:
+                if truncated:
+                    yield {row: Response(ids[row], log_probs[row], t) for row, t in truncated.items()}
+                kept = cache.keep(~ended)
                 rows, token = rows[kept], token[kept]
-            logits = self._step(token, prompt_length[rows] + step, cache)
+                if not len(rows):
+                    return
+            hidden = self._step(token, prompt_length[rows] + step, cache)
+            if pool is not None:
+                pool.add(rows, hidden)
+                if truncated:
+                    yield {row: Response(ids[row], log_probs[row], t, pool.mean(row)) for row, t in truncated.items()}
+                kept = cache.keep(~ended)
+                rows, hidden = rows[kept], hidden[kept]
+                if not len(rows):
+                    return
+            logits = self._logits(hidden)
 
-    def _prefill(self, prompts: list[Sequence[int]], cache: DecodingCache) -> Tensor:
-        """Compute each distinct prompt once, and their common beginning once; return the next logits [B,V]."""
+    def _prefill(self, prompts: list[Sequence[int]], cache: DecodingCache, pool: RunningPool | None) -> Tensor:
+        """Compute each distinct prompt once, and their common beginning once; return the last hidden states [B,H]."""
         rows = [Row(tuple(prompt), (), 0, scored=False) for prompt in prompts]
         lengths = [len(prompt) for prompt in prompts]
         parts = pack_rows([row.prompt for row in rows], lengths, [0] * len(rows), _PREFILL_TOKENS)
@@ -155,13 +182,15 @@ class HFRollout(Rollout):
                 packed.input_ids, packed.position_ids, packed_segments=packed.segments, decoding_cache=cache
             )
             last_hidden.update(zip(part, hidden[0, source[:, -1]], strict=True))
-        return self._logits(torch.stack([last_hidden[i] for i in range(len(rows))]))
+            if pool is not None:
+                for i, line in zip(part, lines, strict=True):
+                    pool.start(i, hidden[0, line.to(self.lm.device)])
+        return torch.stack([last_hidden[i] for i in range(len(rows))])
 
     def _step(self, token: Tensor, position: Tensor, cache: DecodingCache) -> Tensor:
-        """Feed one token [B] per row, at its position [B]; return the next logits [B,V]."""
+        """Feed one token [B] per row, at its position [B]; return its hidden states [B,H]."""
         cache.length += 1
-        hidden = self._hidden(token.unsqueeze(1), position.unsqueeze(1), decoding_cache=cache)
-        return self._logits(hidden[:, -1])
+        return self._hidden(token.unsqueeze(1), position.unsqueeze(1), decoding_cache=cache)[:, -1]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden states."""
