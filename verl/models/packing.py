@@ -114,7 +114,7 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     """
     builder = _Builder()
     if share_prompts:
-        trunk_ids = _common_beginning([row.prompt for row in rows])
+        trunk_ids = common_beginning([row.prompt for row in rows])
         trunk = builder.add(trunk_ids, None)
         prompts: dict[tuple[int, ...], _Node] = {}
         leaves = []
@@ -154,7 +154,7 @@ def _prefix_mask(length: int, depth: int) -> torch.Tensor:
     return torch.ones(length, depth + length, dtype=torch.bool).tril(diagonal=depth)
 
 
-def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest beginning common to all prompts when there are several different ones."""
     first, last = min(prompts), max(prompts)
     if first == last:
