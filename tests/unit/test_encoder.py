@@ -112,6 +112,25 @@ def test_the_span_rationale_does_not_pool_the_text(tiny_folder, encoder):
         other.encode(TEXTS, think=False)
 
 
+@pytest.mark.parametrize(
+    "pooling",
+    [{}, {"pool_system_prompt": True}, {"span": "rationale"}, {"pooling": "last"},
+     {"pooling": "last", "span": "rationale"}],
+)  # fmt: skip
+def test_vectors_pooled_while_decoding_are_those_of_a_forward_over_stored_rationales(tiny_folder, tmp_path, pooling):
+    settings, options = EmbedderSettings(**pooling), {"normalize_embeddings": False, **SAMPLED}
+    decoding = GraceEncoder(tiny_folder, device="cpu", settings=settings)
+    vectors = decoding.encode(TEXTS, batch_size=3, **options)
+    assert (decoding.usage.vectors_made, decoding.usage.forward_tokens) == (4, 0)
+    other = {"pooling": "mean"} if pooling.get("pooling") else {"pooling": "last"}
+    with GraceEncoder(tiny_folder, device="cpu", store=tmp_path, **other) as first:
+        first.encode(TEXTS, **options)
+    with GraceEncoder(tiny_folder, device="cpu", store=tmp_path, settings=settings) as second:
+        forwarded = second.encode(TEXTS, **options)
+        assert second.usage.rationales_made == 0 and second.usage.forward_tokens > 0
+    np.testing.assert_allclose(vectors, forwarded, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, {"think": False}])
 def test_batch_size_order_padding_side_and_other_texts_do_not_change_a_vector(encoder, options):
     texts = [*TEXTS, *(f"text number {n} of several" for n in range(20))]
@@ -448,14 +467,14 @@ class TestFailure:
         monkeypatch.setattr(encoder.backend, "generate", fail_after_two)
         return encoder
 
-    def test_the_cause_is_raised_and_finished_rationales_are_stored(self, broken, tiny_folder, tmp_path):
+    def test_the_cause_is_raised_and_what_was_finished_is_stored(self, broken, tiny_folder, tmp_path):
         with pytest.raises(RolloutError, match="ran out of cache blocks"):
             broken.encode(TEXTS, batch_size=1, **SAMPLED)
         broken.close()
         assert broken.store.file.stat().st_size
         with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as healthy:
             vectors = healthy.encode(TEXTS, **SAMPLED)
-            assert healthy.usage.rationales_stored == 2 and healthy.usage.rationales_made == 2
+            assert healthy.usage.vectors_stored == 2 and healthy.usage.rationales_made == 2
         expected = GraceEncoder(tiny_folder, device="cpu").encode(TEXTS, **SAMPLED)
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
 

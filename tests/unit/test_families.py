@@ -132,10 +132,12 @@ def test_a_family_is_packed_trained_and_decoded_as_by_transformers(tmp_path, fam
     engine = HFRollout(build_twin(lm, torch.float32, lm.device), [], 2)
     engine.update_weights(lm.named_parameters())
     engine.wake_up()
-    prompts = [row.prompt for row in rows()]
-    for prompt, response in zip(prompts, finish(engine.generate(prompts, [1.0] * 3, 12, row_seeds(0, 3))), strict=True):
-        decoded = plain(reference, Row(prompt, tuple(response.ids), 0, True))[0]
+    prompts, starts = [row.prompt for row in rows()], [0, 12, -1]
+    responses = finish(engine.generate_and_pool(prompts, [1.0] * 3, 12, row_seeds(0, 3), starts))
+    for prompt, start, response in zip(prompts, starts, responses, strict=True):
+        decoded, pooled = plain(reference, Row(prompt, tuple(response.ids), start, True))
         torch.testing.assert_close(torch.tensor(response.log_probs), decoded, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(response.pooled, pooled, atol=1e-4, rtol=1e-4)
 
 
 def test_the_families_named_in_messages_and_docs_are_those_tested():

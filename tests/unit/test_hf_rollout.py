@@ -7,7 +7,8 @@ from tiny import tiny_model, tiny_tokenizer
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.models.attention import ATTENTION
 from verl.workers.rollout.base import EngineState, RolloutError, finish, row_seeds
-from verl.workers.rollout.hf import HFRollout, _sample
+from verl.workers.rollout.hf import HFRollout
+from verl.workers.rollout.sampling import sample
 
 TEXTS = ["short", "a somewhat longer text to embed", "mid size text", "short"]
 
@@ -74,7 +75,7 @@ def test_samples_follow_the_tempered_distribution(size):
     generator = torch.Generator().manual_seed(0)
     count = 40_000
     uniform = torch.rand(count, dtype=torch.float64, generator=generator)
-    token, log_prob = _sample(logits.repeat(count, 1), torch.full((count,), 0.8), uniform)
+    token, log_prob = sample(logits.repeat(count, 1), torch.full((count,), 0.8), uniform)
     expected = (logits / 0.8).softmax(-1)
     observed = torch.bincount(token, minlength=size) / count
     standard_error = (expected * (1 - expected) / count).sqrt()
@@ -88,7 +89,7 @@ def test_rounding_hardly_ever_changes_a_token():
     uniform = torch.rand(2_000, dtype=torch.float64, generator=generator)
     temperature = torch.ones(2_000)
     rounded = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
-    first, second = (_sample(x, temperature, uniform)[0] for x in (logits, rounded))
+    first, second = (sample(x, temperature, uniform)[0] for x in (logits, rounded))
     assert (first != second).sum() <= 2
 
 
@@ -115,6 +116,67 @@ def test_a_rows_draws_do_not_depend_on_the_other_rows(max_num_seqs):
     assert [r.ids for r in apart] == [together[i].ids for i in rows]
     assert together[0].ids == together[3].ids, "one prompt and one seed are one rationale"
     assert len({len(r.ids) for r in together}) > 1
+
+
+def prompts_of_many_lengths() -> list[list[int]]:
+    texts = ["word " * count for count in (40, 1, 12, 3, 25, 2, 1, 7, 60, 5)]
+    return [p.ids for p in PromptRenderer(tiny_tokenizer()).render([rationale_messages(t) for t in texts])]
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("pools", [True, False])
+def test_a_prompt_takes_the_place_of_a_row_that_has_ended(pools):
+    stop_ids, seeds, rows = list(range(30)), row_seeds(3, 10), 4
+    rollout, shapes = engine(stop_ids, rows), []
+    rollout.lm.base_model.register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    arguments = (prompts_of_many_lengths(), [1.0] * 10, 40, seeds)
+    parts = rollout.generate_and_pool(*arguments, [0] * 10) if pools else rollout.generate(*arguments)
+    lengths = [len(response.ids) - (not pools) for response in finish(parts)]
+    alone = [finish(engine(stop_ids).generate([p], [1.0], 40, [s])) for p, s in zip(arguments[0], seeds, strict=True)]
+    assert [length + (not pools) for length in lengths] == [len(response.ids) for (response,) in alone]
+    batches = [shape[0] for shape in shapes if shape[1] == 1]
+    assert sum(batches) == sum(lengths) and max(batches) == rows
+    # The next four only when the longest of four has ended would take more forwards.
+    longest_first = sorted(range(10), key=lambda i: -len(arguments[0][i]))
+    waves = [max(lengths[i] for i in longest_first[start : start + rows]) for start in range(0, 10, rows)]
+    assert len(batches) < sum(waves)
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 100])
+def test_prompts_of_many_lengths_are_decoded_as_by_generate(max_num_seqs):
+    stop_ids = [greedy_reference(p, [], 12)[place] for place, p in enumerate(prompts_of_many_lengths()[:5], start=2)]
+    expected = [greedy_reference(p, stop_ids, 12) for p in prompts_of_many_lengths()]
+    rollout = engine(stop_ids, max_num_seqs)
+    responses = finish(rollout.generate(prompts_of_many_lengths(), [0.0] * 10, 12, row_seeds(0, 10)))
+    assert [response.ids for response in responses] == expected
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 100])
+@pytest.mark.parametrize("limit", [1, 24])
+@pytest.mark.parametrize("start", ["beginning", "inside", "response", "last"])
+def test_what_is_pooled_is_the_mean_of_the_hidden_states_of_a_forward(start, limit, max_num_seqs):
+    stop_ids, seeds = list(range(60)), [5, 2**62, 17, 5]
+    starts = [{"beginning": 0, "inside": len(p) - 7, "response": len(p), "last": -1}[start] for p in prompts()]
+    pooling = engine(stop_ids, max_num_seqs)
+    responses = finish(pooling.generate_and_pool(prompts(), [1.0] * 4, limit, seeds, starts))
+    lm = tiny_model()
+    for prompt, first, response in zip(prompts(), starts, responses, strict=True):
+        states = lm(torch.tensor([prompt + response.ids]), output_hidden_states=True).hidden_states[-1][0].detach()
+        torch.testing.assert_close(response.pooled, states[first:].mean(0), atol=1e-5, rtol=1e-5)
+    without = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [1.0] * 4, limit, seeds))
+    assert [(r.ids, r.truncated) for r in responses] == [(r.ids, r.truncated) for r in without]
+    assert all(r.pooled is None for r in without)
+    assert limit == 1 or len({len(r.ids) for r in responses}) > 1, "rows end at different times"
 
 
 def test_ignore_eos_generates_to_the_limit():
@@ -163,6 +225,8 @@ def test_an_engine_that_is_not_awake_neither_generates_nor_scores(state):
     rollout.state = state
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
         rollout.generate(prompts(), [0.0] * 4, 8, row_seeds(0, 4))
+    with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
+        rollout.generate_and_pool(prompts(), [0.0] * 4, 8, row_seeds(0, 4), [0] * 4)
     with pytest.raises(RolloutError, match=f"engine hf must not generate while it is {state.name}"):
         rollout.score(prompts())
 

@@ -224,7 +224,7 @@ class PromptCollator:
         tensors = {
             "prompts": left_padded([prompt.ids for prompt in prompts], self.renderer.tokenizer.pad_token_id),
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
-            "pool_start": torch.tensor([self.settings.pool_start(prompt, response_length=0) for prompt in prompts]),
+            "pool_start": torch.tensor([self.settings.pool_start(prompt, has_rationale=True) for prompt in prompts]),
         }
         columns = {
             "uid": [sample["uid"] for sample, _ in owners],

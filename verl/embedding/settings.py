@@ -89,18 +89,19 @@ class EmbedderSettings(BaseModel):
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
 
-    def pool_start(self, prompt: Prompt, response_length: int) -> int:
-        """The first pooled position of a row, counted from the start of its prompt; the row is pooled from there on.
+    def pool_start(self, prompt: Prompt, has_rationale: bool) -> int:
+        """Where pooling starts in a row of prompt and rationale, which is pooled from there to its end.
 
-        Training and encoding both use it.
+        A position as in a slice: -1 is the row's last token, however long its rationale becomes. Training and encoding
+        both use it.
 
         Raises:
-            ValueError: span=rationale, and the rationale is empty.
+            ValueError: span=rationale, and there is no rationale.
         """
-        if self.span == "rationale" and not response_length:
+        if self.span == "rationale" and not has_rationale:
             raise ValueError("span=rationale pools rationales; it needs think=True")
         if self.pooling == "last":
-            return len(prompt.ids) + response_length - 1
+            return -1
         if self.span == "rationale":
             return len(prompt.ids)
         return 0 if self.pool_system_prompt else prompt.text_start

@@ -1,4 +1,8 @@
-"""The backend of an encoder in one process: a rollout engine that generates rationales, and a policy that embeds."""
+"""The backend of an encoder in one process: a rollout engine that generates rationales, and a policy that embeds.
+
+The hf engine decodes with the policy's own weights, so it pools the hidden states of what it writes, and only texts
+whose rationale is known already need the policy's forward.
+"""
 
 import os
 import socket
@@ -73,7 +77,7 @@ class Batch:
     texts: list[TextRecord]
     seconds: float
     tokens: int
-    """Tokens of the rationales generated, or of the rows embedded (prompt and rationale)."""
+    """Tokens of the rationales generated, or of the rows (prompt and rationale) in the forwards that embedded."""
 
 
 class Backend:
@@ -116,12 +120,14 @@ class Backend:
         """
         own = {text.index for text in texts[rank::group] if text.vector is None}
         ready = [text for text in texts if text.rationale is not None and text.index in own]
-        for batch in self._generate_rationales(
-            [text for text in texts if text.rationale is None], sampling, batch_size
-        ):
+        silent = [text for text in texts if text.rationale is None]
+        for batch in self._generate_rationales(silent, settings, sampling, batch_size):
             if rank == 0:
                 yield batch
-            ready += [text for text in batch.texts if text.index in own]
+            written = [text for text in batch.texts if text.index in own]
+            if pooled := [text for text in written if text.vector is not None]:
+                yield Batch("vector", pooled, 0.0, 0)
+            ready += [text for text in written if text.vector is None]
             if len(ready) >= _EMBED_ROWS:
                 yield self._embed_texts(ready, settings, batch_size)
                 ready = []
@@ -130,15 +136,19 @@ class Backend:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
-        batch_size: int,
+        batch_size: int, pool_starts: Sequence[int] | None = None,
     ) -> Iterator[Responses]:  # fmt: skip
         """Generate a response to each prompt; see `Rollout.generate`.
 
         Args:
             batch_size: prompts that the hf engine decodes at once; vllm has its own limit.
+            pool_starts: one per prompt, see `RunningPool`: the hf engine pools too, vllm does not. None = no pooling.
         """
         engine = self._engine(batch_size)
-        return engine.generate(prompts, [temperature] * len(prompts), max_new_tokens, seeds)
+        temperatures = [temperature] * len(prompts)
+        if pool_starts is not None and isinstance(engine, HFRollout):
+            return engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts)
+        return engine.generate(prompts, temperatures, max_new_tokens, seeds)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Row], batch_size: int) -> np.ndarray:
@@ -163,18 +173,23 @@ class Backend:
         """Nothing to end: the engine is part of this process. `ProcessesBackend` ends its processes here."""
 
     def _generate_rationales(
-        self, texts: Sequence[TextRecord], sampling: Sampling | None, batch_size: int
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
     ) -> Iterator[Batch]:
+        """Fill in the rationales, and the missing vectors too where the engine pools; yields the rationales."""
         if not texts or sampling is None:
             return
         generation = self.generate(
             [text.prompt.ids for text in texts], sampling.temperature, sampling.max_new_tokens,
             [text.seed for text in texts], batch_size,
+            [settings.pool_start(text.prompt, has_rationale=True) for text in texts],
         )  # fmt: skip
         start = time.perf_counter()
         for responses in generation:
             for row, response in responses.items():
-                texts[row].rationale = Rationale(tuple(response.ids), response.truncated)
+                text = texts[row]
+                text.rationale = Rationale(tuple(response.ids), response.truncated)
+                if text.vector is None and response.pooled is not None:
+                    text.vector = response.pooled.cpu().numpy()
             tokens = sum(len(response.ids) for response in responses.values())
             yield Batch("rationale", [texts[row] for row in responses], time.perf_counter() - start, tokens)
             start = time.perf_counter()
@@ -185,7 +200,8 @@ class Backend:
         for text in texts:
             assert text.rationale is not None
             ids = text.rationale.ids
-            rows.append(Row(tuple(text.prompt.ids), ids, settings.pool_start(text.prompt, len(ids)), False))
+            pool_start = settings.pool_start(text.prompt, has_rationale=bool(ids))
+            rows.append(Row(tuple(text.prompt.ids), ids, pool_start, False))
         for text, vector in zip(texts, self.embed(rows, batch_size), strict=True):
             text.vector = vector
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)

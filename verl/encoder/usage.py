@@ -26,9 +26,10 @@ class Usage:
     generated_tokens: int = 0
     """Tokens of the rationales made, end tokens included."""
     forward_tokens: int = 0
-    """Tokens of the rows embedded, prompt and rationale."""
+    """Tokens of the rows (prompt and rationale) that were embedded by a forward of their own; the hf engine pools while
+    it decodes, without one."""
     thinking_s: float = 0.0
-    """Seconds of generating rationales, summed over processes."""
+    """Seconds of generating rationales, with the hf engine those of pooling too; summed over processes."""
     embedding_s: float = 0.0
     """Seconds of the forwards that embed, summed over processes."""
 

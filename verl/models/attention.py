@@ -5,7 +5,6 @@ A model that uses it is called with `packed_segments` (a packed line of rows), w
 (one new token for every row).
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from verl.errors import UserError
+from verl.models.decoding_cache import Cached, DecodingCache
 from verl.models.flash import flash_attention, flash_problem
 from verl.models.packing import Segment
 
@@ -25,76 +25,6 @@ ATTENTION = "grace_packed"
 # transformers treats a name with "flash" in it in a way of its own.
 ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "flash_attention_2": "grace_packed_fa2", "sdpa": "grace_packed_own"}
 """By kernel, the name under which transformers knows the attention."""
-
-
-class DecodingCache:
-    """Keys and values of rows that are being decoded, in buffers of their final size.
-
-    Prompts are right-aligned: in front of a short prompt, columns are empty.
-
-    Args:
-        prompt_lengths: tokens of each of the B prompts.
-        max_new_tokens: most tokens that will be appended.
-    """
-
-    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
-        self.width = max(prompt_lengths)
-        self.length = self.width  # columns in use
-        self._capacity = self.width + max_new_tokens
-        first = torch.tensor([self.width - length for length in prompt_lengths], device=device)
-        visible = torch.arange(self._capacity, device=device) >= first.unsqueeze(1)
-        self._bias = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)  # [B, capacity]
-        self._keys: dict[int, Tensor] = {}  # by layer, [B, heads, capacity, head size]
-        self._values: dict[int, Tensor] = {}
-        self._rows = self._source = torch.empty(0)
-
-    @property
-    def bias(self) -> Tensor:
-        """[B, 1, 1, length] float32: 0 in the columns that a row's newest token may attend to, -inf in others."""
-        return self._bias[:, None, None, : self.length]
-
-    def expect(self, rows: Tensor, source: Tensor) -> None:
-        """Set where the keys and values of the next forward's prompts are written.
-
-        Args:
-            rows: [R] int64, rows of this cache.
-            source: [R, width] int64, for every column the position in the packed line that it comes from; any value
-                for an empty column.
-        """
-        self._rows, self._source = rows, source
-
-    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write a layer's keys and values [1, heads, K, head size] of packed prompts."""
-        for buffers, packed in ((self._keys, key), (self._values, value)):
-            if layer not in buffers:
-                heads, size = packed.shape[1], packed.shape[3]
-                buffers[layer] = packed.new_empty(len(self._bias), heads, self._capacity, size)
-            buffers[layer][self._rows, :, : self.width] = packed[0][:, self._source].transpose(0, 1)
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest token's keys and values [B, heads, 1, head size]; return those of all its columns."""
-        found = []
-        for buffers, new in ((self._keys, key), (self._values, value)):
-            buffer = buffers[layer][: len(self._bias), :, : self.length]
-            buffer[:, :, -1:] = new
-            found.append(buffer)
-        return found[0], found[1]
-
-    def keep(self, going: Tensor) -> Tensor:
-        """Keep the rows where `going` [B] bool is True; return [B'] int64, the former index of every row kept.
-
-        The last rows are copied over the dropped ones, so dropping a row costs the copy of one row.
-        """
-        count = int(going.sum())
-        place = torch.arange(len(going), device=going.device)
-        free, moved = place[:count][~going[:count]], place[count:][going[count:]]
-        for buffers in (self._keys, self._values):
-            for buffer in buffers.values():
-                buffer[free, :, : self.length] = buffer[moved, :, : self.length]
-        order = place[:count].clone()
-        order[free] = moved
-        self._bias = self._bias[order]
-        return order
 
 
 def grace_attention(  # noqa: PLR0913 - transformers' interface
@@ -122,8 +52,8 @@ def grace_attention(  # noqa: PLR0913 - transformers' interface
     if packed_segments is None:
         if decoding_cache is None:
             raise ValueError("its layers do not pass on to the attention what the model is called with")
-        key, value = decoding_cache.append(module.layer_idx, key, value)  # type: ignore[arg-type]
-        return _one_token_attention(query, key, value, decoding_cache.bias, scaling, sliding_window, softcap), None
+        keys, values = decoding_cache.append(module.layer_idx, key, value)  # type: ignore[arg-type]
+        return _one_token_attention(query, keys, values, decoding_cache.bias(sliding_window), scaling, softcap), None
     if decoding_cache is not None:
         decoding_cache.record(module.layer_idx, key, value)  # type: ignore[arg-type]
     if _takes_flash(kernel, query, key, value, sliding_window, softcap):
@@ -222,18 +152,26 @@ def _capped(scores: Tensor, softcap: float) -> Tensor:
 
 
 def _one_token_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, window: int | None,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Cached, value: Cached, bias: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
     """Grouped-query attention of one token: the query heads that share a key head are that head's queries.
 
     So no key is repeated. Two plain products, because torch's fused attention takes twice as long for one query on a
     CPU.
     """
     rows, heads, _, size = query.shape
-    if window is not None:
-        key, value, bias = key[:, :, -window:], value[:, :, -window:], bias[..., -window:]
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    scores = torch.matmul(grouped * (size**-0.5 if scaling is None else scaling), key.transpose(2, 3))
+    key_heads = key.rows.shape[1]
+    grouped = query.reshape(rows, key_heads, heads // key_heads, size) * (size**-0.5 if scaling is None else scaling)
+    of_trunk = _times_trunk(grouped, key.trunk.transpose(1, 2))
+    scores = torch.cat([of_trunk, torch.matmul(grouped, key.rows.transpose(2, 3))], dim=-1)
     scores = (scores if softcap is None else _capped(scores, softcap)) + bias
-    return torch.matmul(scores.softmax(-1).to(value.dtype), value).reshape(rows, 1, heads, value.shape[3])
+    weights = scores.softmax(-1).to(value.rows.dtype).split([of_trunk.shape[-1], key.rows.shape[2]], dim=-1)
+    mean = _times_trunk(weights[0], value.trunk) + torch.matmul(weights[1], value.rows)
+    return mean.reshape(rows, 1, heads, mean.shape[-1])
+
+
+def _times_trunk(rows: Tensor, trunk: Tensor) -> Tensor:
+    """[B, key heads, group, n] times [key heads, n, m]: for each key head one product for all rows."""
+    count, heads, group, _ = rows.shape
+    product = torch.matmul(rows.transpose(0, 1).flatten(1, 2), trunk)
+    return product.unflatten(1, (count, group)).transpose(0, 1)

@@ -24,7 +24,7 @@ class Row:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     pool_start: int
-    """First pooled position in prompt + response; all positions from there to the end are pooled."""
+    """First pooled position in prompt + response, or -1, the last one; all from there to the end are pooled."""
     scored: bool
     """Whether to compute log-probs of the response."""
 
@@ -114,7 +114,7 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     """
     builder = _Builder()
     if share_prompts:
-        trunk_ids = _common_beginning([row.prompt for row in rows])
+        trunk_ids = common_beginning([row.prompt for row in rows])
         trunk = builder.add(trunk_ids, None)
         prompts: dict[tuple[int, ...], _Node] = {}
         leaves = []
@@ -128,8 +128,9 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     score: list[tuple[int, int, int, int]] = []
     for i, (row, leaf) in enumerate(zip(rows, leaves, strict=True)):
         positions = leaf.packed_positions(0)
-        pool_token += positions[row.pool_start :]
-        pool_row += [i] * (len(positions) - row.pool_start)
+        pooled = positions[row.pool_start :]
+        pool_token += pooled
+        pool_row += [i] * len(pooled)
         if row.scored:
             predicting = positions[len(row.prompt) - 1 : -1] if row.response else []
             score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, row.response, strict=True))]
@@ -153,7 +154,7 @@ def _prefix_mask(length: int, depth: int) -> torch.Tensor:
     return torch.ones(length, depth + length, dtype=torch.bool).tril(diagonal=depth)
 
 
-def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest beginning common to all prompts when there are several different ones."""
     first, last = min(prompts), max(prompts)
     if first == last:

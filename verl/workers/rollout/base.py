@@ -23,6 +23,8 @@ class Response:
     """Log-prob of each id under the distribution it was sampled from (temperature applied)."""
     truncated: bool
     """Whether it hit the length limit without an end token."""
+    pooled: Tensor | None = None
+    """[H] float32, the pooled hidden states of prompt and rationale; None = the engine was not asked to pool."""
 
 
 Responses = dict[int, Response]
