@@ -17,6 +17,7 @@ from pathlib import Path
 
 from verl.evaluation.options import ASK_ABOVE_HOURS, SUITES
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
+from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,6 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    let_waiting_threads_sleep()
     # This takes seconds to load, for which a help text and a wrong flag need not wait.
     from verl.evaluation.evaluate import run_program
 

@@ -9,7 +9,6 @@ A row is kept if all its texts fit: the prompt, and of a triplet the query and t
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +22,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    num_cpus = len(os.sched_getaffinity(0))
     add = parser.add_argument
     add("--train_parquet", type=Path, required=True)
     add("--val_parquet", type=Path, help="written as test.parquet, whatever its name")
     add("--out_dir", type=Path, required=True)
     add("--tokenizer_path", required=True, help="folder or hub name of the model that will be trained")
     add("--max_len", type=int, default=1024, help="most tokens a prompt may have (data.max_prompt_length)")
-    add("--num_proc", type=int, default=num_cpus, help="most processes to measure with; default: all CPUs")
+    add("--num_proc", type=int, help="most processes to measure with; default: as many as CPUs that it may use")
     add("--prompt_key", default="prompt", help="the column of chat messages")
     add_template_flags(parser, "as in training without data.system_prompt_in and data.template_date")
     add("--trust_remote_code", action="store_true", help="run Python code that the tokenizer's folder brings")

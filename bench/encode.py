@@ -21,6 +21,8 @@ from typing import Any
 
 from common import markdown, write_json
 
+from verl.utils.cpus import usable_cpus
+
 REPO = Path(__file__).parent.parent
 MODEL = str(REPO / "models/SmolLM2-135M-Instruct")
 PLAIN_TEXTS = 256
@@ -148,7 +150,7 @@ def in_own_process(what: str, rounds: int) -> Any:
     """Measure in a process of its own, because vllm changes the process that imports it."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--rounds", str(rounds), "--only", what, "--json", file.name]
-        env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}
+        env = {"OMP_NUM_THREADS": str(usable_cpus()), **os.environ}
         subprocess.run(command, check=True, env=env)
         return json.loads(Path(file.name).read_text())
 

@@ -20,6 +20,8 @@ from typing import Any
 import common
 from common import REPO, markdown, write_json
 
+from verl.utils.cpus import usable_cpus
+
 MODEL = str(REPO / common.MODEL)
 NEW_TOKENS = 48
 
@@ -138,7 +140,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
     engines = ["hf", "vllm"] if find_spec("vllm") else ["hf"]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
-    env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, **place}
+    env = {"OMP_NUM_THREADS": str(usable_cpus()), **os.environ, **place}
     found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for turn in range(args.rounds):
         for engine in engines:

@@ -8,7 +8,6 @@ that this machine reaches in one large product. Further key=value arguments are 
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from verl.config import DataConfig
 from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer
 from verl.models.packing import Row, pack
+from verl.utils.cpus import usable_cpus
 from verl.utils.tokenizer import load_tokenizer
 
 SHAPE = (4, 4, 48)
@@ -30,7 +30,7 @@ SHAPE = (4, 4, 48)
 
 def peak_rate() -> float:
     """FLOP/s of a large float32 product: the best of several, because a floor needs the highest rate."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cpus())
     size, best = 3072, 0.0
     a, b, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
     for _ in range(12):

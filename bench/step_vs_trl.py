@@ -19,6 +19,8 @@ from pathlib import Path
 
 from common import MODEL, REPO, markdown, prepare_data, spread, train, write_json
 
+from verl.utils.cpus import usable_cpus
+
 SHAPES = {"small": (4, 4, 48), "large": (4, 8, 96)}
 BAR = 1 / 3
 WARM_UP = 2
@@ -46,7 +48,7 @@ def trl(train_file: Path, folder: Path, shape: tuple[int, int, int], steps: int)
         sys.executable, "bench/trl_grace.py", "--model", MODEL, "--train_file", str(train_file), "--triplets",
         str(triplets), "--n", str(n), "--new_tokens", str(tokens), "--steps", str(steps + WARM_UP), "--out", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(usable_cpus()), "TOKENIZERS_PARALLELISM": "true"}
     log = folder / "log"
     with log.open("w") as file:
         if subprocess.run(command, cwd=REPO, env=environment, stdout=file, stderr=file).returncode:

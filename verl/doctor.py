@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from verl.errors import UserError
 from verl.trainer.compose import compose_config
 from verl.utils.console import show_any_text
+from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,6 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     show_any_text()
+    let_waiting_threads_sleep()
     try:
         config = compose_config(args.overrides)
     except UserError as error:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.utils.answers import MARK
+from verl.utils.cpus import let_waiting_threads_sleep
 
 INSTRUCTION = f"Reason step by step. Then write {MARK} and after it the final number, alone on the last line."
 
@@ -39,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    let_waiting_threads_sleep()
     # This takes seconds to load, for which a help text and a wrong flag need not wait.
     from verl.evaluation.generation import run_program
 

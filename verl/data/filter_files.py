@@ -14,6 +14,7 @@ from verl.data.parallel import build_mapper
 from verl.data.publish import move_into
 from verl.errors import UserError
 from verl.utils.console import complain, say
+from verl.utils.cpus import usable_cpus
 from verl.utils.versions import installed_versions
 
 ROWS_WORTH_A_PROCESS = 50_000
@@ -114,6 +115,6 @@ def run(args: argparse.Namespace) -> None:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     # On the same file system as the outputs, so that moving them into place is a rename.
     with tempfile.TemporaryDirectory(prefix=".offline_filter-", dir=args.out_dir) as scratch:
-        reports = filter_inputs(files, settings, args.num_proc, Path(scratch))
+        reports = filter_inputs(files, settings, args.num_proc or usable_cpus(), Path(scratch))
         move_into(args.out_dir, sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".json"))
     summarise(reports, args)

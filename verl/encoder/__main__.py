@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
+from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    let_waiting_threads_sleep()
     # This takes seconds to load, for which a help text and a wrong flag need not wait.
     from verl.encoder.embed_file import run_program
 

@@ -21,6 +21,7 @@ from verl.encoder.record import Rationale, Sampling, TextRecord
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
+from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Responses, Rollout
@@ -85,6 +86,9 @@ class Backend:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
+        if spec.device == "cpu" and threads_wanted() is None:
+            # By itself torch takes all CPUs of the machine, also where a container may use a few of them.
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         lm = load_causal_lm(spec.folder, spec.trust_remote_code)
         lm = lm.to(spec.device, getattr(torch, spec.dtype_name)).eval().requires_grad_(False)
         pack_linears(lm)

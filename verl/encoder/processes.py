@@ -16,6 +16,7 @@ import torch
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec, free_port
 from verl.encoder.record import Sampling, TextRecord
+from verl.utils.cpus import let_waiting_threads_sleep, share_of_cpus, threads_wanted
 from verl.utils.logging import quiet_libraries
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.workers.rollout.base import RolloutError
@@ -58,6 +59,7 @@ class ProcessesBackend:
         self._connections: list[Connection] = []
         self._processes = []
         ports = [free_port() for _ in range(num_processes // self._group)]
+        let_waiting_threads_sleep()
         for rank in range(num_processes):
             ours, theirs = context.Pipe()
             which = _Process(rank, num_processes, self._group, ports[rank // self._group])
@@ -166,7 +168,7 @@ def _set_up_process(spec: ModelSpec, which: _Process) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(which.num_processes)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[which.rank]
-    threads = max(1, (os.cpu_count() or 1) // which.num_processes)
+    threads = threads_wanted() or share_of_cpus(which.num_processes)
     torch.set_num_threads(threads)
     os.environ.update(
         RANK=str(which.rank % which.group), LOCAL_RANK="0", WORLD_SIZE=str(which.group), MASTER_ADDR="127.0.0.1",

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.single_controller.worker_group import WorkerGroup
+from verl.utils.cpus import threads_wanted
 
 _LOOPBACK = "127.0.0.1"
 
@@ -26,7 +27,7 @@ class LocalWorkerGroup(WorkerGroup):
 
     def __init__(self, worker_class: type[Worker], args: Sequence[Any], device: str) -> None:
         self._environment, self._threads = dict(os.environ), torch.get_num_threads()
-        self._worker = worker_class(WorkerPlace(0, 1, device, 1, os.cpu_count() or 1), *args)
+        self._worker = worker_class(WorkerPlace(0, 1, device, 1, threads_wanted()), *args)
         self._worker.join_process_group(_LOOPBACK, _LOOPBACK, self._worker.open_port(_LOOPBACK))
 
     def shutdown(self) -> None:

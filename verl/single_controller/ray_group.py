@@ -23,6 +23,7 @@ from verl.single_controller.host_memory import HostMemory
 from verl.single_controller.stacks import stack_file
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.single_controller.worker_group import WorkerGroup
+from verl.utils.cpus import threads_wanted, waiting_environment
 
 _PLACEMENT_TIMEOUT_S = 120
 _POLL_S = 0.5
@@ -79,7 +80,7 @@ class RayWorkerGroup(WorkerGroup):
         self.world_size = num_nodes * workers_per_node
         self._placement = _reserve(num_nodes, workers_per_node, device)
         self._nodes = [node for node in _nodes_of(self._placement) for _ in range(workers_per_node)]  # by rank
-        threads = max(1, (os.cpu_count() or 1) // workers_per_node)
+        threads = threads_wanted()
         self._workers = [
             self._start(worker_class, args, WorkerPlace(rank, self.world_size, device, workers_per_node, threads))
             for rank in range(self.world_size)
@@ -142,8 +143,7 @@ class RayWorkerGroup(WorkerGroup):
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._placement, placement_group_bundle_index=place.rank // place.workers_per_node
         )
-        # Ray sets OMP_NUM_THREADS to the CPUs of the slot, which would leave a CPU worker with one thread.
-        environment = {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": str(place.num_threads)}
+        environment = {"TOKENIZERS_PARALLELISM": "true", **waiting_environment()}
         if place.device == "cpu":
             environment |= _KEEP_FREED_MEMORY
         remote_class = ray.remote(worker_class).options(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from verl.single_controller.stacks import StackDump
+from verl.utils.cpus import share_of_cpus
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class WorkerPlace:
     device: str
     """cuda or cpu."""
     workers_per_node: int
-    num_threads: int
-    """torch threads on a CPU."""
+    num_threads: int | None
+    """Threads of torch; None = its share of the CPUs of its machine."""
 
 
 class Worker:
@@ -70,8 +71,7 @@ class Worker:
         )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        else:
-            torch.set_num_threads(self.place.num_threads)
+        self._set_threads()
         # By default gloo takes the interface that the machine's name resolves to, which is often loopback.
         if interface := _interface_of(own_address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -79,6 +79,12 @@ class Worker:
         dist.init_process_group(
             backend, rank=self.rank, world_size=self.world_size, store=self._meet(master_address, port)
         )
+
+    def _set_threads(self) -> None:
+        """Ray has set OMP_NUM_THREADS to the CPUs of the worker's slot, which is 1."""
+        threads = self.place.num_threads or share_of_cpus(self.place.workers_per_node)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
     def _meet(self, address: str, port: int) -> dist.Store:
         if self.world_size == 1:

@@ -29,6 +29,7 @@ from verl.models.attention import kernel_in_use
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, find_devices, load_model_config, start_ray
+from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Rollout, finish
@@ -65,7 +66,7 @@ def check_devices(config: RunConfig) -> str:
     device, workers = find_devices(config)
     if device == "cpu":
         memory = psutil.virtual_memory()
-        return f"{workers} worker(s) on {os.cpu_count()} CPUs, {memory.available / 2**30:.1f} GiB of memory free"
+        return f"{workers} worker(s) on {usable_cpus()} CPUs, {memory.available / 2**30:.1f} GiB of memory free"
     lines = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -157,7 +158,7 @@ def check_vllm(config: RunConfig) -> str:
     if name == "hf":
         return reason
     lm, stops = _load(config)
-    worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, os.cpu_count() or 1))
+    worker = Worker(WorkerPlace(0, 1, find_devices(config)[0], 1, threads_wanted()))
     worker.join_process_group("127.0.0.1", "127.0.0.1", worker.open_port("127.0.0.1"))
     engine = load_vllm_adapter().VLLMRollout(
         config.actor_rollout_ref.model, rollout.model_copy(update={"tensor_model_parallel_size": 1}),

@@ -21,11 +21,13 @@ from verl.errors import UserError
 from verl.trainer.compose import CONFIG_DIR, compose_config, compose_values
 from verl.trainer.overrides import plain_values, resolve
 from verl.utils.console import show_any_text
+from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     show_any_text()
+    let_waiting_threads_sleep()
     try:
         if args.cfg:
             sys.stdout.write(_composed_yaml(args))

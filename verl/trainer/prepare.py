@@ -3,7 +3,6 @@
 The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
+from verl.utils.cpus import usable_cpus
 from verl.utils.tokenizer import load_tokenizer
 
 
@@ -58,7 +58,7 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
 
 def _devices_here(config: RunConfig) -> tuple[int, int]:
     """GPUs and CPUs of this machine."""
-    return torch.cuda.device_count(), config.ray_init.num_cpus or os.cpu_count() or 1
+    return torch.cuda.device_count(), config.ray_init.num_cpus or usable_cpus()
 
 
 def _devices_of_cluster(nnodes: int) -> tuple[int, int]:
@@ -150,4 +150,4 @@ def start_ray(config: RunConfig, world_size: int) -> Reaper | None:
             f"trainer.nnodes={config.trainer.nnodes} but RAY_ADDRESS is not set; run `ray start --head` on one "
             "machine, `ray start --address=HOST:6379` on the others, and export RAY_ADDRESS=HOST:6379."
         )
-    return ray_cluster.start(config.ray_init.num_cpus or max(os.cpu_count() or 1, world_size))
+    return ray_cluster.start(config.ray_init.num_cpus or max(usable_cpus(), world_size))
