@@ -67,6 +67,8 @@ def start(num_cpus: int) -> Reaper:
         UserError: the folder for temporary files is too long for a socket.
     """
     _configure()
+    # Ray lowers the priority of its workers, so that any other program of the machine takes their CPUs.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     _give_ray_a_token()
     reaper = Reaper()
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
