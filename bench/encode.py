@@ -117,8 +117,8 @@ class PlainEncoder:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+        self.model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def encode(self, texts: list[str], seed: int) -> list[Any]:
