@@ -2,7 +2,8 @@
 
     python3 bench/data.py --lines 200000 --json data_bench.json
 
-The peak is that of the largest single process; the filter runs several at once.
+The peak is that of the largest single process; the filter runs several at once. The floor is the tokenizer alone, in
+Rust on all CPUs, on the prompts that the filter measures.
 """
 
 import argparse
@@ -16,10 +17,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from common import markdown, write_json
+
+from verl.embedding.prompts import PromptRenderer, rationale_messages
+from verl.utils.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models/SmolLM2-135M-Instruct"
+FLOOR_BATCH = 10_000
 
 
 def sentences(num: int, seed: int) -> Iterator[str]:
@@ -65,6 +71,33 @@ def measure(name: str, num_lines: int, argv: list[object]) -> dict[str, object]:
     }
 
 
+def measure_floor(mode: str, parquet: Path, tokenizer_path: Path) -> dict[str, object]:
+    """Seconds of tokenizing all prompts of a file, without reading, rendering and writing."""
+    renderer = PromptRenderer(load_tokenizer(str(tokenizer_path)))
+    rows = pq.read_table(parquet).to_pylist()
+    chats = [row["prompt"] for row in rows]
+    if mode == "supervised":
+        texts = [
+            text for row in rows for text in (row["multi_input"]["query"], row["multi_input"]["negative_document"])
+        ]
+        chats += [rationale_messages(text) for text in texts]
+    prompts = [text.join(renderer.frame(chat)) for chat in chats for text in [chat[-1]["content"]]]
+    start = time.perf_counter()
+    for first in range(0, len(prompts), FLOOR_BATCH):
+        renderer.tokenizer.backend_tokenizer.encode_batch_fast(
+            prompts[first : first + FLOOR_BATCH], add_special_tokens=False
+        )
+    seconds = time.perf_counter() - start
+    lines_per_s = round(len(rows) / seconds)
+    return {
+        "name": f"floor {mode}",
+        "lines": len(rows),
+        "seconds": round(seconds, 2),
+        "lines_per_s": lines_per_s,
+        "peak_mb": "-",
+    }
+
+
 def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, object]]:
     texts, triplets = write_inputs(folder, args.lines, args.triplets)
     inputs = [("unsupervised", texts, args.lines), ("supervised", triplets, args.triplets)]
@@ -76,6 +109,7 @@ def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, object]]:
         flags = ["--train_parquet", folder / mode / "train.parquet", "--out_dir", folder / f"{mode}_filtered"]
         flags += ["--val_parquet", folder / mode / "test.parquet", "--tokenizer_path", args.tokenizer]
         results.append(measure(f"filter {mode}", num, [ROOT / "offline_filter_data.py", *flags]))
+        results.append(measure_floor(mode, folder / mode / "train.parquet", args.tokenizer))
     return results
 
 
