@@ -194,7 +194,8 @@ class Actor:
         assert out.log_probs is not None
         if not len(rows):
             return out.log_probs.sum(), {}
-        loss, parts = self._policy_loss(rows, packed, out, total)
+        # Rows without rationales have no log-probs, and their sum is 0.
+        loss, parts = self._policy_loss(rows, packed, out, total) if total.tokens else (out.log_probs.sum(), {})
         loss = policy * loss
         if embedding:
             assert out.embeddings is not None
@@ -216,7 +217,7 @@ class Actor:
         ).to(device)
         losses, indicators = policy_loss(old, out.log_probs, advantages, self.clip)
         loss = (losses * weights).sum()
-        token_share = 1.0 / max(total.tokens, 1.0)
+        token_share = 1.0 / total.tokens
         parts = {"pg_loss": loss.detach(), **{k: v.sum() * token_share for k, v in indicators.items()}}
         if self._has_kl_loss:
             kl = kl_penalty(out.log_probs, rows.batch["ref_log_prob"][where].to(device), config.kl_loss_type)

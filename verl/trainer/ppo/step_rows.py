@@ -25,15 +25,15 @@ def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
 def without_rationales(prompts: DataProto) -> DataProto:
     """Prompt rows as rows of a step whose rationales are empty, so that their embeddings are those of the texts."""
     count = len(prompts)
-    per_token = {name: torch.zeros(count, 0) for name in ("rollout_log_probs", "ref_log_prob", "advantages")}
+    per_token = {name: torch.zeros(count, 0) for name in ("rollout_log_probs", "advantages")}
     rows = prompts.with_tensors(
         responses=torch.zeros(count, 0, dtype=torch.int64),
         response_length=torch.zeros(count, dtype=torch.int64),
         truncated=torch.zeros(count, dtype=torch.bool),
         **per_token,
     )
-    rows.non_tensor_batch["rationale"] = object_array([""] * count)
-    return rows
+    rationales = {"rationale": object_array([""] * count)}
+    return DataProto(rows.batch, {**rows.non_tensor_batch, **rationales}, rows.meta_info)
 
 
 def add_advantages(

@@ -204,7 +204,7 @@ class HiddenRewardManager:
                 _groups(rows, at, g), self.config.contrastive_temperature,
             )  # fmt: skip
             (grad,) = torch.autograd.grad(weight * loss, vectors)
-        found = {"loss": float(loss), "accuracy": float(accuracy), "weight": weight}
+        found = {"loss": float(loss.detach()), "accuracy": float(accuracy), "weight": weight}
         return grad, {f"contrastive/{name}": value for name, value in found.items()}
 
 
