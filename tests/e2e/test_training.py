@@ -227,6 +227,7 @@ def test_a_joint_run_warms_up_without_rationales_and_resumes_bit_for_bit(tmp_pat
         *(f"+reward_model.reward_kwargs.contrastive_{name}={value}" for name, value in kwargs.items()),
         "actor_rollout_ref.actor.embedding_grad_share=0.4", "actor_rollout_ref.actor.embedding_grad_every=3",
         "trainer.contrastive_warmup_steps=1", "trainer.total_training_steps=4", "trainer.save_freq=2", GOLDEN_LR,
+        "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.tis_imp_ratio_cap=2",
     ]  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train_here(*recipe(tiny_folder, triplets, whole), *joint)

@@ -125,6 +125,20 @@ def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():
         assert list(unread_settings(config_of({**settings, "reward_model.reward_kwargs": kwargs}))) == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "size", "refused"), [("unsupervised", 1, True), ("unsupervised", 2, False), ("supervised", 1, False)]
+)
+def test_a_step_of_one_text_has_nothing_to_contrast_it_with(mode, size, refused):
+    with pytest.raises(UserError) as caught:
+        build_config(
+            {
+                "data": {"train_mode": mode, "train_batch_size": size},
+                "reward_model": {"reward_kwargs": {"contrastive_weight": 0.1}},
+            }
+        )
+    assert ("a step of one text has nothing to contrast it with" in str(caught.value)) == refused
+
+
 def test_the_size_of_micro_batches_alone_sets_their_kind():
     def limits(**settings: Any) -> list[tuple[int | None, int | None]]:
         section = config_of({key.replace("__", "."): value for key, value in settings.items()}).actor_rollout_ref
