@@ -1,4 +1,4 @@
-"""A reward of your own: how far the query is nearer to the rationale than to the hard negative.
+"""Rewards of your own: how far the query is nearer to the rationale than to the hard negative.
 
     bash train.sh reward_model.reward_manager=examples/custom_reward.py:MarginReward \\
         '~reward_model.reward_kwargs' '+reward_model.reward_kwargs={margin: 0.2}'
@@ -6,9 +6,14 @@
 A reward manager gets every row of the step: trained rows (role `positive`) and their anchors (`query`,
 `negative`), with `uid`, `text`, `rationale` and, because it asks for them, `embeddings`. It returns one score
 per trained row, in their order; metrics and columns appear in metrics.jsonl and samples/step_N.jsonl.
+
+`MarginLoss` also returns the gradient of a loss on the embeddings, which the update follows through the model, beside
+the policy gradient (docs/objectives.md).
 """
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
@@ -24,19 +29,41 @@ class MarginReward:
         self.margin = margin
 
     def __call__(self, rows: DataProto) -> RewardOutput:
-        vector = {
-            (uid, role): embedding
-            for uid, role, embedding in zip(
-                rows.non_tensor_batch["uid"],
-                rows.non_tensor_batch["role"],
-                rows.batch["embeddings"],
-                strict=True,
-            )
-            if role != "positive"
-        }
-        main = rows[is_trained(rows)]
-        query = torch.stack([vector[uid, "query"] for uid in main.non_tensor_batch["uid"]])
-        negative = torch.stack([vector[uid, "negative"] for uid in main.non_tensor_batch["uid"]])
-        gap = (query * main.batch["embeddings"]).sum(1) - (query * negative).sum(1)
+        gap = self.gaps(rows, rows.batch["embeddings"])
         met = (gap >= self.margin).float()
         return RewardOutput(gap.clamp(max=self.margin), {"margin_met": float(met.mean())}, {"gap": gap})
+
+    def gaps(self, rows: DataProto, vectors: Tensor) -> Tensor:
+        """[B] of the trained rows.
+
+        Args:
+            vectors: [N,H] of all rows.
+        """
+        uids, roles = rows.non_tensor_batch["uid"], rows.non_tensor_batch["role"]
+        place = {(uid, role): i for i, (uid, role) in enumerate(zip(uids, roles, strict=True)) if role != "positive"}
+        main = np.flatnonzero(is_trained(rows))
+        query, negative = (vectors[[place[uid, role] for uid in uids[main]]] for role in ("query", "negative"))
+        return (query * vectors[main]).sum(1) - (query * negative).sum(1)
+
+
+class MarginLoss(MarginReward):
+    """The same reward, and what is missing to the margin as a loss on the embeddings themselves.
+
+    Args:
+        weight: of that loss.
+    """
+
+    # Queries and negatives are trained too. Without this line they are constants.
+    trains_anchors = True
+
+    def __init__(self, margin: float = 0.2, weight: float = 1.0) -> None:
+        super().__init__(margin)
+        self.weight = weight
+
+    def __call__(self, rows: DataProto) -> RewardOutput:
+        output = super().__call__(rows)
+        vectors = rows.batch["embeddings"].clone().requires_grad_()
+        loss = self.weight * (self.margin - self.gaps(rows, vectors)).clamp(min=0).mean()
+        (output.embedding_grad,) = torch.autograd.grad(loss, vectors)
+        output.metrics["margin_loss"] = float(loss.detach())
+        return output

@@ -47,6 +47,30 @@ def trained_rows(seed: int = 0, groups: int = 4, n: int = 3) -> DataProto:
     )
 
 
+def whole_step(seed: int = 0, groups: int = 4, n: int = 3, negatives: bool = True) -> DataProto:
+    """As `trained_rows`, with a query and a negative after each group, which are anchors; all in one mini-batch.
+
+    Some texts of different groups are equal: the first two have one query, the first and the last one positive, and the
+    third's negative is the first one's positive. Without negatives, a query is the group's own text once more.
+    """
+    roles = ["positive"] * n + ["query"] + ["negative"] * negatives
+    rows = trained_rows(seed, groups, len(roles))
+    texts = []
+    for group in range(groups):
+        text = {"positive": f"positive {group % (groups - 1)}", "query": f"query {max(group, 1)}"}
+        text["negative"] = "positive 0" if group == 2 else f"negative {group}"
+        texts += [text[role] if negatives else text["positive"] for role in roles]
+    anchor = torch.tensor([role != "positive" for role in roles] * groups)
+    if negatives:  # their prompts are others
+        rows.batch["prompts"][:, -1] += anchor * (1 + torch.arange(len(rows)) % 5)
+    rows.batch["advantages"][anchor] = 0
+    rows.batch["mini_batch"].zero_()
+    tensors = {name: rows.batch[name] for name in rows.batch.keys()}
+    tensors["truncated"] = torch.zeros(len(rows), dtype=torch.bool)
+    columns = {"role": roles * groups, "uid": rows.non_tensor_batch["uid"], "text": texts}
+    return DataProto.from_dict(tensors, columns, {"step": 1})
+
+
 def tiny_policy(seed: int = 0) -> PolicyModel:
     lm = tiny_model(seed=seed)
     lm.set_attn_implementation(ATTENTION)

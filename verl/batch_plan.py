@@ -22,6 +22,8 @@ class BatchPlan:
     trained_rows_per_update: int
     micro_batch: str
     """Limit of one forward, in words."""
+    warm_up_steps: int
+    """First steps without rationales."""
     steps_per_epoch: int
     total_steps: int
     decided_by: str
@@ -66,6 +68,7 @@ class BatchPlan:
             updates_per_step=data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs,
             trained_rows_per_update=rows_per_update,
             micro_batch=f"{tokens} tokens" if tokens else f"{rows} rows",
+            warm_up_steps=config.trainer.contrastive_warmup_steps,
             steps_per_epoch=steps_per_epoch,
             total_steps=steps or steps_per_epoch * epochs,
             decided_by="trainer.total_training_steps" if steps else f"trainer.total_epochs={epochs}",
@@ -85,4 +88,5 @@ class BatchPlan:
             ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
             ("one forward takes at most", f"{self.micro_batch} per worker"),
             ("steps", f"{self.total_steps} by {self.decided_by} ({self.steps_per_epoch} per epoch)"),
+            *([("of them without rationales", f"the first {self.warm_up_steps}")] if self.warm_up_steps else []),
         ]

@@ -171,6 +171,11 @@ class ActorConfig(_Section):
     """Rows of a micro-batch in the update."""
     grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
+    embedding_grad_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
+    null = both as they come."""
+    embedding_grad_every: PositiveInt = 10
+    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward."""
     clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
     clip_ratio_low: Bound | None = None
@@ -340,6 +345,21 @@ class HiddenRewardConfig(_Section):
     """infonce: how far below its group's lowest reward a cut-off rationale is put. (grace gives -1.)"""
     exclude_system_prompt: bool = True
     """Pool from the first token of the user's text; false = from the first token of the prompt."""
+    contrastive_weight: NonNegativeFloat = 0.0
+    """Weight of a contrastive loss (InfoNCE) on the embeddings beside the policy gradient; 0 = the paper's GRACE."""
+    contrastive_first_weight: NonNegativeFloat | None = None
+    """Its weight in the first contrastive_first_steps steps; null = contrastive_weight from the first step on."""
+    contrastive_first_steps: NonNegativeInt = 0
+    """Steps of contrastive_first_weight."""
+    contrastive_temperature: PositiveFloat = 0.05
+    """Of that loss; similarities are divided by it."""
+    contrastive_anchors: bool = False
+    """Whether that loss trains queries and negatives too; false = only the rationales' rows move."""
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the contrastive loss has weight in any step."""
+        return self.contrastive_weight > 0 or bool(self.contrastive_first_weight)
 
 
 class CustomRewardFunctionConfig(_Section):
@@ -408,6 +428,9 @@ class TrainerConfig(_Section):
     best_checkpointed_iteration.txt, and not removed until a better one is."""
     test_freq: OrOff = -1
     """Steps between validations; -1 or 0 = none."""
+    contrastive_warmup_steps: NonNegativeInt = 0
+    """First steps that generate nothing: texts are embedded without rationales, and only the reward manager's gradient
+    on the embeddings trains. They count as steps of the run."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"

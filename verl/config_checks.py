@@ -278,10 +278,22 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
             f"naive only, and this run uses {manager}; change one of them."
         )
     if manager == "hidden":
-        try:
-            yield from unread_reward_kwargs(build_reward_kwargs(config.reward_model.reward_kwargs))
-        except UserError as error:
-            yield from str(error).split("\n")
+        yield from _check_reward_kwargs(config)
+
+
+def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
+    try:
+        rewards = build_reward_kwargs(config.reward_model.reward_kwargs)
+    except UserError as error:
+        yield from str(error).split("\n")
+        return
+    yield from unread_reward_kwargs(rewards)
+    if rewards.contrastive and config.train_mode == "unsupervised" and config.data.train_batch_size == 1:
+        yield (
+            "data.train_batch_size=1 with reward_model.reward_kwargs.contrastive_weight="
+            f"{rewards.contrastive_weight}: a step of one text has nothing to contrast it with. Set "
+            "train_batch_size to 2 or more."
+        )
 
 
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (

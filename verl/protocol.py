@@ -18,6 +18,7 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | entropy | [N] float32, mean over the response | scoring | metrics |
 | ref_log_prob | [N,R] float32, trained rows only | scoring, by the reference | update, KL in the reward |
 | advantages | [N,R] float32 | step_rows.add_advantages | update |
+| embedding_grad | [N,H] float32, of a loss by `embeddings` | step_rows.add_embedding_grad | update |
 | mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
 
 Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`

@@ -51,6 +51,14 @@ def _has_the_actors_budget(config: RunConfig, section: Any) -> bool:
     return bool(section.log_prob_max_token_len_per_gpu == _actor(config).ppo_max_token_len_per_gpu)
 
 
+def _may_train_embeddings(config: RunConfig) -> bool:
+    """Whether the reward manager can give a gradient on the embeddings; one of the user's own may."""
+    rewards = config.reward_model
+    if rewards.reward_manager != "hidden":
+        return rewards.reward_manager != "naive"
+    return any(rewards.reward_kwargs.get(name) for name in ("contrastive_weight", "contrastive_first_weight"))
+
+
 READERS = (
     Reader(
         ("trainer.resume_from_path",), "trainer.resume_mode=resume_path",
@@ -135,6 +143,10 @@ READERS = (
         (f"{_ROLLOUT}.anchor_temperature",), "a reward_model.reward_manager other than naive",
         lambda c: c.reward_model.reward_manager != "naive",
     ),
+    Reader(
+        (f"{_ACTOR}.embedding_grad_share", f"{_ACTOR}.embedding_grad_every", "trainer.contrastive_warmup_steps"),
+        "reward_model.reward_kwargs.contrastive_weight above 0, or a reward manager of your own", _may_train_embeddings,
+    ),
     Reader(_VLLM_ONLY, f"{_ROLLOUT}.name=vllm", lambda c: c.actor_rollout_ref.rollout.name != "hf"),
 )  # fmt: skip
 
@@ -148,6 +160,13 @@ REWARD_READERS = (
     Reader(
         ("length_penalty",), "objective=infonce and enable_length_penalty=True",
         lambda c: c.objective == "infonce" and c.enable_length_penalty,
+    ),
+    Reader(("contrastive_temperature", "contrastive_anchors"), "contrastive_weight above 0", lambda c: c.contrastive),
+    Reader(
+        ("contrastive_first_weight",), "contrastive_first_steps above 0", lambda c: c.contrastive_first_steps > 0
+    ),
+    Reader(
+        ("contrastive_first_steps",), "contrastive_first_weight", lambda c: c.contrastive_first_weight is not None
     ),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, with_log_probs
+from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, whole_step, with_log_probs
 
 from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import FsdpConfig
@@ -18,30 +18,39 @@ from verl.workers.scoring import score
 
 # Ranks get rows by tokens; in the second split, rank 1 gets no row of mini-batch 1 and runs dummy rows.
 SPLITS = {"balanced": None, "one rank idles": [list(range(6)), list(range(6, 12))]}
+# The losses of an update: the policy's, and with anchors one on the embeddings beside it.
+LOSSES = ("policy", "joint")
 
 
 def run_rank(rank: int, world_size: int, port: int, folder: str, split: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    for loss in LOSSES:
+        score_and_update(rank, world_size, folder, split, loss)
+    dist.destroy_process_group()
+
+
+def score_and_update(rank: int, world_size: int, folder: str, split: str, loss: str) -> None:
     # Rows and their old log-probs are made by each rank alone, before anything is sharded.
-    rows = torch.load(Path(folder) / "rows.pt", weights_only=False)
+    rows = torch.load(Path(folder) / f"{loss}.pt", weights_only=False)
     policy = shard(tiny_policy(), torch.device("cpu"), FsdpConfig(), offload_policy=False)
     costs = (rows.batch["prompt_length"] + rows.batch["response_length"]).tolist()
     parts = SPLITS[split] or partition_rows(rows.non_tensor_batch["uid"], costs, world_size)
     part = list(range(len(rows))) if world_size == 1 else parts[rank]
-    actor = build_actor(policy, ppo_max_token_len_per_gpu=90)
+    # Of four updates the first and the last measure the two gradients apart.
+    actor = build_actor(policy, ppo_max_token_len_per_gpu=90, embedding_grad_share=0.4, embedding_grad_every=3)
     scored = score(policy, rows[part], MicroBatchLimit(90, None), TEMPERATURE, embed=True, entropy=True)
     metrics = [actor.update(rows[part], 2) for _ in range(2)]
     weights = {name: weight.clone() for name, weight in full_weights(policy)}
-    save_training_state(Path(folder) / f"checkpoint_{world_size}", policy, actor.optimizer, actor.scheduler, rank)
-    torch.save((part, scored, metrics, weights), Path(folder) / f"result_{world_size}_{rank}.pt")
-    dist.destroy_process_group()
+    if loss == "policy":
+        save_training_state(Path(folder) / f"checkpoint_{world_size}", policy, actor.optimizer, actor.scheduler, rank)
+    torch.save((part, scored, metrics, weights), Path(folder) / f"{loss}_{world_size}_{rank}.pt")
 
 
 def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    rows = torch.load(Path(folder) / "rows.pt", weights_only=False)
+    rows = torch.load(Path(folder) / "policy.pt", weights_only=False)
     policy = shard(tiny_policy(seed=5), torch.device("cpu"), FsdpConfig(), offload_policy=False)
     actor = build_actor(policy)
     load_training_state(Path(folder) / f"checkpoint_{source}", policy, actor.optimizer, actor.scheduler, rank)
@@ -60,7 +69,11 @@ def spawn(function, world_size: int, *args) -> None:
 def rows_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    torch.save(with_log_probs(trained_rows(), tiny_policy()), folder / "rows.pt")
+    torch.save(with_log_probs(trained_rows(), tiny_policy()), folder / "policy.pt")
+    joint = with_log_probs(whole_step(n=1), tiny_policy())
+    joint.batch["mini_batch"] = torch.arange(12) // 6
+    grad = torch.randn(12, 64, generator=torch.Generator().manual_seed(3))
+    torch.save(joint.with_tensors(embedding_grad=grad), folder / "joint.pt")
     dist.destroy_process_group()
     spawn(run_rank, 1, str(folder), "balanced")
     return folder
@@ -69,10 +82,16 @@ def rows_folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("split", list(SPLITS))
 def test_two_ranks_compute_what_one_does(rows_folder, split):
     spawn(run_rank, 2, str(rows_folder), split)
-    _, scored, metrics, weights = torch.load(rows_folder / "result_1_0.pt", weights_only=False)
+    for loss in LOSSES:
+        assert_ranks_agree_with_one(rows_folder, loss)
+
+
+def assert_ranks_agree_with_one(rows_folder: Path, loss: str) -> None:
+    _, scored, metrics, weights = torch.load(rows_folder / f"{loss}_1_0.pt", weights_only=False)
+    assert ["policy_grad_norm" in one for one in metrics] == [loss == "joint"] * 2
     for rank in (0, 1):
         part, rank_scored, rank_metrics, rank_weights = torch.load(
-            rows_folder / f"result_2_{rank}.pt", weights_only=False
+            rows_folder / f"{loss}_2_{rank}.pt", weights_only=False
         )
         for key in ("log_probs", "embeddings", "entropy"):
             torch.testing.assert_close(rank_scored.batch[key], scored.batch[key][part], atol=1e-5, rtol=1e-5)

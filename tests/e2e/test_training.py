@@ -221,18 +221,47 @@ def test_kl_in_loss_and_reward_start_at_zero(tmp_path, tiny_folder, triplets):
     assert not (run_dir / "global_step_2").exists()
 
 
-def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, triplets, repo):
+def test_a_joint_run_warms_up_without_rationales_and_resumes_bit_for_bit(tmp_path, tiny_folder, triplets):
+    kwargs = {"weight": 0.1, "first_weight": 1.0, "first_steps": 2, "anchors": True}
+    joint = [
+        *(f"+reward_model.reward_kwargs.contrastive_{name}={value}" for name, value in kwargs.items()),
+        "actor_rollout_ref.actor.embedding_grad_share=0.4", "actor_rollout_ref.actor.embedding_grad_every=3",
+        "trainer.contrastive_warmup_steps=1", "trainer.total_training_steps=4", "trainer.save_freq=2", GOLDEN_LR,
+        "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.tis_imp_ratio_cap=2",
+    ]  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = train_here(*recipe(tiny_folder, triplets, whole), *joint)
+    assert done.returncode == 0, done.stderr
+    assert "the first 1" in done.stdout and "step 1/4  without rationales  contrastive" in done.stdout
+    steps = read_metrics(whole)
+    first, *others = [m for m in steps if "actor/grad_norm" in m]
+    assert "reward/mean" not in first and "time/gen_s" not in first and first["actor/grad_norm"] > 0
+    assert first["perf/generated_tokens"] == 0 and first["actor/pg_loss"] == 0
+    assert [m["reward/contrastive/weight"] for m in (first, *others)] == [1, 1, 0.1, 0.1]
+    # Two updates a step: the first of step 2, and the second of step 3.
+    assert ["actor/policy_grad_norm" in m for m in others] == [True, True, False]
+    assert others[1]["actor/embedding_grad_share"] == pytest.approx(0.4, abs=1e-9)
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_2"]
+    done = train_here(*recipe(tiny_folder, triplets, resumed), *joint, *resume)
+    assert done.returncode == 0, done.stderr
+    assert [m for m in numbers(resumed) if m["step"] > 2] == [m for m in numbers(whole) if m["step"] > 2]
+    assert weights_sha256(resumed, 4) == weights_sha256(whole, 4)
+
+
+@pytest.mark.parametrize("manager", ["MarginReward", "MarginLoss"])
+def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, triplets, repo, manager):
     run_dir = tmp_path / "run"
     overrides = [o for o in recipe(tiny_folder, triplets, run_dir) if "reward_kwargs" not in o]
     example = repo / "examples/custom_reward.py"
     done = train_here(
-        *overrides, f"reward_model.reward_manager={example}:MarginReward", "+reward_model.reward_kwargs.margin=0.3",
+        *overrides, f"reward_model.reward_manager={example}:{manager}", "+reward_model.reward_kwargs.margin=0.3",
         "trainer.total_training_steps=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (step,) = steps_of(run_dir)
     assert "reward/margin_met" in step
     assert step["reward/mean"] <= 0.3 + 1e-6
+    assert ("actor/embedding_grad_norm" in step) == (manager == "MarginLoss")
 
 
 def test_naive_rewards_need_no_anchors(tmp_path, tiny_folder, triplets):

@@ -40,35 +40,43 @@ def with_anchors(rows: DataProto) -> DataProto:
     return DataProto.from_dict({k: rows.batch[k] for k in rows.batch.keys()}, {"role": roles, "uid": range(len(rows))})
 
 
-def step_of(one_update: bool, limit: int = 10_000, change=None) -> tuple[DataProto, dict, dict, int]:
-    """Score rows and update on the trained ones; also the weights after it, and how often the model ran."""
+def step_of(one_update: bool, limit: int, loss: str) -> tuple[DataProto, dict, dict, int]:
+    """Score rows and update on them; also the weights after it, and how often the model ran.
+
+    Args:
+        loss: "policy" alone, or with a loss on the embeddings: of the "rationales", or of the "anchors" too.
+    """
     policy = tiny_policy()
     actor = build_actor(policy, one_update, ppo_max_token_len_per_gpu=limit)
+    # A measurement would run the model once more.
+    actor.balance.measure(1.0, 1.0, 1.0)
     calls = []
     policy.register_forward_hook(lambda *_: calls.append(1))
     rows = with_anchors(rows_to_train())
-    scored = actor.score(rows, MicroBatchLimit(limit, None), embed=True)
+    scored = actor.score(rows, MicroBatchLimit(limit, None), embed=True, train_anchors=loss == "anchors")
     rows.batch["old_log_probs"] = scored.batch["log_probs"]
-    if change:
-        change(policy)
-    batch = rows[is_trained(rows)]
-    batch.batch["mini_batch"] = torch.zeros(len(batch), dtype=torch.int64)
-    metrics = actor.update(batch, 1)
+    rows.batch["mini_batch"].zero_()
+    if loss != "policy":
+        generator = torch.Generator().manual_seed(3)
+        rows = rows.with_tensors(embedding_grad=torch.randn(scored.batch["embeddings"].shape, generator=generator))
+    metrics = actor.update(rows if loss == "anchors" else rows[is_trained(rows)], 1)
     return scored, metrics, dict(full_weights(policy)), len(calls)
 
 
+@pytest.mark.parametrize("loss", ["policy", "rationales", "anchors"])
 @pytest.mark.parametrize("limit", [10_000, 90])
-def test_a_forward_kept_from_scoring_gives_the_scores_and_the_update_of_two_forwards(limit):
-    scored, metrics, weights, calls = step_of(one_update=True, limit=limit)
-    expected, plain_metrics, plain_weights, plain_calls = step_of(one_update=False, limit=limit)
+def test_a_forward_kept_from_scoring_gives_the_scores_and_the_update_of_two_forwards(limit, loss):
+    scored, metrics, weights, calls = step_of(True, limit, loss)
+    expected, plain_metrics, plain_weights, plain_calls = step_of(False, limit, loss)
     for name in ("log_probs", "entropy", "embeddings"):
         torch.testing.assert_close(scored.batch[name], expected.batch[name], atol=1e-5, rtol=1e-5)
         assert not scored.batch[name].requires_grad
     for name, weight in weights.items():
         torch.testing.assert_close(weight, plain_weights[name], atol=2e-5, rtol=1e-4)
     assert metrics == pytest.approx(plain_metrics, abs=1e-5, rel=1e-3)
-    # One for the anchors and one for the trained rows; a step of several micro-batches keeps nothing.
-    assert (calls, plain_calls) == (2, 2) if limit == 10_000 else calls == plain_calls > 2
+    # One for the anchors and one for the trained rows, or one for all; a step of several micro-batches keeps nothing.
+    kept = (1 if loss == "anchors" else 2, 2)
+    assert (calls, plain_calls) == kept if limit == 10_000 else calls == plain_calls > 2
 
 
 def test_a_forward_that_was_kept_for_other_rows_is_not_used():

@@ -186,6 +186,41 @@ def test_what_a_manager_returns_is_checked_at_the_door(output: Any, complaint: s
         CheckedRewardManager(Returning(output), "mine")(make_rows(CASES))
 
 
+WIDE = torch.zeros(4, 8)
+HOLED = WIDE.clone()
+HOLED[1:3, 5] = math.inf
+
+
+@pytest.mark.parametrize(
+    ("grad", "complaint"),
+    [
+        ([[0.0] * 8] * 4, r"embedding_grad is list; give a torch tensor \[4, 8\]"),
+        (WIDE[:3], r"embedding_grad has the shape \[3, 8\]; give \[4, 8\], a gradient for every row of the step"),
+        (WIDE[:, :7], r"embedding_grad has the shape \[4, 7\]"),
+        (WIDE.double(), "embedding_grad are torch.float64; return float32"),
+        (WIDE.to("meta"), "embedding_grad is on meta; give it on the CPU"),
+        (WIDE.clone().requires_grad_(), r"embedding_grad carries a graph; return embedding_grad.detach\(\)"),
+        (HOLED, "embedding_grad is not finite in 2 of 4 rows, the first is the positive of sample 1, text 'text 1'"),
+    ],
+)
+def test_a_gradient_on_the_embeddings_is_checked_at_the_door(grad: Any, complaint: str) -> None:
+    rows = make_rows(CASES[:4]).with_tensors(embeddings=torch.ones(4, 8))
+    with pytest.raises(RewardError, match=rf"reward_model.reward_manager=mine: .*{complaint}"):
+        CheckedRewardManager(Returning(RewardOutput(torch.zeros(4), embedding_grad=grad)), "mine")(rows)
+    with pytest.raises(RewardError, match="returned embedding_grad, but asks for no embeddings"):
+        output = RewardOutput(torch.zeros(4), embedding_grad=WIDE)
+        CheckedRewardManager(Returning(output), "mine")(make_rows(CASES[:4]))
+
+
+def test_a_manager_that_does_not_say_so_trains_no_anchors() -> None:
+    manager = Returning(RewardOutput(torch.zeros(4), embedding_grad=WIDE))
+    rows = make_rows(CASES[:4]).with_tensors(embeddings=torch.ones(4, 8))
+    assert CheckedRewardManager(manager, "mine")(rows).embedding_grad is WIDE
+    assert CheckedRewardManager(manager, "mine").trains_anchors is False
+    manager.trains_anchors = True
+    assert CheckedRewardManager(manager, "mine").trains_anchors is True
+
+
 class Returning:
     needs_embeddings = False
     exclude_system_prompt = True

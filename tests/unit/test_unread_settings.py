@@ -45,6 +45,9 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     (f"{ROLLOUT}.val_kwargs.temperature", 0.7, {f"{ROLLOUT}.val_kwargs.do_sample": True}),
     ("data.seed", 5, {"data.shuffle": True}),
     (f"{ROLLOUT}.anchor_temperature", 0.1, {"reward_model.reward_manager": "hidden"}),
+    (f"{ACTOR}.embedding_grad_share", 0.5, {"reward_model.reward_manager": "mine.py:Mine"}),
+    (f"{ACTOR}.embedding_grad_every", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
+    ("trainer.contrastive_warmup_steps", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
     (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
@@ -98,6 +101,10 @@ def test_an_adaptive_coefficient_of_zero_would_stay_zero():
         ({"clustering_weight": 0.5, "enable_clustering": False}, "clustering_weight", {"enable_clustering": True}),
         ({"cross_group_weight": 0.5, "objective": "infonce"}, "cross_group_weight", {"objective": "grace"}),
         ({"length_penalty": 2.0}, "length_penalty", {"objective": "infonce"}),
+        ({"contrastive_temperature": 0.1}, "contrastive_temperature", {"contrastive_weight": 0.5}),
+        ({"contrastive_anchors": True}, "contrastive_anchors", {"contrastive_weight": 0.5}),
+        ({"contrastive_first_weight": 1.0}, "contrastive_first_weight", {"contrastive_first_steps": 9}),
+        ({"contrastive_first_steps": 9}, "contrastive_first_steps", {"contrastive_first_weight": 1.0}),
     ],
 )
 def test_reward_arguments_without_effect_are_errors_too(kwargs, name, companion):
@@ -109,6 +116,27 @@ def test_reward_arguments_without_effect_are_errors_too(kwargs, name, companion)
     (line,) = lines(kwargs)
     assert line.startswith(f"reward_model.reward_kwargs.{name}={kwargs[name]} has no effect")
     assert lines({**kwargs, **companion}) == []
+
+
+def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():
+    settings = {f"{ACTOR}.embedding_grad_share": 0.5, "trainer.contrastive_warmup_steps": 3}
+    assert len(list(unread_settings(config_of(settings)))) == 2
+    for kwargs in ({"contrastive_weight": 0.1}, {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5}):
+        assert list(unread_settings(config_of({**settings, "reward_model.reward_kwargs": kwargs}))) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "refused"), [("unsupervised", 1, True), ("unsupervised", 2, False), ("supervised", 1, False)]
+)
+def test_a_step_of_one_text_has_nothing_to_contrast_it_with(mode, size, refused):
+    with pytest.raises(UserError) as caught:
+        build_config(
+            {
+                "data": {"train_mode": mode, "train_batch_size": size},
+                "reward_model": {"reward_kwargs": {"contrastive_weight": 0.1}},
+            }
+        )
+    assert ("a step of one text has nothing to contrast it with" in str(caught.value)) == refused
 
 
 def test_the_size_of_micro_batches_alone_sets_their_kind():

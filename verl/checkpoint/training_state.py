@@ -1,7 +1,7 @@
 """What a checkpoint holds: torch DCP shards to resume from, and a transformers folder to use.
 
 global_step_N/actor/                       DCP shards: weights (float32), optimizer
-global_step_N/actor/extra_rank_R.pt        learning-rate schedule, RNG
+global_step_N/actor/extra_rank_R.pt        learning-rate schedule, RNG, norms of the gradients
 global_step_N/huggingface/                 loads with AutoModelForCausalLM
 """
 
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from verl.algorithm.gradient_balance import GradientBalance
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
 
@@ -40,9 +41,10 @@ def checkpoint_bytes(num_parameters: int, dtype: torch.dtype | None) -> int:
 
 
 def save_training_state(
-    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int
-) -> None:
-    """Write weights, optimizer, schedule and RNG; all ranks call it with the same folder.
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int,
+    balance: GradientBalance | None = None,
+) -> None:  # fmt: skip
+    """Write weights, optimizer, schedule, RNG and what `balance` has measured; all ranks call it with the same folder.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -56,18 +58,22 @@ def save_training_state(
     except CheckpointException as error:
         raise _cause(error) from error
     extra = {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+    if balance:
+        extra["gradient_balance"] = balance.state_dict()
     # Opened by Python, whose errors say what failed on the disk.
     with (folder / f"extra_rank_{rank}.pt").open("wb") as file:
         torch.save(extra, file)
 
 
 def load_training_state(
-    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int
-) -> None:
+    folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LambdaLR, rank: int,
+    balance: GradientBalance | None = None,
+) -> None:  # fmt: skip
     """Load what `save_training_state` wrote, on any number of ranks.
 
     What was learned and counted is the checkpoint's. Learning rate, its schedule, betas and weight decay stay those
-    that `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect.
+    that `optimizer` and `scheduler` were built with, so that a setting changed for the resumed run takes effect; so do
+    those of `balance`, which measures anew where the checkpoint has no measurement.
     Weights that no step had changed have no optimizer state there; theirs begins anew.
 
     Raises:
@@ -93,6 +99,8 @@ def load_training_state(
     extra = torch.load(own if own.is_file() else folder / "extra_rank_0.pt", weights_only=True)
     scheduler.load_state_dict({**extra["scheduler"], "base_lrs": scheduler.base_lrs})
     _put_back(settings, optimizer, scheduler)
+    if balance and "gradient_balance" in extra:
+        balance.load_state_dict(extra["gradient_balance"])
     if own.is_file():
         torch.set_rng_state(extra["rng"])
 

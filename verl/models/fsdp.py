@@ -133,6 +133,24 @@ def full_weights(
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def take_gradient(policy: PolicyModel) -> list[Tensor | None]:
+    """The gradient, by parameter; the policy has none from then on."""
+    taken = [parameter.grad for parameter in policy.parameters()]
+    policy.zero_grad(set_to_none=True)
+    return taken
+
+
+def combine_gradient(policy: PolicyModel, scale: float, other: list[Tensor | None]) -> None:
+    """Make the policy's gradient scale x what it is + other, which is used up."""
+    for parameter, added in zip(policy.parameters(), other, strict=True):
+        if parameter.grad is None:
+            parameter.grad = added
+            continue
+        parameter.grad.mul_(scale)
+        if added is not None:
+            parameter.grad.add_(added)
+
+
 def clip_gradient(policy: PolicyModel, max_norm: float) -> float:
     """Scale the gradient down to `max_norm`; return its norm before that, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)

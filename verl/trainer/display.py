@@ -60,21 +60,35 @@ class RunDisplay:
 
 def step_line(step: int, total: int, m: dict[str, float]) -> str:
     """One step in one line: what is learned first, the loss last (near 0 is normal on policy)."""
+    if "reward/mean" not in m:
+        return f"step {step}/{total}  without rationales{_contrast(m)}  grad {m['actor/grad_norm']:.2f}  {_times(m)}"
     parts = [
         f"{name.split('/')[1]} {value:+.2f}"
         for name, value in m.items()
         if name.startswith("reward/") and name.endswith("/weighted")
     ]
-    phases = [f"{phase} {m[f'time/{phase}_s']:.1f}" for phase in _PHASES if m.get(f"time/{phase}_s", 0) >= 0.05]
     return (
         f"step {step}/{total}  reward {m['reward/mean']:+.3f}"
         + (f" ({', '.join(parts)})" if parts else "")
+        + _contrast(m)
         + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
         + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
         + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
-        + f"  {m['time/step_s']:.1f} s: {', '.join(phases)}  loss {m['actor/pg_loss']:+.4f}"
+        + f"  {_times(m)}  loss {m['actor/pg_loss']:+.4f}"
         + nothing_learned(m)
     )
+
+
+def _contrast(m: dict[str, float]) -> str:
+    """The contrastive loss, where the reward manager has one."""
+    if "reward/contrastive/loss" not in m:
+        return ""
+    return f"  contrastive {m['reward/contrastive/loss']:.3f} ({m['reward/contrastive/accuracy']:.0%} found)"
+
+
+def _times(m: dict[str, float]) -> str:
+    phases = [f"{phase} {m[f'time/{phase}_s']:.1f}" for phase in _PHASES if m.get(f"time/{phase}_s", 0) >= 0.05]
+    return f"{m['time/step_s']:.1f} s: {', '.join(phases)}"
 
 
 def nothing_learned(m: dict[str, float]) -> str:

@@ -5,23 +5,38 @@ Shapes: N rows, R response tokens, S response tokens of a micro-batch in one lin
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.algorithm.gradient_balance import GradientBalance
 from verl.algorithm.loss import ClipRange, kl_penalty, policy_loss, token_weights
 from verl.config import ActorConfig
-from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient
+from verl.embedding.pooling import unit
+from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient, combine_gradient, take_gradient
 from verl.models.packing import PackedBatch
-from verl.models.policy import PolicyModel
-from verl.protocol import DataProto
+from verl.models.policy import PolicyModel, PolicyOutput
+from verl.protocol import DataProto, is_trained
 from verl.workers.kept_forward import KeptForward, only_micro_batch, score_and_keep
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches, sum_over_ranks
 from verl.workers.scoring import score
 
 MAX_SKIPPED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Of a mini-batch, over all ranks."""
+
+    tokens: float
+    """Response tokens of the trained rows."""
+    rows: float
+    """Trained rows."""
+    embedding_grad: float
+    """Norm of the gradient by the embeddings; 0 = there is no such gradient."""
 
 
 class Actor:
@@ -64,14 +79,19 @@ class Actor:
         self.metric_names += ["kl_loss"] if self._has_kl_loss else []
         self.metric_names += ["entropy_loss"] if config.entropy_coeff != 0 else []
         self.skipped_in_a_row = 0
+        self.balance = GradientBalance(config.embedding_grad_share, config.embedding_grad_every)
 
     @property
     def _has_kl_loss(self) -> bool:
         return self.config.use_kl_loss and self.config.kl_loss_coef != 0
 
-    def score(self, rows: DataProto, limit: MicroBatchLimit, embed: bool) -> DataProto:
-        """As `scoring.score` with entropies, on rows that will be trained next; its forward is kept where it can be."""
-        only = only_micro_batch(self.policy, rows, self.limit) if self._one_update else None
+    def score(self, rows: DataProto, limit: MicroBatchLimit, embed: bool, train_anchors: bool = False) -> DataProto:
+        """As `scoring.score` with entropies, on rows that will be trained next; its forward is kept where it can be.
+
+        Args:
+            train_anchors: the update will have the anchors too.
+        """
+        only = only_micro_batch(self.policy, rows, self.limit, train_anchors) if self._one_update else None
         if only is None:
             return score(self.policy, rows, limit, self.temperature, embed=embed, entropy=True)
         return score_and_keep(self.policy, rows, only, limit, self.temperature, embed, self._kept)
@@ -82,7 +102,8 @@ class Actor:
         Takes ppo_epochs optimizer steps per mini-batch; returns metrics averaged over them, equal on all ranks.
 
         Args:
-            rows: the rank's trained rows, with `mini_batch` 0..num_mini_batches-1.
+            rows: the rank's trained rows, with `mini_batch` 0..num_mini_batches-1; and anchors that are trained by
+                `embedding_grad`, a column that not every step has.
 
         Raises:
             FloatingPointError: the gradient was not finite in three steps in a row.
@@ -93,7 +114,8 @@ class Actor:
         steps = [self._step(rows[mini_batch == i]) for i in order]
         # Float32 gradients of all weights would take memory from the engine until the next update.
         self.optimizer.zero_grad()
-        metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+        names = dict.fromkeys(name for step in steps for name in step)
+        metrics = {name: float(np.mean([step[name] for step in steps if name in step])) for name in names}
         metrics["skipped_steps"] = float(sum(step["skipped_steps"] for step in steps))
         metrics["lr"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -101,21 +123,53 @@ class Actor:
 
     def _step(self, rows: DataProto) -> dict[str, float]:
         """One optimizer step on one mini-batch, of which `rows` is this rank's share."""
-        totals = torch.tensor([float(rows.batch["response_length"].sum()), float(len(rows))])
-        total_tokens, total_rows = sum_over_ranks(totals).tolist()
+        total = _totals(rows)
         self.optimizer.zero_grad()
-        sums = {name: torch.zeros(()) for name in self.metric_names}
-        for micro in micro_batches(rows, self.limit, self.policy):
-            loss, parts = self._loss(rows[micro.rows], micro.packed, total_tokens, total_rows)
-            # FSDP averages gradients over ranks; the loss is a sum over them.
-            (loss * dist.get_world_size()).backward()
-            for name, value in parts.items():
-                sums[name] += value.cpu()
+        norms: dict[str, float] = {}
+        if not total.embedding_grad:
+            sums = self._backward(rows, total)
+        elif total.tokens and self.balance.is_due:
+            sums, norms = self._backward_apart(rows, total)
+        else:
+            sums = self._backward(rows, total, embedding=self.balance.scale(total.embedding_grad))
         grad_norm = clip_gradient(self.policy, self.config.grad_clip)
         self._apply(grad_norm)
         reduced = sum_over_ranks(torch.stack(list(sums.values())))
         metrics = dict(zip(sums, reduced.tolist(), strict=True))
-        return {**metrics, "grad_norm": grad_norm, "skipped_steps": float(not math.isfinite(grad_norm))}
+        return {**metrics, **norms, "grad_norm": grad_norm, "skipped_steps": float(not math.isfinite(grad_norm))}
+
+    def _backward(
+        self, rows: DataProto, total: _Totals, policy: float = 1.0, embedding: float = 0.0
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the mini-batch's loss; return this rank's share of the metrics.
+
+        Args:
+            policy, embedding: what the policy loss and the loss on the embeddings are multiplied by.
+        """
+        sums = {name: torch.zeros(()) for name in self.metric_names}
+        for micro in micro_batches(rows, self.limit, self.policy):
+            loss, parts = self._loss(rows[micro.rows], micro.packed, total, policy, embedding)
+            # FSDP averages gradients over ranks; the loss is a sum over them.
+            (loss * dist.get_world_size()).backward()
+            for name, value in parts.items():
+                sums[name] += value.cpu()
+        return sums
+
+    def _backward_apart(self, rows: DataProto, total: _Totals) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """As `_backward` with both losses, one after the other, to measure their gradients; returns the norms too."""
+        sums = self._backward(rows, total)
+        policy_norm = clip_gradient(self.policy, math.inf)
+        policy_gradient = take_gradient(self.policy)
+        self._backward(rows, total, policy=0.0, embedding=1.0)
+        embedding_norm = clip_gradient(self.policy, math.inf)
+        scale = self.balance.measure(policy_norm, embedding_norm, total.embedding_grad)
+        combine_gradient(self.policy, scale, policy_gradient)
+        both = policy_norm + scale * embedding_norm
+        return sums, {
+            "policy_grad_norm": policy_norm,
+            "embedding_grad_norm": embedding_norm,
+            "embedding_grad_share": scale * embedding_norm / both if both else 0.0,
+        }
 
     def _apply(self, grad_norm: float) -> None:
         """Step the optimizer, unless the gradient is not finite; stop after three such steps in a row."""
@@ -131,26 +185,39 @@ class Actor:
             )
 
     def _loss(
-        self, rows: DataProto, packed: PackedBatch, total_tokens: float, total_rows: float
+        self, rows: DataProto, packed: PackedBatch, total: _Totals, policy: float, embedding: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
-        config, device = self.config, packed.input_ids.device
-        out = self._kept.take(packed) or self.policy(packed, self.temperature, entropy=config.entropy_coeff != 0)
+        out = self._kept.take(packed) or self.policy(
+            packed, self.temperature, entropy=self.config.entropy_coeff != 0, embeddings=embedding != 0
+        )
         assert out.log_probs is not None
-        where = (packed.score_row.cpu(), packed.score_column.cpu())
         if not len(rows):
             return out.log_probs.sum(), {}
+        # Rows without rationales have no log-probs, and their sum is 0.
+        loss, parts = self._policy_loss(rows, packed, out, total) if total.tokens else (out.log_probs.sum(), {})
+        loss = policy * loss
+        if embedding:
+            assert out.embeddings is not None
+            # Its gradient at the weights of the scoring is that of the loss whose gradient by the vectors this is.
+            grad = rows.batch["embedding_grad"].to(out.embeddings.device)
+            loss = loss + embedding * (unit(out.embeddings) * grad).sum()
+        return loss, parts
+
+    def _policy_loss(
+        self, rows: DataProto, packed: PackedBatch, out: PolicyOutput, total: _Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the loss that trained rows have by their tokens; anchors have none."""
+        config, device = self.config, packed.input_ids.device
+        assert out.log_probs is not None
+        where = (packed.score_row.cpu(), packed.score_column.cpu())
         old, advantages = (rows.batch[k][where].to(device) for k in ("old_log_probs", "advantages"))
         weights = token_weights(
-            rows.batch["response_length"],
-            config.loss_agg_mode,
-            total_tokens,
-            total_rows,
-            self.max_response_length,
+            _trained_lengths(rows), config.loss_agg_mode, total.tokens, total.rows, self.max_response_length
         ).to(device)
-        token_share = 1.0 / total_tokens
         losses, indicators = policy_loss(old, out.log_probs, advantages, self.clip)
         loss = (losses * weights).sum()
+        token_share = 1.0 / total.tokens
         parts = {"pg_loss": loss.detach(), **{k: v.sum() * token_share for k, v in indicators.items()}}
         if self._has_kl_loss:
             kl = kl_penalty(out.log_probs, rows.batch["ref_log_prob"][where].to(device), config.kl_loss_type)
@@ -161,3 +228,15 @@ class Actor:
             loss = loss - config.entropy_coeff * (out.entropy * weights).sum()
             parts["entropy_loss"] = (out.entropy.detach() * weights).sum()
         return loss, parts
+
+
+def _totals(rows: DataProto) -> _Totals:
+    square = rows.batch["embedding_grad"].square().sum() if "embedding_grad" in rows.batch.keys() else 0.0
+    own = torch.tensor([float(_trained_lengths(rows).sum()), float(is_trained(rows).sum()), float(square)])
+    tokens, count, square = sum_over_ranks(own).tolist()
+    return _Totals(tokens, count, math.sqrt(square))
+
+
+def _trained_lengths(rows: DataProto) -> Tensor:
+    """[N] int64: response tokens with a log-prob, which anchors' do not have."""
+    return rows.batch["response_length"] * torch.from_numpy(is_trained(rows))

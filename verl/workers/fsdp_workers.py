@@ -133,16 +133,19 @@ class ActorRolloutRefWorker(Worker):
         yield columns if rank_in_engine == 0 else columns[:0]
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
-    def compute_log_prob(self, rows: DataProto, embed: bool, for_update: bool) -> DataProto:
+    def compute_log_prob(
+        self, rows: DataProto, embed: bool, for_update: bool, train_anchors: bool = False
+    ) -> DataProto:
         """One forward: `log_probs` of the trained rows, and `embeddings` where asked for.
 
         Args:
             for_update: the rows will be trained next; adds `entropy`.
+            train_anchors: anchors will be in that update too.
         """
         self._load_params()
         with self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."):
             if for_update:
-                columns = self.actor.score(rows, self._score_limit(), embed)
+                columns = self.actor.score(rows, self._score_limit(), embed, train_anchors)
             else:
                 columns = score(
                     self.actor.policy, rows, self._score_limit(), self.actor.temperature, embed=embed, entropy=False
@@ -170,7 +173,7 @@ class ActorRolloutRefWorker(Worker):
     @register(
         Dispatch.DP_COMPUTE_PROTO,
         columns=(*_ROW, "old_log_probs", "advantages", "mini_batch"),
-        optional_columns=("ref_log_prob",),
+        optional_columns=("ref_log_prob", "embedding_grad"),
     )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""
@@ -199,7 +202,7 @@ class ActorRolloutRefWorker(Worker):
         """Write `actor/` and `huggingface/` under `folder`."""
         self._load_params()
         actor = self.actor
-        save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
+        save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)
         save_transformers_folder(
             folder / "huggingface", full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
         )
@@ -211,7 +214,7 @@ class ActorRolloutRefWorker(Worker):
         """Load the state that `save_checkpoint` wrote."""
         self._load_params()
         actor = self.actor
-        load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank)
+        load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)
         self.rollout.mark_stale()
         self._offload_optimizer()
         self._offload_params()

@@ -55,8 +55,10 @@ class ActorRolloutRefGroup:
         )
         return restore_order(results[::size], parts)
 
-    def compute_log_prob(self, rows: DataProto, embed: bool, for_update: bool) -> DataProto:
-        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, for_update)
+    def compute_log_prob(
+        self, rows: DataProto, embed: bool, for_update: bool, train_anchors: bool = False
+    ) -> DataProto:
+        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, for_update, train_anchors)
 
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         return self._score(ActorRolloutRefWorker.compute_ref_log_prob, rows)

@@ -1,4 +1,4 @@
-"""The forward that scored the trained rows, kept with its graph for the update that follows.
+"""The forward that scored the rows of the update, kept with its graph for the update that follows.
 
 Where a training step is one optimizer step on one micro-batch, the weights do not change between scoring and update,
 so the update's forward would repeat the scoring's. That holds on a CPU with one process only: on a GPU the weights may
@@ -39,42 +39,45 @@ class KeptForward:
 
 
 def score_and_keep(
-    policy: PolicyModel, rows: DataProto, trained: MicroBatch, limit: MicroBatchLimit, temperature: float, embed: bool,
+    policy: PolicyModel, rows: DataProto, updated: MicroBatch, limit: MicroBatchLimit, temperature: float, embed: bool,
     kept: KeptForward,
 ) -> DataProto:  # fmt: skip
-    """As `scoring.score` with entropies; the forward over the trained rows is kept.
+    """As `scoring.score` with entropies; the forward over the rows of the update is kept.
 
     Args:
-        trained: all trained rows of `rows` in one micro-batch, see `only_micro_batch`.
-        limit: of the anchors' micro-batches.
+        updated: all rows of the update in one micro-batch, see `only_micro_batch`.
+        limit: of the other rows' micro-batches.
     """
     columns = ScoreColumns(rows, policy, embed, entropy=True)
     policy.eval()
-    for micro in _anchors(policy, rows, limit) if embed else ():
+    for micro in _others(policy, rows, updated, limit) if embed else ():
         with torch.no_grad():
             columns.fill(micro, policy(micro.packed, log_probs=False, embeddings=True))
     policy.train()
-    out = policy(trained.packed, temperature, entropy=True, embeddings=embed)
-    columns.fill(trained, out)
-    kept.keep(trained.packed, out)
+    out = policy(updated.packed, temperature, entropy=True, embeddings=embed)
+    columns.fill(updated, out)
+    kept.keep(updated.packed, out)
     return columns.to_rows()
 
 
-def only_micro_batch(policy: PolicyModel, rows: DataProto, limit: MicroBatchLimit) -> MicroBatch | None:
-    """The trained rows as the update's one micro-batch, or None where a forward cannot be kept.
+def only_micro_batch(
+    policy: PolicyModel, rows: DataProto, limit: MicroBatchLimit, train_anchors: bool
+) -> MicroBatch | None:
+    """The rows of the update as its one micro-batch, or None where a forward cannot be kept.
 
     Args:
         limit: of the update's micro-batches.
+        train_anchors: anchors are in the update too.
     """
-    positions = np.flatnonzero(is_trained(rows)).tolist()
+    positions = np.flatnonzero(is_trained(rows) | train_anchors).tolist()
     if not positions or policy.device.type != "cpu" or dist.get_world_size() > 1:
         return None
     micros = list(micro_batches(rows[positions], limit, policy))
     return _moved(micros[0], positions) if len(micros) == 1 else None
 
 
-def _anchors(policy: PolicyModel, rows: DataProto, limit: MicroBatchLimit) -> Iterator[MicroBatch]:
-    positions = np.flatnonzero(~is_trained(rows)).tolist()
+def _others(policy: PolicyModel, rows: DataProto, updated: MicroBatch, limit: MicroBatchLimit) -> Iterator[MicroBatch]:
+    positions = np.setdiff1d(np.arange(len(rows)), updated.rows).tolist()
     if positions:
         yield from (_moved(micro, positions) for micro in micro_batches(rows[positions], limit, policy))
 

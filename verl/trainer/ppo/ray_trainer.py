@@ -18,13 +18,14 @@ from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.resume import ResumePoint
 from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
+from verl.embedding.metrics import spread_report
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
 from verl.trainer.display import RunDisplay
+from verl.trainer.ppo import step_rows
 from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
 from verl.trainer.ppo.samples import step_samples
-from verl.trainer.ppo.step_rows import add_advantages, assign_mini_batches, expand, weigh_by_importance
 from verl.trainer.ppo.validation import is_better
 from verl.trainer.run import TrainingRun
 from verl.trainer.signals import Interrupted, StopSignals
@@ -79,10 +80,14 @@ class RayPPOTrainer:
         with self.saving_when_stopped():
             self.start()
             for step, prompts in self.steps():
+                if step <= self.config.trainer.contrastive_warmup_steps:
+                    self.log(step, self.warm_up(prompts, step))
+                    self.finish(step)
+                    continue
                 with self.phase("sync"):
                     sync = self.workers.sync_rollout_weights()
                 with self.phase("gen"):
-                    rows = self.generate(expand(prompts, self.config.actor_rollout_ref.rollout), step)
+                    rows = self.generate(step_rows.expand(prompts, self.config.actor_rollout_ref.rollout), step)
                 with self.phase("score"):
                     rows = self.add_embeddings_and_log_probs(rows)
                 mismatch = self.compare_engine(rows)
@@ -93,16 +98,12 @@ class RayPPOTrainer:
                     reward = self.reward_manager(rows)
                     batch, kl = self.add_advantages(rows, reward)
                 with self.phase("update"):
-                    actor = self.update(batch, step)
+                    actor = self.update(batch, rows, reward, step)
                 metrics = step_metrics(rows, batch, reward, self.config)
                 metrics |= prefixed(sync=sync, rollout=mismatch, reward=kl, actor=actor, memory=self.workers.memory())
                 self.log(step, metrics | self.cost(step, rows))
                 self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
-                self.done_step = step
-                if self.validation_is_due(step):
-                    self.validate(step)
-                if self.save_is_due(step):
-                    self.save(step)
+                self.finish(step)
         self.stop()
 
     def start(self) -> None:
@@ -194,6 +195,7 @@ class RayPPOTrainer:
         for step in range(self.first_step + 1, total + 1):
             with self.phase("data"):
                 prompts = next(batches)
+            prompts.meta_info["step"] = step
             yield step, prompts
 
     def generate(self, rows: DataProto, step: int) -> DataProto:
@@ -207,7 +209,10 @@ class RayPPOTrainer:
 
     def add_embeddings_and_log_probs(self, rows: DataProto) -> DataProto:
         """Add embeddings of all rows and old log-probs of the trained ones: one forward for both."""
-        columns = self.workers.compute_log_prob(rows, embed=self.reward_manager.needs_embeddings, for_update=True)
+        manager = self.reward_manager
+        columns = self.workers.compute_log_prob(
+            rows, embed=manager.needs_embeddings, for_update=True, train_anchors=manager.trains_anchors
+        )
         return rows.union(columns.renamed("log_probs", "old_log_probs"))
 
     def compare_engine(self, rows: DataProto) -> dict[str, float]:
@@ -226,14 +231,48 @@ class RayPPOTrainer:
 
     def add_advantages(self, rows: DataProto, reward: RewardOutput) -> tuple[DataProto, dict[str, float]]:
         """The trained rows with their advantages, and metrics of the KL in the reward."""
-        return add_advantages(rows[is_trained(rows)], reward.scores, self.config.algorithm, self.kl_controller)
+        return step_rows.add_advantages(
+            rows[is_trained(rows)], reward.scores, self.config.algorithm, self.kl_controller
+        )
 
-    def update(self, batch: DataProto, step: int) -> dict[str, float]:
-        """Optimizer steps on mini-batches of whole groups, weighed by what engine and trainer disagree on."""
+    def update(self, batch: DataProto, rows: DataProto, reward: RewardOutput, step: int) -> dict[str, float]:
+        """Optimizer steps on mini-batches of whole groups, weighed by what engine and trainer disagree on.
+
+        They follow the policy gradient, and the gradient on the embeddings where the reward manager gives one.
+        """
         actor, data = self.config.actor_rollout_ref.actor, self.config.data
-        batch = assign_mini_batches(batch, actor.ppo_mini_batch_size, data.seed + step if actor.shuffle else None)
-        batch = weigh_by_importance(batch, self.config.importance_cap)
-        return self.workers.update_actor(batch, data.train_batch_size // actor.ppo_mini_batch_size)
+        num_mini_batches = data.train_batch_size // actor.ppo_mini_batch_size
+        batch = step_rows.add_embedding_grad(
+            batch, rows, reward.embedding_grad, self.reward_manager.trains_anchors, num_mini_batches
+        )
+        seed = data.seed + step if actor.shuffle else None
+        batch = step_rows.assign_mini_batches(batch, actor.ppo_mini_batch_size, seed)
+        batch = step_rows.weigh_by_importance(batch, self.config.importance_cap)
+        return self.workers.update_actor(batch, num_mini_batches)
+
+    def warm_up(self, prompts: DataProto, step: int) -> dict[str, float]:
+        """A step on the texts alone: nothing is generated, and only the gradient on the embeddings trains."""
+        with self.phase("score"):
+            rows = self.add_embeddings_and_log_probs(step_rows.without_rationales(prompts))
+        with self.phase("reward"):
+            reward = self.reward_manager(rows)
+            if reward.embedding_grad is None:
+                raise RewardError(
+                    f"step {step} trains nothing: it is one of trainer.contrastive_warmup_steps="
+                    f"{self.config.trainer.contrastive_warmup_steps}, and the reward manager gave no embedding_grad"
+                )
+        with self.phase("update"):
+            actor = self.update(rows[is_trained(rows)], rows, reward, step)
+        found = prefixed(reward=reward.metrics, embedding=spread_report(rows.batch["embeddings"]), actor=actor)
+        return found | self.cost(step, rows)
+
+    def finish(self, step: int) -> None:
+        """What follows a step that is trained and logged: validation and a checkpoint, where they are due."""
+        self.done_step = step
+        if self.validation_is_due(step):
+            self.validate(step)
+        if self.save_is_due(step):
+            self.save(step)
 
     def cost(self, step: int, rows: DataProto) -> dict[str, float]:
         """What the step took, in seconds by phase, tokens per second and bytes sent."""

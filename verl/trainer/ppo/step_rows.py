@@ -11,7 +11,7 @@ from verl.algorithm.advantage import get_adv_estimator_fn
 from verl.algorithm.groups import groups_of
 from verl.algorithm.loss import KlController, kl_penalty, truncated_importance_weights
 from verl.config import AlgorithmConfig, RolloutConfig
-from verl.protocol import DataProto, is_trained, response_mask
+from verl.protocol import DataProto, is_trained, object_array, response_mask
 
 
 def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
@@ -20,6 +20,20 @@ def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
     temperature = np.where(trained, rollout.temperature, rollout.anchor_temperature)
     prompts = prompts.with_tensors(temperature=torch.tensor(temperature, dtype=torch.float32))
     return prompts.repeat(np.where(trained, rollout.n, 1).tolist())
+
+
+def without_rationales(prompts: DataProto) -> DataProto:
+    """Prompt rows as rows of a step whose rationales are empty, so that their embeddings are those of the texts."""
+    count = len(prompts)
+    per_token = {name: torch.zeros(count, 0) for name in ("rollout_log_probs", "advantages")}
+    rows = prompts.with_tensors(
+        responses=torch.zeros(count, 0, dtype=torch.int64),
+        response_length=torch.zeros(count, dtype=torch.int64),
+        truncated=torch.zeros(count, dtype=torch.bool),
+        **per_token,
+    )
+    rationales = {"rationale": object_array([""] * count)}
+    return DataProto(rows.batch, {**rows.non_tensor_batch, **rationales}, rows.meta_info)
 
 
 def add_advantages(
@@ -47,6 +61,31 @@ def add_advantages(
         token_rewards, mask, groups_of(batch), norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
     )
     return batch.with_tensors(advantages=advantages), metrics
+
+
+def add_embedding_grad(
+    batch: DataProto, rows: DataProto, grad: Tensor | None, train_anchors: bool, num_mini_batches: int
+) -> DataProto:
+    """The rows of the update: those of `batch`, with `embedding_grad` where there is one, and with anchors if it trains
+    them.
+
+    A mini-batch minimises its policy loss as if it were all of the step. So that the weight of a loss on the embeddings
+    does not depend on the number of mini-batches, each one's part of the gradient stands for the whole.
+
+    Args:
+        batch: the trained rows [B], with advantages.
+        rows: all rows [N] of the step.
+        grad: [N,H] by their embeddings; None = no such loss.
+        train_anchors: anchors are rows of the update too; they have neither log-probs nor advantages.
+    """
+    if grad is None:
+        return batch
+    grad, trained = grad * num_mini_batches, torch.from_numpy(is_trained(rows))
+    if not train_anchors:
+        return batch.with_tensors(embedding_grad=grad[trained])
+    advantages = torch.zeros(len(rows), batch.batch["advantages"].shape[1])
+    advantages[trained] = batch.batch["advantages"]
+    return rows.with_tensors(advantages=advantages, embedding_grad=grad)
 
 
 def assign_mini_batches(batch: DataProto, mini_batch_size: int, shuffle_seed: int | None) -> DataProto:

@@ -20,6 +20,9 @@ class RewardOutput:
     """Logged as reward/<name>."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """[B] each, parts of the reward, shown beside it in samples/step_N.jsonl."""
+    embedding_grad: Tensor | None = None
+    """[N,H] float32, the gradient of a loss by the column `embeddings` of every row of the step, in the rows' order:
+    the update minimises that loss too, through the model. None = the policy gradient alone, as in the paper."""
 
 
 class RewardManager(Protocol):
@@ -28,6 +31,9 @@ class RewardManager(Protocol):
     has trained rows alone."""
     exclude_system_prompt: bool
     """Where pooling starts: at the user's text (True) or at the first token of the prompt."""
+    trains_anchors: bool
+    """Whether `embedding_grad` trains queries and negatives too; else they are constants, and their rows of it are not
+    used. A manager without this attribute trains no anchors."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows of a step.

@@ -28,6 +28,7 @@ class CheckedRewardManager:
         self.manager, self.name = manager, name
         self.needs_embeddings = manager.needs_embeddings
         self.exclude_system_prompt = manager.exclude_system_prompt
+        self.trains_anchors: bool = getattr(manager, "trains_anchors", False)
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows.
@@ -50,6 +51,8 @@ class CheckedRewardManager:
         for name, value in output.metrics.items():
             if not isinstance(value, int | float):
                 raise RewardError(f"{self._who}: metrics[{name!r}] is {value!r}; give a Python number.")
+        if output.embedding_grad is not None:
+            self._check_embedding_grad(output.embedding_grad, rows)
         return output
 
     @property
@@ -58,13 +61,34 @@ class CheckedRewardManager:
 
     def _check_scores(self, scores: Any, trained: DataProto) -> None:
         self._check_tensor("scores", scores, len(trained))
-        if scores.dtype != torch.float32:
-            raise RewardError(f"{self._who}: scores are {scores.dtype}; return float32 (scores.float()).")
+        self._check_dtype("scores", scores)
         wrong = (~scores.isfinite()).nonzero().flatten().tolist()
         if wrong:
             raise RewardError(
                 f"{self._who}: {len(wrong)} of {len(scores)} scores are not finite, the first is "
                 f"{float(scores[wrong[0]])} for {describe_row(trained, wrong[0])}"
+            )
+
+    def _check_embedding_grad(self, grad: Any, rows: DataProto) -> None:
+        if "embeddings" not in rows.batch.keys():
+            raise RewardError(f"{self._who} returned embedding_grad, but asks for no embeddings; set needs_embeddings.")
+        expected = list(rows.batch["embeddings"].shape)
+        if not isinstance(grad, Tensor):
+            raise RewardError(f"{self._who}: embedding_grad is {type(grad).__name__}; give a torch tensor {expected}.")
+        if list(grad.shape) != expected:
+            raise RewardError(
+                f"{self._who}: embedding_grad has the shape {list(grad.shape)}; give {expected}, a gradient for every "
+                "row of the step, in the rows' order (zeros for rows that the loss does not reach)."
+            )
+        self._check_on_cpu("embedding_grad", grad)
+        self._check_dtype("embedding_grad", grad)
+        if grad.requires_grad:
+            raise RewardError(f"{self._who}: embedding_grad carries a graph; return embedding_grad.detach().")
+        wrong = (~grad.isfinite()).any(1).nonzero().flatten().tolist()
+        if wrong:
+            raise RewardError(
+                f"{self._who}: embedding_grad is not finite in {len(wrong)} of {len(rows)} rows, the first is "
+                f"the {rows.non_tensor_batch['role'][wrong[0]]} of {describe_row(rows, wrong[0])}"
             )
 
     def _check_tensor(self, what: str, value: Any, count: int) -> None:
@@ -75,8 +99,15 @@ class CheckedRewardManager:
                 f"{self._who}: {what} has the shape {list(value.shape)}; give one value for each of the {count} "
                 "trained rows (role positive), in their order."
             )
+        self._check_on_cpu(what, value)
+
+    def _check_on_cpu(self, what: str, value: Tensor) -> None:
         if value.device.type != "cpu":
             raise RewardError(f"{self._who}: {what} is on {value.device}; give it on the CPU ({what}.cpu()).")
+
+    def _check_dtype(self, what: str, value: Tensor) -> None:
+        if value.dtype != torch.float32:
+            raise RewardError(f"{self._who}: {what} are {value.dtype}; return float32 ({what}.float()).")
 
 
 def finite_number(value: Any) -> float | None:

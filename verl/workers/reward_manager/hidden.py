@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from verl.algorithm.contrastive import Group, false_negatives, query_log_probs, symmetric_infonce
 from verl.algorithm.groups import group_size, group_sum, groups_of
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
-from verl.protocol import DataProto, is_trained
+from verl.protocol import TRAINED_ROLE, DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
 CUT_OFF_REWARD = -1.0
@@ -31,15 +33,6 @@ class Term:
     @property
     def weighted(self) -> Tensor:
         return self.weight * self.raw
-
-
-@dataclass(frozen=True)
-class Group:
-    """The texts of a sample, to find false negatives."""
-
-    query: str
-    positive: str
-    negative: str | None
 
 
 def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
@@ -87,17 +80,10 @@ def contrast(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence
     Candidates of a row of group g: its query, the other groups' queries, and every group's negative. A
     candidate whose text equals g's query or positive is a false negative and is left out.
     """
-    texts = [group.query for group in groups]
-    logits = m @ q.T  # [B,G]
-    if n is not None:
-        texts += [group.negative or "" for group in groups]
-        logits = torch.cat([logits, m @ n.T], dim=1)  # [B,2G]
-    same = torch.tensor(
-        [[text in (group.query, group.positive) for text in texts] for group in groups], device=m.device
-    )  # [G,candidates]
-    same[range(len(groups)), range(len(groups))] = False
-    logits = (logits / temperature).masked_fill(same[g], -torch.inf)
-    return logits.log_softmax(1).gather(1, g.unsqueeze(1)).squeeze(1)
+    candidates = [(group.query,) for group in groups]
+    candidates += [(group.negative or "",) for group in groups] if n is not None else []
+    left_out = false_negatives(groups, candidates).to(m.device)
+    return query_log_probs(m, q, n, g, left_out, temperature).gather(1, g.unsqueeze(1)).squeeze(1)
 
 
 def grace_terms(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig) -> dict[str, Term]:
@@ -172,29 +158,54 @@ class HiddenRewardManager:
     def __init__(self, **reward_kwargs: Any) -> None:
         self.config = build_reward_kwargs(reward_kwargs)
         self.exclude_system_prompt = self.config.exclude_system_prompt
+        self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         rows.require("embeddings", "truncated", "uid", "role", "text")
-        main = rows[is_trained(rows)]
-        uids = list(dict.fromkeys(main.non_tensor_batch["uid"]))
-        g = groups_of(main)
-        m = main.batch["embeddings"]
-        anchors = {role: _anchor_rows(rows, role, uids) for role in ("query", "negative")}
-        query, negative = anchors["query"], anchors["negative"]
-        if query is None:
+        at = _positions(rows)
+        if "query" not in at:
             raise ValueError("the reward manager hidden needs a query row for every sample")
-        q = query.batch["embeddings"]
-        n = None if negative is None else negative.batch["embeddings"]
+        main, embeddings = rows[at[TRAINED_ROLE]], rows.batch["embeddings"]
+        g = groups_of(main)
+        m, q, n = (embeddings[at[role]] if role in at else None for role in (TRAINED_ROLE, "query", "negative"))
+        assert m is not None and q is not None
         if self.config.objective == "grace":
             terms = grace_terms(m, q, n, g, self.config)
         else:
-            terms = infonce_terms(m, q, n, g, _groups(main, query, negative, g), self.config)
+            terms = infonce_terms(m, q, n, g, _groups(rows, at, g), self.config)
         rewards = total_reward(terms)
         scores = rewards
         if self.config.enable_length_penalty:
             scores = penalise(rewards, main.batch["truncated"], g, self.config)
         columns = {name: term.weighted for name, term in terms.items()}
-        return RewardOutput(scores, _metrics(terms, g), {**columns, "before_penalty": rewards})
+        output = RewardOutput(scores, _metrics(terms, g), {**columns, "before_penalty": rewards})
+        if weight := self._contrastive_weight(rows):
+            output.embedding_grad, found = self._contrastive_gradient(rows, at, g, weight)
+            output.metrics |= found
+        return output
+
+    def _contrastive_weight(self, rows: DataProto) -> float:
+        """The weight of the contrastive loss in this step."""
+        config = self.config
+        if config.contrastive_first_weight is not None and rows.meta_info["step"] <= config.contrastive_first_steps:
+            return config.contrastive_first_weight
+        return config.contrastive_weight
+
+    def _contrastive_gradient(
+        self, rows: DataProto, at: dict[str, Tensor], g: Tensor, weight: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """[N,H] float32, the gradient of the weighted contrastive loss by the rows' embeddings; and its metrics."""
+        with torch.enable_grad():
+            vectors = rows.batch["embeddings"].clone().requires_grad_()
+            anchors = vectors if self.config.contrastive_anchors else vectors.detach()
+            n = anchors.index_select(0, at["negative"]) if "negative" in at else None
+            loss, accuracy = symmetric_infonce(
+                vectors.index_select(0, at[TRAINED_ROLE]), anchors.index_select(0, at["query"]), n, g,
+                _groups(rows, at, g), self.config.contrastive_temperature,
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(weight * loss, vectors)
+        found = {"loss": float(loss.detach()), "accuracy": float(accuracy), "weight": weight}
+        return grad, {f"contrastive/{name}": value for name, value in found.items()}
 
 
 def _metrics(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
@@ -207,19 +218,27 @@ def _metrics(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
     return metrics
 
 
-def _anchor_rows(rows: DataProto, role: str, uids: list[Any]) -> DataProto | None:
-    """The rows of `role` in the order of `uids`; None when the step has none of that role."""
-    place = {uid: i for i, uid in enumerate(rows.non_tensor_batch["uid"]) if rows.non_tensor_batch["role"][i] == role}
-    return rows[[place[uid] for uid in uids]] if place else None
+def _positions(rows: DataProto) -> dict[str, Tensor]:
+    """The positions of the rows by role: of trained rows in their order, of anchors in the order of the groups."""
+    roles, uids = rows.non_tensor_batch["role"], rows.non_tensor_batch["uid"]
+    found = {TRAINED_ROLE: torch.from_numpy(np.flatnonzero(is_trained(rows)))}
+    groups = dict.fromkeys(uids[found[TRAINED_ROLE].numpy()])
+    for role in dict.fromkeys(roles[~is_trained(rows)]):
+        place = {uids[i]: int(i) for i in np.flatnonzero(roles == role)}
+        found[role] = torch.tensor([place[uid] for uid in groups])
+    return found
 
 
-def _groups(main: DataProto, query: DataProto, negative: DataProto | None, g: Tensor) -> list[Group]:
-    first = [int((g == i).nonzero()[0]) for i in range(len(query))]
+def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
+    """The texts of each group."""
+    texts = rows.non_tensor_batch["text"]
+    query, negative = (at[role].tolist() if role in at else None for role in ("query", "negative"))
+    assert query is not None
     return [
         Group(
-            query=query.non_tensor_batch["text"][i],
-            positive=main.non_tensor_batch["text"][first[i]],
-            negative=None if negative is None else negative.non_tensor_batch["text"][i],
+            query=texts[query[i]],
+            positive=texts[at[TRAINED_ROLE][g == i][0]],
+            negative=None if negative is None else texts[negative[i]],
         )
         for i in range(len(query))
     ]

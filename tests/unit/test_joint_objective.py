@@ -1,0 +1,285 @@
+"""The contrastive loss on the embeddings: its gradient against loops over texts and plain transformers forwards."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from steps import TEMPERATURE, build_actor, tiny_policy, whole_step, with_log_probs
+from tiny import tiny_model
+from torch import Tensor
+
+from verl.algorithm.contrastive import Group, symmetric_infonce
+from verl.checkpoint.training_state import load_training_state, save_training_state
+from verl.models.fsdp import full_weights
+from verl.protocol import DataProto, is_trained
+from verl.trainer.ppo.step_rows import add_embedding_grad
+from verl.workers.actor import Actor
+from verl.workers.micro_batches import MicroBatchLimit
+from verl.workers.reward_manager.hidden import HiddenRewardManager
+from verl.workers.scoring import score
+
+# The learning rate changes no weight within the tests' tolerance, and the largest norm clips nothing.
+STILL = {"optim": {"lr": 1e-12}, "grad_clip": 1e9}
+WHOLE = MicroBatchLimit(10_000, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    uid: int
+    role: str
+    text: str
+    vector: Tensor
+
+
+def slow_infonce(step: list[Text], temperature: float) -> Tensor:
+    """The loss from its definition, pair by pair."""
+    rows = [t for t in step if t.role == "positive"]
+    query = {t.uid: t for t in step if t.role == "query"}
+    negatives = [t for t in step if t.role == "negative"]
+    texts = {row.uid: {row.text, query[row.uid].text} for row in rows}
+
+    def cross_entropy(of: Text, right: Text, wrong: list[Text]) -> Tensor:
+        logits = torch.stack([of.vector @ other.vector for other in [right, *wrong]]) / temperature
+        return logits.logsumexp(0) - logits[0]
+
+    losses = []
+    for row in rows:
+        strangers = [uid for uid in query if uid != row.uid and not texts[uid] & texts[row.uid]]
+        hard = [t for t in negatives if t.text not in texts[row.uid]]
+        own = query[row.uid]
+        losses.append(cross_entropy(row, own, [query[uid] for uid in strangers] + hard))
+        losses.append(cross_entropy(own, row, [t for t in rows if t.uid in strangers] + hard))
+    return torch.stack(losses).mean()
+
+
+def as_texts(rows: DataProto, vectors: Tensor) -> list[Text]:
+    names = (rows.non_tensor_batch[name] for name in ("uid", "role", "text"))
+    return [Text(*of_row, vector) for *of_row, vector in zip(*names, vectors, strict=True)]
+
+
+@pytest.mark.parametrize("negatives", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_loss_and_its_gradient_are_those_of_the_definition(negatives, n):
+    rows = whole_step(n=n, negatives=negatives)
+    generator = torch.Generator().manual_seed(2)
+    free = torch.randn(len(rows), 8, generator=generator, dtype=torch.float64)
+    vectors = torch.nn.functional.normalize(free, dim=1).requires_grad_()
+    roles, texts = rows.non_tensor_batch["role"], rows.non_tensor_batch["text"]
+    at = {role: torch.tensor([i for i in range(len(rows)) if roles[i] == role]) for role in set(roles)}
+    groups = [
+        Group(texts[q], texts[at["positive"][i * n]], texts[at["negative"][i]] if negatives else None)
+        for i, q in enumerate(at["query"])
+    ]
+    g = torch.arange(len(groups)).repeat_interleave(n)
+    n_vectors = vectors[at["negative"]] if negatives else None
+    loss, _ = symmetric_infonce(vectors[at["positive"]], vectors[at["query"]], n_vectors, g, groups, 0.05)
+    expected = slow_infonce(as_texts(rows, vectors), 0.05)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    (grad,), (slow,) = (torch.autograd.grad(value, vectors, retain_graph=True) for value in (loss, expected))
+    torch.testing.assert_close(grad, slow, atol=1e-12, rtol=1e-12)
+    assert slow.norm() > 0.1
+
+
+def test_a_step_whose_rows_all_find_their_queries_says_so():
+    groups = [Group(f"q{i}", f"p{i}", None) for i in range(3)]
+    vectors = torch.eye(3)
+    loss, found = symmetric_infonce(vectors, vectors, None, torch.arange(3), groups, 0.05)
+    assert found == 1 and loss < 1e-6
+    loss, found = symmetric_infonce(vectors.roll(1, 0), vectors, None, torch.arange(3), groups, 0.05)
+    assert found == 0 and loss == pytest.approx(20, rel=1e-6)
+
+
+def test_a_step_without_any_other_text_has_a_loss_and_a_gradient_of_zero():
+    """All candidates are false negatives: nothing to contrast with, and no NaN."""
+    rows = whole_step()
+    rows.non_tensor_batch["text"][:] = "one text"
+    rows = rows.with_tensors(embeddings=torch.nn.functional.normalize(torch.randn(len(rows), 8), dim=1))
+    output = HiddenRewardManager(contrastive_weight=1.0, contrastive_anchors=True)(rows)
+    assert output.metrics["contrastive/loss"] == 0
+    assert torch.equal(output.embedding_grad, torch.zeros(len(rows), 8))
+
+
+def test_the_weight_follows_the_number_of_the_step():
+    rows = whole_step()
+    rows = rows.with_tensors(embeddings=torch.nn.functional.normalize(torch.randn(len(rows), 8), dim=1))
+    settings = {"contrastive_weight": 0.1, "contrastive_first_weight": 2.0, "contrastive_first_steps": 2}
+    plain = HiddenRewardManager(contrastive_weight=1.0)(rows).embedding_grad
+    weights = {}
+    for step in (1, 2, 3, 500):
+        rows.meta_info["step"] = step
+        output = HiddenRewardManager(**settings)(rows)
+        weights[step] = output.metrics["contrastive/weight"]
+        torch.testing.assert_close(output.embedding_grad, weights[step] * plain)
+    assert weights == {1: 2.0, 2: 2.0, 3: 0.1, 500: 0.1}
+    rows.meta_info["step"] = 3
+    none = HiddenRewardManager(**{**settings, "contrastive_weight": 0.0})
+    assert none(rows).embedding_grad is None
+    assert torch.equal(none(rows).scores, HiddenRewardManager()(rows).scores)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_anchors_have_a_gradient_only_where_they_are_trained(trained):
+    rows = whole_step()
+    rows = rows.with_tensors(embeddings=torch.nn.functional.normalize(torch.randn(len(rows), 8), dim=1))
+    manager = HiddenRewardManager(contrastive_weight=1.0, contrastive_anchors=trained)
+    norms = manager(rows).embedding_grad.norm(dim=1)
+    assert manager.trains_anchors is trained
+    assert (norms[torch.from_numpy(is_trained(rows))] > 0).all()
+    assert (norms[torch.from_numpy(~is_trained(rows))] > 0).all() == trained
+    assert not HiddenRewardManager(contrastive_anchors=True).trains_anchors, "there is no loss that would train them"
+
+
+# ---- through the model ----
+
+
+def scored_step(negatives: bool = True) -> DataProto:
+    rows = with_log_probs(whole_step(negatives=negatives), tiny_policy())
+    scored = score(tiny_policy(), rows, WHOLE, TEMPERATURE, embed=True, entropy=False)
+    return rows.with_tensors(embeddings=scored.batch["embeddings"])
+
+
+def with_grad(rows: DataProto, anchors: bool, **settings) -> DataProto:
+    """The rows of the update, as the trainer makes them."""
+    manager = HiddenRewardManager(contrastive_weight=0.7, contrastive_anchors=anchors, **settings)
+    return add_embedding_grad(rows[is_trained(rows)], rows, manager(rows).embedding_grad, anchors, num_mini_batches=1)
+
+
+def gradients_of(actor: Actor, rows: DataProto, updates: int = 1) -> tuple[list[dict[str, Tensor]], list[dict]]:
+    """The gradients at the weights before each update's clipping and step, and each update's metrics."""
+    found = []
+
+    def keep(*_):
+        names = {p: name.removeprefix("lm.") for name, p in actor.policy.named_parameters()}
+        found.append({name: p.grad.clone() for p, name in names.items()})
+
+    with_hook = actor.optimizer.register_step_pre_hook(keep)
+    metrics = [actor.update(rows, 1) for _ in range(updates)]
+    with_hook.remove()
+    return found, metrics
+
+
+def norm(gradient: dict[str, Tensor]) -> float:
+    return float(torch.stack([g.double().norm() for g in gradient.values()]).norm())
+
+
+def assert_same_gradient(got: dict[str, Tensor], expected: dict[str, Tensor], share: float = 2e-5) -> None:
+    """Up to rounding, in proportion to the whole."""
+    difference = {name: got[name].double() - expected[name].double() for name in expected}
+    assert got.keys() == expected.keys() and norm(difference) < share * norm(expected)
+
+
+def plain_gradient(rows: DataProto, anchors: bool) -> dict[str, Tensor]:
+    """Of the weighted loss over the whole step in float64: one transformers forward a row, unpacked and unpadded."""
+    lm = tiny_model().double()
+    vectors = []
+    for i in range(len(rows)):
+        prompt = rows.batch["prompts"][i, -int(rows.batch["prompt_length"][i]) :]
+        ids = torch.cat([prompt, rows.batch["responses"][i, : int(rows.batch["response_length"][i])]])
+        states = lm.model(ids.unsqueeze(0)).last_hidden_state[0, int(rows.batch["pool_start"][i]) :]
+        vector = states.mean(0) / states.mean(0).norm()
+        vectors.append(vector if anchors or is_trained(rows)[i] else vector.detach())
+    (0.7 * slow_infonce(as_texts(rows, torch.stack(vectors)), 0.05)).backward()
+    return {name: p.grad for name, p in lm.named_parameters()}
+
+
+@pytest.mark.usefixtures("process_group")
+class TestTheUpdate:
+    @pytest.mark.parametrize("limit", [10_000, 90])
+    @pytest.mark.parametrize("anchors", [True, False])
+    @pytest.mark.parametrize("negatives", [True, False])
+    def test_its_gradient_is_the_policys_and_that_of_the_loss_over_the_whole_step(self, negatives, anchors, limit):
+        rows = scored_step(negatives)
+        (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
+        expected = plain_gradient(rows, anchors)
+        actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL)
+        found, metrics = gradients_of(actor, with_grad(rows, anchors), updates=2)
+        # In the first the two gradients are measured apart, in the second there is one backward.
+        assert ["policy_grad_norm" in m for m in metrics] == [True, False]
+        for both in found:
+            assert_same_gradient({name: both[name] - policy[name] for name in both}, expected)
+        assert metrics[0]["policy_grad_norm"] == pytest.approx(norm(policy), rel=1e-4)
+        assert metrics[0]["embedding_grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+        assert metrics[0]["embedding_grad_share"] == pytest.approx(
+            norm(expected) / (norm(expected) + norm(policy)), rel=1e-4
+        )
+
+    def test_anchors_change_nothing_of_the_policys_part(self):
+        """Denominators and metrics count trained rows alone."""
+        rows = scored_step()
+        rows = rows.with_tensors(embedding_grad=torch.zeros(len(rows), 64))
+        for mode in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
+            settings = {**STILL, "loss_agg_mode": mode}
+            (alone,), (expected,) = gradients_of(build_actor(tiny_policy(), **settings), rows[is_trained(rows)])
+            (found,), (metrics,) = gradients_of(build_actor(tiny_policy(), **settings), rows)
+            assert_same_gradient(found, alone)
+            assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+    def test_the_embedding_gradient_gets_its_share_and_keeps_it_when_the_weight_changes(self):
+        rows = scored_step()
+        (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
+        loss = plain_gradient(rows, anchors=False)
+        actor = build_actor(tiny_policy(), embedding_grad_share=0.3, embedding_grad_every=4, **STILL)
+        batch = with_grad(rows, anchors=False)
+        larger = batch.with_tensors(embedding_grad=10 * batch.batch["embedding_grad"])
+        scale = 0.3 / 0.7 * norm(policy) / norm(loss)
+        expected = {name: policy[name] + scale * loss[name] for name in policy}
+        found, metrics = [], []
+        for step in (batch, batch, larger, batch, batch):
+            (gradient,), (of_step,) = gradients_of(actor, step)
+            found, metrics = [*found, gradient], [*metrics, of_step]
+        assert ["policy_grad_norm" in m for m in metrics] == [True, False, False, False, True]
+        for gradient in found:
+            assert_same_gradient(gradient, expected, share=1e-4)
+        assert metrics[4]["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+
+    def test_a_step_without_a_policy_gradient_is_not_taken_for_a_measurement(self):
+        """Groups of equal rewards: the share of nothing would switch the embedding gradient off for ten updates."""
+        rows = scored_step()
+        settings = {**STILL, "use_kl_loss": False, "entropy_coeff": 0.0, "embedding_grad_share": 0.3}
+        actor, batch = build_actor(tiny_policy(), **settings), with_grad(rows, anchors=False)
+        flat = batch.with_tensors(advantages=torch.zeros_like(batch.batch["advantages"]))
+        (gradient,), (first,) = gradients_of(actor, flat)
+        assert_same_gradient(gradient, plain_gradient(rows, anchors=False))
+        assert first["policy_grad_norm"] == 0 and first["embedding_grad_share"] == 1
+        assert actor.update(batch, 1)["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+
+    def test_a_resumed_run_measures_when_and_scales_as_the_whole_run_did(self, tmp_path):
+        batch = with_grad(scored_step(), anchors=False)
+        settings = {"embedding_grad_share": 0.3, "embedding_grad_every": 3}
+        actor = build_actor(tiny_policy(), **settings)
+        for _ in range(2):
+            actor.update(batch, 1)
+        parts = (actor.policy, actor.optimizer, actor.scheduler)
+        save_training_state(tmp_path, *parts, rank=0, balance=actor.balance)
+        expected = [actor.update(batch, 1) for _ in range(3)]
+        weights = {name: weight.clone() for name, weight in full_weights(actor.policy)}
+        resumed = build_actor(tiny_policy(seed=5), **settings)
+        parts = (resumed.policy, resumed.optimizer, resumed.scheduler)
+        load_training_state(tmp_path, *parts, rank=0, balance=resumed.balance)
+        assert [resumed.update(batch, 1) for _ in range(3)] == expected
+        assert ["policy_grad_norm" in m for m in expected] == [False, True, False]
+        for name, weight in full_weights(resumed.policy):
+            assert torch.equal(weight, weights[name]), name
+
+    def test_a_checkpoint_without_a_measurement_loads_and_is_measured_anew(self, tmp_path):
+        batch = with_grad(scored_step(), anchors=False)
+        actor = build_actor(tiny_policy())
+        actor.update(batch, 1)
+        save_training_state(tmp_path, actor.policy, actor.optimizer, actor.scheduler, rank=0)
+        resumed = build_actor(tiny_policy(seed=5))
+        parts = (resumed.policy, resumed.optimizer, resumed.scheduler)
+        load_training_state(tmp_path, *parts, rank=0, balance=resumed.balance)
+        assert "policy_grad_norm" in resumed.update(batch, 1)
+
+
+def test_a_mini_batchs_part_of_the_gradient_stands_for_the_whole():
+    rows = whole_step()
+    grad = torch.randn(len(rows), 8)
+    trained = is_trained(rows)
+    alone = add_embedding_grad(rows[trained], rows, grad, train_anchors=False, num_mini_batches=2)
+    assert torch.equal(alone.batch["embedding_grad"], 2 * grad[torch.from_numpy(trained)])
+    whole = add_embedding_grad(rows[trained], rows, grad, train_anchors=True, num_mini_batches=2)
+    assert torch.equal(whole.batch["embedding_grad"], 2 * grad)
+    assert whole.non_tensor_batch["role"].tolist() == rows.non_tensor_batch["role"].tolist()
+    assert torch.equal(whole.batch["advantages"], rows.batch["advantages"])
+    assert add_embedding_grad(rows[trained], rows, None, True, 2).batch.keys() == rows.batch.keys()
