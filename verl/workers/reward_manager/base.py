@@ -28,6 +28,8 @@ class RewardManager(Protocol):
     has trained rows alone."""
     exclude_system_prompt: bool
     """Where pooling starts: at the user's text (True) or at the first token of the prompt."""
+    text_share: float | None
+    """Share of the text in the embeddings, see `EmbedderSettings`; a manager without it says None."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows of a step.

@@ -28,6 +28,7 @@ class CheckedRewardManager:
         self.manager, self.name = manager, name
         self.needs_embeddings = manager.needs_embeddings
         self.exclude_system_prompt = manager.exclude_system_prompt
+        self.text_share = getattr(manager, "text_share", None)
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows.

@@ -14,6 +14,7 @@ from torch import Tensor
 from verl.algorithm.groups import group_size, group_sum, groups_of
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
+from verl.embedding.pooling import unit, without_direction
 from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
@@ -40,6 +41,11 @@ class Group:
     query: str
     positive: str
     negative: str | None
+
+
+def centred(vectors: Tensor) -> Tensor:
+    """[N,H] unit vectors without the direction of their mean."""
+    return unit(without_direction(vectors, vectors.mean(0)))
 
 
 def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
@@ -172,9 +178,12 @@ class HiddenRewardManager:
     def __init__(self, **reward_kwargs: Any) -> None:
         self.config = build_reward_kwargs(reward_kwargs)
         self.exclude_system_prompt = self.config.exclude_system_prompt
+        self.text_share = self.config.text_share
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         rows.require("embeddings", "truncated", "uid", "role", "text")
+        if self.config.centre:
+            rows = rows.with_tensors(embeddings=centred(rows.batch["embeddings"]))
         main = rows[is_trained(rows)]
         uids = list(dict.fromkeys(main.non_tensor_batch["uid"]))
         g = groups_of(main)
