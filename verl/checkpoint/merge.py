@@ -194,6 +194,7 @@ def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
     checkpoint.config.save_pretrained(folder)
     for name in ("generation_config.json", settings.FILE_NAME, centre.FILE_NAME):
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 

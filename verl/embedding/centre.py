@@ -17,7 +17,8 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.utils.files import replace_file
 
-FILE_NAME = "embedder_centre.safetensors"
+# In a folder of its own: every *.safetensors beside config.json is taken for weights, by vLLM among others.
+FILE_NAME = "embedder_centre/mean.safetensors"
 # With another value of one of these the vectors have another mean.
 _DECIDING = (
     "pooling", "span", "pool_system_prompt", "text_share", "no_rationale_weight", "system_prompt", "system_prompt_in",
@@ -51,6 +52,7 @@ class Centre:
         means = {_WITH: self.with_rationale}
         if self.without_rationale is not None:
             means[_WITHOUT] = self.without_rationale
+        (folder / FILE_NAME).parent.mkdir(exist_ok=True)
         replace_file(folder / FILE_NAME, save(means, {_SETTINGS: json.dumps(_decided_by(settings))}))
 
     @classmethod

@@ -64,7 +64,7 @@ class EmbedderSettings(BaseModel):
     """Weight of the vector without the rationale in an average with the one that has it: weight x unit(without) +
     (1 - weight) x unit(with); 0 = no average. It needs span=input+rationale, and has no effect without thinking."""
     centre: bool = False
-    """Take the direction of the mean vector out of every vector; the mean is in embedder_centre.safetensors."""
+    """Take the direction of the mean vector out of every vector; the mean is in embedder_centre/mean.safetensors."""
     max_prompt_length: int = Field(1024, ge=1)
     """Most tokens of a rendered prompt; the user's text is cut to fit."""
     truncation: Truncation = "right"
