@@ -18,7 +18,9 @@ from verl.errors import UserError
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
+from verl.single_controller.dispatch import Dispatch, remote_call
 from verl.trainer.run import build_collate
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.reward_manager.checked import CheckedRewardManager
 from verl.workers.reward_manager.hidden import HiddenRewardManager
@@ -158,7 +160,9 @@ def test_training_rewards_the_vectors_of_its_checkpoints_encoder(rows, tiny_fold
         "responses": torch.tensor([ids + [0] * (width - len(ids)) for _, ids, _ in rows]),
         "response_length": torch.tensor([len(ids) for _, ids, _ in rows]),
     }
-    batch = prompts.union(DataProto.from_dict(responses))
+    # What the driver sends to the workers.
+    remote = remote_call(ActorRolloutRefWorker.compute_log_prob, Dispatch.DP_COMPUTE_PROTO)
+    batch = prompts.union(DataProto.from_dict(responses)).only((*remote.columns, *remote.optional_columns))
     policy = PolicyModel(load_causal_lm(str(tiny_folder)))
     scored = score(policy, batch, MicroBatchLimit(None, 2), TEMPERATURE, embed=True, entropy=False)
     collate.settings.write(tmp_path)
