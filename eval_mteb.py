@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl.embedding.settings import add_vector_flags
 from verl.evaluation.options import ASK_ABOVE_HOURS, SUITES
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.cpus import let_waiting_threads_sleep
@@ -45,6 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--temperature", type=float, help="of the rationales; default: the settings")
     how.add_argument("--pooling_method", choices=("mean", "last", "eos"), help="eos is an old name of last")
     how.add_argument("--span", choices=("input+rationale", "rationale"), help="tokens that are pooled")
+    add_vector_flags(how)
     how.add_argument(
         "--normalize_embeddings", action="store_true",
         help="scale vectors to unit length; classification, clustering and pairs see the difference",

@@ -345,6 +345,11 @@ class HiddenRewardConfig(_Section):
     """infonce: how far below its group's lowest reward a cut-off rationale is put. (grace gives -1.)"""
     exclude_system_prompt: bool = True
     """Pool from the first token of the user's text; false = from the first token of the prompt."""
+    text_share: Share | None = None
+    """Share of the text in the mean over text and rationale; null = every token counts the same. It goes into the
+    checkpoint's embedder_config.json."""
+    centre: bool = False
+    """Take the direction of the mean of the step's embeddings out of every embedding before they are compared."""
     contrastive_weight: NonNegativeFloat = 0.0
     """Weight of a contrastive loss (InfoNCE) on the embeddings beside the policy gradient; 0 = the paper's GRACE."""
     contrastive_first_weight: NonNegativeFloat | None = None

@@ -8,21 +8,23 @@ import pytest
 
 from verl import GraceEncoder
 from verl.embedding.prompts import rationale_messages
+from verl.embedding.settings import EmbedderSettings
 from verl.workers.rollout.base import RolloutError
 
 TEXTS = [f"text number {i} of several" * (1 + i % 3) for i in range(20)]
+SETTINGS = EmbedderSettings(text_share=0.3, no_rationale_weight=0.5)
 SAMPLED = {"max_new_tokens": 8, "temperature": 1.0, "return_rationales": True}
 
 
 @pytest.fixture(scope="module")
 def spread(tiny_folder, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
-    with GraceEncoder(tiny_folder, device="cpu", num_processes=2, store=store) as encoder:
+    with GraceEncoder(tiny_folder, device="cpu", num_processes=2, store=store, settings=SETTINGS) as encoder:
         yield encoder
 
 
 def test_two_processes_give_the_vectors_and_rationales_of_one(spread, tiny_folder):
-    alone = GraceEncoder(tiny_folder, device="cpu")
+    alone = GraceEncoder(tiny_folder, device="cpu", settings=SETTINGS)
     expected, rationales = alone.encode(TEXTS, **SAMPLED)
     vectors, same = spread.encode(TEXTS, **SAMPLED)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)

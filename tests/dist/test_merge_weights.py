@@ -41,6 +41,8 @@ def test_the_optimizer_is_not_read_and_the_embedder_settings_are_copied(checkpoi
     run = shutil.copytree(checkpoints / "dcp_2_tied", tmp_path / "run")
     step = run / "global_step_4"
     (step / "huggingface" / "embedder_config.json").write_text('{"pooling": "mean"}')
+    (step / "huggingface" / "embedder_centre").mkdir()
+    (step / "huggingface" / "embedder_centre" / "mean.safetensors").write_bytes(b"a centre")
     metadata = pickle.loads((step / "actor" / ".metadata").read_bytes())
     assert any(index.fqn.startswith("optimizer.state.") for index in metadata.storage_data)
     for index, place in metadata.storage_data.items():
@@ -51,6 +53,7 @@ def test_the_optimizer_is_not_read_and_the_embedder_settings_are_copied(checkpoi
     assert merge(run, tmp_path / "merged") == 0
     assert_is_tiny(tmp_path / "merged", tie=True)
     assert (tmp_path / "merged" / "embedder_config.json").read_text() == '{"pooling": "mean"}'
+    assert (tmp_path / "merged" / "embedder_centre" / "mean.safetensors").read_bytes() == b"a centre"
 
 
 @pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16", "float16"])

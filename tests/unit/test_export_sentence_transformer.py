@@ -17,6 +17,7 @@ from tiny import TEMPLATE, save_tiny, tiny_model
 
 from verl import GraceEncoder
 from verl import export_sentence_transformer as program
+from verl.embedding.centre import Centre
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder import export
@@ -32,6 +33,7 @@ VARIANTS = {
     "mean": {},
     "last": {"pooling": "last"},
     "whole prompt": {"pool_system_prompt": True},
+    "centred, with a mix for rationales": {"centre": True, "text_share": 0.3, "no_rationale_weight": 0.5},
     "no system turn": {"system_prompt": None},
     "other system turn": {"system_prompt": 'It\'s "quoted" {{ text }}, naïve 🦊\nand\\n two lines.'},
 }
@@ -48,7 +50,11 @@ assert not [name for name in sys.modules if name.startswith("verl.")]
 
 def save_model(folder: Path, llama: bool = False, **settings) -> Path:
     save_tiny(folder, llama=llama)
-    EmbedderSettings(**{"max_prompt_length": LENGTH, **settings}).write(folder)
+    chosen = EmbedderSettings(**{"max_prompt_length": LENGTH, **settings})
+    chosen.write(folder)
+    if chosen.centre:
+        draw = np.random.default_rng(0)
+        Centre(*draw.normal(size=(2, 64)).astype(np.float32)).write(folder, chosen)
     return folder
 
 

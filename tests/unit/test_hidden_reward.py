@@ -384,3 +384,19 @@ def test_a_value_of_the_wrong_type_names_its_argument(kwargs: dict[str, Any]) ->
 @pytest.mark.parametrize("exclude", [True, False])
 def test_the_place_where_pooling_starts_is_passed_on(exclude: bool) -> None:
     assert HiddenRewardManager(exclude_system_prompt=exclude).exclude_system_prompt is exclude
+
+
+@pytest.mark.parametrize("negatives", [True, False])
+def test_centred_rewards_compare_what_is_left_without_the_steps_mean(negatives: bool) -> None:
+    rows = make_rows([3, 2, 4], negatives)
+    centre = [mean([row.vector[k] for row in rows]) for k in range(WIDTH)]
+    direction = [x / math.sqrt(dot(centre, centre)) for x in centre]
+    left = []
+    for row in rows:
+        along = dot(row.vector, direction)
+        rest = [x - along * c for x, c in zip(row.vector, direction, strict=True)]
+        left.append(replace(row, vector=[x / math.sqrt(dot(rest, rest)) for x in rest]))
+    expected = reward(left).scores
+    torch.testing.assert_close(reward(rows, centre=True).scores, expected, atol=1e-5, rtol=0)
+    assert (reward(rows).scores - expected).abs().max() > 1e-3
+    assert torch.equal(reward(rows, centre=False).scores, reward(rows).scores)

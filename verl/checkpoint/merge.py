@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
+from verl.embedding import centre, settings
 from verl.errors import UserError
 from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
@@ -181,7 +182,7 @@ def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoin
 
 
 def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
-    """Config, tokenizer with its chat template, generation settings, and the embedder's settings."""
+    """Config, tokenizer with its chat template, generation settings, and the embedder's settings and centre."""
     source = checkpoint.model_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -191,8 +192,9 @@ def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
     checkpoint.config.dtype = checkpoint.dtype
     checkpoint.config.architectures = [checkpoint.keys.architecture]
     checkpoint.config.save_pretrained(folder)
-    for name in ("generation_config.json", "embedder_config.json"):
+    for name in ("generation_config.json", settings.FILE_NAME, centre.FILE_NAME):
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 

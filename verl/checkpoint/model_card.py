@@ -17,6 +17,7 @@ _SCORES = "## Scores"
 _NO_SCORES = "Not evaluated yet (`bash eval.sh`)."
 _BAR = "&#124;"
 _END = "<!-- end of scores -->"
+_SETTINGS, _TRAINING = "## How it embeds", "## How it was trained"
 
 
 def write_checkpoint_card(
@@ -60,8 +61,8 @@ def write_card(
         'encoder = GraceEncoder.from_pretrained("this folder")',
         'vectors, rationales = encoder.encode(["a text"], return_rationales=True)', "```", "",
         _SCORES, "", _NO_SCORES, "", _END, "",
-        "## How it embeds", "", *_table(settings), "",
-        "## How it was trained", "", *_table(training), "",
+        _SETTINGS, "", *_table(settings), "",
+        _TRAINING, "", *_table(training), "",
         "```bash", command, "```", "",
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", "",
     ]  # fmt: skip
@@ -85,6 +86,17 @@ def put_scores(folder: Path, title: str, lines: Sequence[str]) -> bool:
     kept = "".join(f"### {section.rstrip()}\n\n" for section in sections.values())
     replace_file(file, f"{head}{_SCORES}\n\n{kept}{_END}{tail}")
     return True
+
+
+def put_settings(folder: Path, settings: EmbedderSettings) -> None:
+    """Bring the table of settings in a card up to date; a folder without a card of this project is left alone."""
+    file = folder / FILE_NAME
+    text = file.read_text() if file.is_file() else ""
+    if _SETTINGS not in text or _TRAINING not in text:
+        return
+    head, _, rest = text.partition(f"{_SETTINGS}\n")
+    table = "\n".join(_table(settings.model_dump()))
+    replace_file(file, f"{head}{_SETTINGS}\n\n{table}\n\n{_TRAINING}{rest.partition(_TRAINING)[2]}")
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

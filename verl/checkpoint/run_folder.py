@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.checkpoint import model_card
+from verl.embedding import settings
 from verl.errors import UserError
 from verl.utils.files import flush_to_disk, replace_file
 from verl.utils.locks import HeldError, NoLocksError, hold
@@ -30,6 +31,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
 STEP_PREFIX = "global_step_"
+# People edit these, and evaluations and `verl.centre` do; a run resumes without them.
+_EDITED = (model_card.FILE_NAME, settings.FILE_NAME)
 
 
 class CheckpointError(RuntimeError):
@@ -258,8 +261,8 @@ def find_fault(folder: Path) -> str | None:
         return f"{folder / STATE} is damaged ({error!r})"
     for name, size in files.items():
         file = folder / name
-        if file.name == model_card.FILE_NAME:
-            continue  # people edit the model card, and an evaluation adds scores to it
+        if file.name in _EDITED:
+            continue
         if not file.is_file():
             return f"{file} is missing"
         if (found := file.stat().st_size) != size:

@@ -209,7 +209,7 @@ class PromptCollator:
     """Renders samples to prompt rows: a row per sample and role, samples in order, the trained row first.
 
     Args:
-        settings: where pooling starts in a row; the same settings are written for the encoder.
+        settings: how a row is pooled; the same settings are written for the encoder.
         reward_fn_key: the column that `data_source` is taken from.
     """
 
@@ -226,6 +226,8 @@ class PromptCollator:
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
             "pool_start": torch.tensor([self.settings.pool_start(prompt, has_rationale=True) for prompt in prompts]),
         }
+        if (share := self.settings.text_share) is not None:
+            tensors["text_share"] = torch.full((len(prompts),), share, dtype=torch.float64)
         columns = {
             "uid": [sample["uid"] for sample, _ in owners],
             "role": [role for _, role in owners],

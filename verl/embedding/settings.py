@@ -3,15 +3,17 @@
 Imports neither torch nor transformers.
 """
 
+import argparse
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
 from verl.errors import UserError
 from verl.prompt_options import Day, SystemPromptPlace
+from verl.utils.files import replace_file
 
 FILE_NAME = "embedder_config.json"
 # Most characters of a system prompt that a table shows.
@@ -19,6 +21,22 @@ _SHOWN = 60
 
 Pooling = Annotated[Literal["mean", "last"], BeforeValidator(lambda value: "last" if value == "eos" else value)]
 Span = Literal["input+rationale", "rationale"]
+# As an argument None means "the folder's own", so that the share by length needs a word.
+BY_LENGTH = "length"
+TextShare = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None, BeforeValidator(lambda value: None if value == BY_LENGTH else value)
+]
+
+
+class Mix(NamedTuple):
+    """How the states of a text and of its rationale become one vector; see the settings of the same names."""
+
+    text_share: float | None = None
+    no_rationale_weight: float = 0.0
+
+
+NO_MIX = Mix()
+"""One mean, in which every token counts the same."""
 
 
 class EmbedderSettings(BaseModel):
@@ -38,6 +56,15 @@ class EmbedderSettings(BaseModel):
     """Pooled tokens. input+rationale: the user's text and everything after it; rationale: the rationale alone."""
     pool_system_prompt: bool = False
     """With input+rationale: start at the first token of the prompt instead of the first token of the user's text."""
+    text_share: TextShare = None
+    """Share of the text in the mean, from 0 to 1: share x mean(text) + (1 - share) x mean(rationale), where the text is
+    all that is pooled of the prompt. null (as an argument: length) = every token counts the same, so that the share
+    follows the lengths. It needs pooling=mean and span=input+rationale."""
+    no_rationale_weight: float = Field(0.0, ge=0, le=1)
+    """Weight of the vector without the rationale in an average with the one that has it: weight x unit(without) +
+    (1 - weight) x unit(with); 0 = no average. It needs span=input+rationale, and has no effect without thinking."""
+    centre: bool = False
+    """Take the direction of the mean vector out of every vector; the mean is in embedder_centre/mean.safetensors."""
     max_prompt_length: int = Field(1024, ge=1)
     """Most tokens of a rendered prompt; the user's text is cut to fit."""
     truncation: Truncation = "right"
@@ -48,6 +75,25 @@ class EmbedderSettings(BaseModel):
     """Sampling temperature of a rationale; 0 is greedy."""
     base_model: str | None = None
     """The model that training started from."""
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> "EmbedderSettings":
+        needed = {"text_share": ("pooling", "span"), "no_rationale_weight": ("span",)}
+        given = {"text_share": self.text_share is not None, "no_rationale_weight": self.no_rationale_weight > 0}
+        for name in (name for name, is_given in given.items() if is_given):
+            for other in needed[name]:
+                needs, value = EmbedderSettings.model_fields[other].default, getattr(self, other)
+                if value != needs:
+                    off = BY_LENGTH if name == "text_share" else 0
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} needs {other}={needs}, and {other} is {value}; change it, or "
+                        f"give {name}={off}"
+                    )
+        return self
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.text_share, self.no_rationale_weight)
 
     @classmethod
     def read(cls, folder: Path) -> "EmbedderSettings":
@@ -87,7 +133,7 @@ class EmbedderSettings(BaseModel):
         return f"{shown!r}{' in the user turn' if self.system_prompt_in == 'user' else ''}"
 
     def write(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
+        replace_file(folder / FILE_NAME, json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
 
     def pool_start(self, prompt: Prompt, has_rationale: bool) -> int:
         """Where pooling starts in a row of prompt and rationale, which is pooled from there to its end.
@@ -107,6 +153,24 @@ class EmbedderSettings(BaseModel):
         return 0 if self.pool_system_prompt else prompt.text_start
 
 
+def add_vector_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags --text_share, --no_rationale_weight and --no_centre."""
+    parser.add_argument(
+        "--text_share", metavar="SHARE",
+        help="share of the text in the mean over text and rationale, from 0 to 1; length: every token counts the same; "
+        "default: the model's settings",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_rationale_weight", type=float, metavar="WEIGHT",
+        help="average each vector with that of its text without a rationale, which gets this weight; default: the "
+        "model's settings",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_centre", action="store_true",
+        help="do not take out the direction of the mean vector that is kept with the model (see verl.centre)",
+    )  # fmt: skip
+
+
 def why_this_prompt(folder: Path, given: str | None) -> str:
     """Where an encoder's system prompt comes from, in words.
 
@@ -123,7 +187,8 @@ def why_this_prompt(folder: Path, given: str | None) -> str:
 
 def _explain(error: ValidationError) -> str:
     """Every wrong value in one line."""
+    # What is wrong with several values together has no place of its own, and names them.
     return "; ".join(
-        f"{'.'.join(str(part) for part in found['loc'][:1])}={found['input']!r}: {found['msg']}"
+        f"{found['loc'][0]}={found['input']!r}: {found['msg']}" if found["loc"] else str(found["ctx"]["error"])
         for found in error.errors()
     )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl.embedding.settings import add_vector_flags
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.cpus import let_waiting_threads_sleep
 
@@ -33,6 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--pooling", choices=("mean", "last", "eos"))
     parser.add_argument("--span", choices=("input+rationale", "rationale"))
+    add_vector_flags(parser)
     parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     args = parser.parse_args(argv)

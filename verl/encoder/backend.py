@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.embedding.settings import EmbedderSettings
+from verl.embedding.settings import NO_MIX, EmbedderSettings, Mix
 from verl.encoder.record import Rationale, Sampling, TextRecord
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
@@ -140,23 +140,24 @@ class Backend:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
-        batch_size: int, pool_starts: Sequence[int] | None = None,
+        batch_size: int, pool_starts: Sequence[int] | None = None, mix: Mix = NO_MIX,
     ) -> Iterator[Responses]:  # fmt: skip
         """Generate a response to each prompt; see `Rollout.generate`.
 
         Args:
             batch_size: prompts that the hf engine decodes at once; vllm has its own limit.
-            pool_starts: one per prompt, see `RunningPool`: the hf engine pools too, vllm does not. None = no pooling.
+            pool_starts, mix: see `RunningPool`, a start per prompt: the hf engine pools too, vllm does not. None = no
+                pooling.
         """
         engine = self._engine(batch_size)
         temperatures = [temperature] * len(prompts)
         if pool_starts is not None and isinstance(engine, HFRollout):
-            return engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts)
+            return engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts, mix)
         return engine.generate(prompts, temperatures, max_new_tokens, seeds)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Row], batch_size: int) -> np.ndarray:
-        """[N,H] float32: the mean of each row's hidden states from its `pool_start` on, by the forward of training.
+        """[N,H] float32: the vector of each row by its `pool_start` and `mix`, by the forward of training.
 
         Args:
             batch_size: most rows of one forward.
@@ -185,7 +186,7 @@ class Backend:
         generation = self.generate(
             [text.prompt.ids for text in texts], sampling.temperature, sampling.max_new_tokens,
             [text.seed for text in texts], batch_size,
-            [settings.pool_start(text.prompt, has_rationale=True) for text in texts],
+            [settings.pool_start(text.prompt, has_rationale=True) for text in texts], settings.mix,
         )  # fmt: skip
         start = time.perf_counter()
         for responses in generation:
@@ -205,7 +206,7 @@ class Backend:
             assert text.rationale is not None
             ids = text.rationale.ids
             pool_start = settings.pool_start(text.prompt, has_rationale=bool(ids))
-            rows.append(Row(tuple(text.prompt.ids), ids, pool_start, False))
+            rows.append(Row(tuple(text.prompt.ids), ids, pool_start, False, settings.mix))
         for text, vector in zip(texts, self.embed(rows, batch_size), strict=True):
             text.vector = vector
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)

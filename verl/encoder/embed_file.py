@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     written = args.output.with_name(f".{args.output.name}.writing")
     with GraceEncoder(
         args.model, engine=args.engine, device=args.device, pooling=args.pooling, span=args.span, store=store,
+        text_share=args.text_share, no_rationale_weight=args.no_rationale_weight,
+        centre=False if args.no_centre else None,
         max_prompt_length=args.max_prompt_length, max_new_tokens=args.max_new_tokens,
         system_prompt=args.system_prompt, system_prompt_in=args.system_prompt_in, template_date=args.template_date,
     ) as encoder:  # fmt: skip

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.dense import Dense
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
 
 from verl.checkpoint.model_folder import model_folder
+from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import Prompt, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
@@ -181,8 +183,18 @@ def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
     check_tokens(transformer, texts, prompts, copies)
     masks = [MultiVectorMask(list(copies.values()), skiplist_tasks=["query", "document"])] if copies else []
     pooling = Pooling(encoder.embedding_dim, "lasttoken" if settings.pooling == "last" else "mean")
-    modules = [transformer, *masks, pooling, Normalize()]
+    modules = [transformer, *masks, pooling, *centring(encoder), Normalize()]
     return SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
+
+
+def centring(encoder: GraceEncoder) -> list[Dense]:
+    """The module that takes out the direction of the model's mean vector, which is linear; none without a centre."""
+    if encoder.centre is None:
+        return []
+    size, mean = encoder.embedding_dim, torch.from_numpy(encoder.centre.mean(thinks=False))
+    return [
+        Dense(size, size, bias=False, activation_function=None, init_weight=without_direction(torch.eye(size), mean))
+    ]
 
 
 @torch.no_grad()

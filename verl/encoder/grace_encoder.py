@@ -4,6 +4,7 @@ It renders, generates, packs and pools with the functions of training, so that i
 rewarded. Argument names follow sentence-transformers.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from verl.checkpoint.model_folder import model_folder, weights_revision
+from verl.embedding.centre import Centre
+from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.embedding.settings import EmbedderSettings, Pooling, Span
+from verl.embedding.settings import NO_MIX, EmbedderSettings, Pooling, Span
 from verl.encoder.arguments import list_texts, whole_number
 from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
@@ -42,6 +45,12 @@ class GraceEncoder:
         device: auto, cuda or cpu.
         settings: replaces the folder's own settings.
         pooling, span: replace those of the settings.
+        text_share: share of the text in the mean over text and rationale; "length" = every token counts the same;
+            replaces that of the settings.
+        no_rationale_weight: weight of the vector without the rationale in the average with the one that has it;
+            replaces that of the settings.
+        centre: whether to take out the direction of the mean vector that is kept with the model (`verl.centre`);
+            replaces that of the settings.
         system_prompt: text, or a file that holds it; replaces that of the settings. "" = no system turn.
         system_prompt_in: the turn that it stands in; replaces that of the settings.
         template_date: the day that a dated chat template shows, as 2024-07-26; replaces that of the settings.
@@ -69,6 +78,9 @@ class GraceEncoder:
         settings: EmbedderSettings | None = None,
         pooling: Pooling | None = None,
         span: Span | None = None,
+        text_share: float | str | None = None,
+        no_rationale_weight: float | None = None,
+        centre: bool | None = None,
         system_prompt: str | None = None,
         system_prompt_in: SystemPromptPlace | None = None,
         template_date: str | None = None,
@@ -87,10 +99,12 @@ class GraceEncoder:
             raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be above 0 and at most 1")
         self.folder = model_folder(str(path))
         self.settings = (settings or EmbedderSettings.read(self.folder)).changed(
-            pooling=pooling, span=span, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens,
+            pooling=pooling, span=span, text_share=text_share, no_rationale_weight=no_rationale_weight, centre=centre,
+            max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens,
             system_prompt=None if system_prompt is None else read_system_prompt(system_prompt),
             system_prompt_in=system_prompt_in, template_date=template_date,
         )  # fmt: skip
+        self.centre = Centre.read(self.folder, self.settings) if self.settings.centre else None
         device, engine, self.engine_reason = choose_device_and_engine(device, engine)
         spec = ModelSpec(
             folder=str(self.folder),
@@ -161,7 +175,8 @@ class GraceEncoder:
                 the float32 vectors v of typical texts, np.stack([v.min(axis=0), v.max(axis=0)]).
             convert_to_tensor: return a torch tensor on the CPU instead of a numpy array.
             normalize_embeddings: return unit vectors, whose products are the cosines that training rewards; False =
-                the means as they are. For a classifier or a clustering give False: the vectors of a language model
+                the means as they are, or the average of the two unit vectors (`no_rationale_weight`). A centre is taken
+                out before. For a classifier or a clustering give False: the vectors of a language model
                 lie in a narrow cone, and on unit vectors that differ by little a regularised classifier (scikit-learn's
                 LogisticRegression as it is) underfits.
             truncate_dim: keep this many dimensions, the first ones.
@@ -187,7 +202,7 @@ class GraceEncoder:
         means = np.zeros((len(texts), self.embedding_dim), np.float32)
         for row, record in enumerate(records):
             means[row] = record.vector
-        vectors = form.apply(means)
+        vectors = form.apply(self._centred(means, think))
         rationales = [self._decode(record) for record in records] if return_rationales else []
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
@@ -218,7 +233,9 @@ class GraceEncoder:
         )
         prompt["template_date"] = self.renderer.template_date
         prompt["normalize_embeddings"] = options.get("normalize_embeddings", True)
-        return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling()}
+        if self.centre is not None:
+            prompt["centre"] = hashlib.sha256(self.centre.mean(sampling is not None).tobytes()).hexdigest()
+        return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling(sampling)}
 
     def close(self) -> None:
         """Flush and close the store, and end the engine."""
@@ -231,6 +248,18 @@ class GraceEncoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _centred(self, vectors: np.ndarray, thinks: bool) -> np.ndarray:
+        """[N,H], before normalisation: the direction of a vector does not depend on which of the two comes first."""
+        if self.centre is None:
+            return vectors
+        mean = self.centre.mean(thinks)
+        if len(mean) != self.embedding_dim:
+            raise UserError(
+                f"{self.folder} holds a centre of {len(mean)} dimensions, and its model has {self.embedding_dim}; make "
+                "the centre again with python3 -m verl.centre"
+            )
+        return without_direction(torch.from_numpy(vectors), torch.from_numpy(mean)).numpy()
 
     def _sampling(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
         settings = self.settings.changed(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -279,7 +308,7 @@ class GraceEncoder:
         if self.store is None:
             return NoStore()
         described = {"weights": self.revision, **self._describe_sampling(sampling)}
-        return CallStore(self.store, described, self._describe_pooling(), self._decode)
+        return CallStore(self.store, described, self._describe_pooling(sampling), self._decode)
 
     def _decode(self, record: TextRecord) -> str:
         assert record.rationale is not None
@@ -295,8 +324,11 @@ class GraceEncoder:
         engine = {"engine": spec.engine, "dtype": spec.dtype_name, **({"ignore_eos": True} if spec.ignore_eos else {})}
         return {"think": True, **engine, **asdict(sampling)}
 
-    def _describe_pooling(self) -> dict[str, Any]:
-        """What decides a vector besides the rationale."""
+    def _describe_pooling(self, sampling: Sampling | None) -> dict[str, Any]:
+        """What decides a vector besides the rationale; a centre is taken out of the vectors that are stored."""
         settings = self.settings
+        # Without a rationale there is nothing to mix, and without a mix the keys are those of earlier versions.
+        mix = settings.mix if sampling else NO_MIX
+        mixed = {name: value for name, value in mix._asdict().items() if value != getattr(NO_MIX, name)}
         return {"pooling": settings.pooling, "span": settings.span, "pool_system_prompt": settings.pool_system_prompt,
-                "forward_dtype": self.backend.spec.dtype_name}  # fmt: skip
+                "forward_dtype": self.backend.spec.dtype_name, **mixed}  # fmt: skip

@@ -42,4 +42,5 @@ class TextRecord:
     rationale: Rationale | None = None
     """None = not known yet."""
     vector: np.ndarray | None = None
-    """[H] float32, the mean of the pooled hidden states, not normalised; None = not known yet."""
+    """[H] float32, the mean of the pooled hidden states, or the average of two vectors; neither normalised nor without
+    the centre. None = not known yet."""

@@ -46,7 +46,9 @@ def open_encoder(args: argparse.Namespace) -> GraceEncoder:
     return GraceEncoder(
         args.model_path, engine=args.engine, device=args.device,
         settings=EmbedderSettings.read(args.embedder_config) if args.embedder_config else None,
-        pooling=args.pooling_method, span=args.span, system_prompt=args.system_prompt,
+        pooling=args.pooling_method, span=args.span, text_share=args.text_share,
+        no_rationale_weight=args.no_rationale_weight, centre=False if args.no_centre else None,
+        system_prompt=args.system_prompt,
         system_prompt_in=args.system_prompt_in, template_date=args.template_date,
         max_prompt_length=args.input_max_length, max_new_tokens=args.thinking_max_length,
         store=args.store or args.output_dir / "store",

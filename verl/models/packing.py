@@ -5,13 +5,17 @@ ancestors: a response to its prompt, and a prompt to the trunk, the beginning th
 (the system turn). So a group of n rationales costs one prompt and n responses, and the system turn is computed once per
 micro-batch. Hidden states and gradients are those of separate rows.
 
-Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions.
+Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions, E rows whose vector is averaged with
+that of their prompt alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from verl.embedding.settings import NO_MIX, Mix
 
 # Below this many common tokens a trunk saves less than its own attention call costs.
 _MIN_TRUNK = 8
@@ -27,6 +31,8 @@ class Row:
     """First pooled position in prompt + response, or -1, the last one; all from there to the end are pooled."""
     scored: bool
     """Whether to compute log-probs of the response."""
+    mix: Mix = NO_MIX
+    """How prompt and response become one vector; of a row without a response there is nothing to mix."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,13 @@ class PackedBatch:
     pool_token: torch.Tensor
     """[M] int64, position in the line of each pooled token."""
     pool_row: torch.Tensor
-    """[M] int64, its row."""
+    """[M] int64, its row; N + e for the vector of the prompt alone of the row averaged[e]."""
+    pool_weight: torch.Tensor | None
+    """[M] float32, its weight in the mean; None = all of a row have the same."""
+    averaged: torch.Tensor
+    """[E] int64, rows whose vector is averaged with that of their prompt alone."""
+    average_weight: torch.Tensor
+    """[E] float32, the weight of the latter."""
     score_token: torch.Tensor
     """[S] int64, position in the line whose hidden state predicts a scored response token."""
     score_target: torch.Tensor
@@ -105,6 +117,47 @@ class _Node:
         return [p for first, last in self.ranges for p in range(first, last)][start:]
 
 
+class _Pools:
+    """The pooled positions of N rows, and of the prompts alone of those that are averaged."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._tokens: list[int] = []
+        self._rows: list[int] = []
+        self._weights: list[float] = []
+        self._is_weighted = False
+        self._averaged: dict[int, float] = {}
+
+    def add(self, number: int, row: Row, positions: list[int]) -> None:
+        """Add a row whose tokens have these positions in the line."""
+        share, weight = row.mix if row.response else NO_MIX
+        pooled, text = positions[row.pool_start :], positions[: len(row.prompt)][row.pool_start :]
+        if share is None:
+            self._pool(number, pooled)
+        else:
+            self._is_weighted = True
+            self._pool(number, text, share)
+            self._pool(number, pooled[len(text) :], 1 - share)
+        if weight:
+            self._pool(self._num_rows + len(self._averaged), text)
+            self._averaged[number] = weight
+
+    def tensors(self) -> dict[str, Any]:
+        return {
+            "pool_token": torch.tensor(self._tokens, dtype=torch.int64),
+            "pool_row": torch.tensor(self._rows, dtype=torch.int64),
+            "pool_weight": torch.tensor(self._weights) if self._is_weighted else None,
+            "averaged": torch.tensor(list(self._averaged), dtype=torch.int64),
+            "average_weight": torch.tensor(list(self._averaged.values())),
+        }
+
+    def _pool(self, number: int, positions: list[int], share: float = 1.0) -> None:
+        """Add positions that have this share of a vector together."""
+        self._tokens += positions
+        self._rows += [number] * len(positions)
+        self._weights += [share / max(1, len(positions))] * len(positions)
+
+
 def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
     """Put `rows` into one line.
 
@@ -124,13 +177,11 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
             leaves.append(builder.add(row.response, prompts[row.prompt]))
     else:
         leaves = [builder.add(row.prompt + row.response, None) for row in rows]
-    pool_token, pool_row = [], []
+    pools = _Pools(len(rows))
     score: list[tuple[int, int, int, int]] = []
     for i, (row, leaf) in enumerate(zip(rows, leaves, strict=True)):
         positions = leaf.packed_positions(0)
-        pooled = positions[row.pool_start :]
-        pool_token += pooled
-        pool_row += [i] * len(pooled)
+        pools.add(i, row, positions)
         if row.scored:
             predicting = positions[len(row.prompt) - 1 : -1] if row.response else []
             score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, row.response, strict=True))]
@@ -139,8 +190,7 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
         input_ids=torch.tensor([builder.ids], dtype=torch.int64),
         position_ids=torch.tensor([builder.positions], dtype=torch.int64),
         segments=builder.segments,
-        pool_token=torch.tensor(pool_token, dtype=torch.int64),
-        pool_row=torch.tensor(pool_row, dtype=torch.int64),
+        **pools.tensors(),
         score_token=columns[0],
         score_target=columns[1],
         score_row=columns[2],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from verl.embedding.pooling import mean_pool
+from verl.embedding.pooling import average, mean_pool
 from verl.errors import UserError
 from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
 from verl.models.families import FAMILIES
@@ -30,7 +30,7 @@ class PolicyOutput:
     entropy: Tensor | None
     """[S] float32, entropy in nats of the distribution of each scored token; None if not asked for."""
     embeddings: Tensor | None
-    """[N,H] float32, means of the hidden states at the pooled positions; None if not asked for."""
+    """[N,H] float32, see `pool`; None if not asked for."""
 
 
 class PolicyModel(nn.Module):
@@ -74,7 +74,7 @@ class PolicyModel(nn.Module):
             use_cache=False,
             packed_segments=packed.segments,
         ).last_hidden_state[0]  # [K,H]
-        vectors = mean_pool(hidden, packed.pool_token, packed.pool_row, packed.num_rows) if embeddings else None
+        vectors = pool(hidden, packed) if embeddings else None
         if not log_probs:
             return PolicyOutput(None, None, vectors)
         # Rows of a shared prompt score at its last token. Indexing would add the gradients of such a token in any order
@@ -85,6 +85,23 @@ class PolicyModel(nn.Module):
             logit_form(self.lm.config),
         )  # fmt: skip
         return PolicyOutput(scored, entropies, vectors)
+
+
+def pool(hidden: Tensor, packed: PackedBatch) -> Tensor:
+    """[N,H] float32: the vector of each row, by its `Mix`; without one the mean of its pooled hidden states.
+
+    Args:
+        hidden: [K,H].
+    """
+    num_rows, averaged = packed.num_rows, packed.averaged
+    vectors = mean_pool(
+        hidden, packed.pool_token, packed.pool_row, num_rows + len(averaged), packed.pool_weight
+    )  # fmt: skip
+    if not len(averaged):
+        return vectors
+    whole, texts = vectors[:num_rows], vectors[num_rows:]
+    mixed = average(whole.index_select(0, averaged), texts, packed.average_weight.unsqueeze(1))
+    return whole.index_copy(0, averaged, mixed)
 
 
 def load_causal_lm(

@@ -41,6 +41,8 @@ from verl.workers.weight_sync import CANARY, WeightSync
 
 # What a packed forward needs, and what generation needs.
 _ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "role")
+# Pooling that some runs have.
+_OWN_POOLING = ("text_share",)
 _PROMPT = ("prompts", "prompt_length", "temperature")
 
 
@@ -132,7 +134,7 @@ class ActorRolloutRefWorker(Worker):
         columns = _response_columns([responses[row] for row in range(len(rows))], self.tokenizer.pad_token_id)
         yield columns if rank_in_engine == 0 else columns[:0]
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=_OWN_POOLING)
     def compute_log_prob(
         self, rows: DataProto, embed: bool, for_update: bool, train_anchors: bool = False
     ) -> DataProto:
@@ -173,7 +175,7 @@ class ActorRolloutRefWorker(Worker):
     @register(
         Dispatch.DP_COMPUTE_PROTO,
         columns=(*_ROW, "old_log_probs", "advantages", "mini_batch"),
-        optional_columns=("ref_log_prob", "embedding_grad"),
+        optional_columns=("ref_log_prob", "embedding_grad", *_OWN_POOLING),
     )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""

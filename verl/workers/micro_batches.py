@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from verl.embedding.settings import Mix
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained, prompt_ids, response_ids
@@ -31,10 +32,11 @@ class MicroBatch:
 
 def token_rows(rows: DataProto) -> list[Row]:
     """The unpadded token ids of each row; log-probs are wanted for trained rows."""
+    shares = rows.batch["text_share"].tolist() if "text_share" in rows.batch.keys() else [None] * len(rows)
     return [
-        Row(tuple(prompt), tuple(response), start, scored)
-        for prompt, response, start, scored in zip(
-            prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(),
+        Row(tuple(prompt), tuple(response), start, scored, Mix(share))
+        for prompt, response, start, scored, share in zip(
+            prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(), shares,
             strict=True,
         )
     ]  # fmt: skip

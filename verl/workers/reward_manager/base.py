@@ -34,6 +34,8 @@ class RewardManager(Protocol):
     trains_anchors: bool
     """Whether `embedding_grad` trains queries and negatives too; else they are constants, and their rows of it are not
     used. A manager without this attribute trains no anchors."""
+    text_share: float | None
+    """Share of the text in the embeddings, see `EmbedderSettings`; a manager without it says None."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows of a step.

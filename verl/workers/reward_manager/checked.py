@@ -29,6 +29,7 @@ class CheckedRewardManager:
         self.needs_embeddings = manager.needs_embeddings
         self.exclude_system_prompt = manager.exclude_system_prompt
         self.trains_anchors: bool = getattr(manager, "trains_anchors", False)
+        self.text_share = getattr(manager, "text_share", None)
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows.

@@ -16,6 +16,7 @@ from verl.algorithm.contrastive import Group, false_negatives, query_log_probs, 
 from verl.algorithm.groups import group_size, group_sum, groups_of
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
+from verl.embedding.pooling import unit, without_direction
 from verl.protocol import TRAINED_ROLE, DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
@@ -33,6 +34,11 @@ class Term:
     @property
     def weighted(self) -> Tensor:
         return self.weight * self.raw
+
+
+def centred(vectors: Tensor) -> Tensor:
+    """[N,H] unit vectors without the direction of their mean."""
+    return unit(without_direction(vectors, vectors.mean(0)))
 
 
 def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
@@ -158,6 +164,7 @@ class HiddenRewardManager:
     def __init__(self, **reward_kwargs: Any) -> None:
         self.config = build_reward_kwargs(reward_kwargs)
         self.exclude_system_prompt = self.config.exclude_system_prompt
+        self.text_share = self.config.text_share
         self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
@@ -165,7 +172,7 @@ class HiddenRewardManager:
         at = _positions(rows)
         if "query" not in at:
             raise ValueError("the reward manager hidden needs a query row for every sample")
-        main, embeddings = rows[at[TRAINED_ROLE]], rows.batch["embeddings"]
+        main, embeddings = rows[at[TRAINED_ROLE]], self._compared(rows.batch["embeddings"])
         g = groups_of(main)
         m, q, n = (embeddings[at[role]] if role in at else None for role in (TRAINED_ROLE, "query", "negative"))
         assert m is not None and q is not None
@@ -184,6 +191,10 @@ class HiddenRewardManager:
             output.metrics |= found
         return output
 
+    def _compared(self, embeddings: Tensor) -> Tensor:
+        """[N,H] unit vectors, as they are compared."""
+        return centred(embeddings) if self.config.centre else embeddings
+
     def _contrastive_weight(self, rows: DataProto) -> float:
         """The weight of the contrastive loss in this step."""
         config = self.config
@@ -196,14 +207,15 @@ class HiddenRewardManager:
     ) -> tuple[Tensor, dict[str, float]]:
         """[N,H] float32, the gradient of the weighted contrastive loss by the rows' embeddings; and its metrics."""
         with torch.enable_grad():
-            vectors = rows.batch["embeddings"].clone().requires_grad_()
+            embeddings = rows.batch["embeddings"].clone().requires_grad_()
+            vectors = self._compared(embeddings)
             anchors = vectors if self.config.contrastive_anchors else vectors.detach()
             n = anchors.index_select(0, at["negative"]) if "negative" in at else None
             loss, accuracy = symmetric_infonce(
                 vectors.index_select(0, at[TRAINED_ROLE]), anchors.index_select(0, at["query"]), n, g,
                 _groups(rows, at, g), self.config.contrastive_temperature,
             )  # fmt: skip
-            (grad,) = torch.autograd.grad(weight * loss, vectors)
+            (grad,) = torch.autograd.grad(weight * loss, embeddings)
         found = {"loss": float(loss.detach()), "accuracy": float(accuracy), "weight": weight}
         return grad, {f"contrastive/{name}": value for name, value in found.items()}
 

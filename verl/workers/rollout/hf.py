@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from verl.embedding.pooling import RunningPool
+from verl.embedding.settings import NO_MIX, Mix
 from verl.models.onednn import PackedLinear
 from verl.models.packing import Row, pack
 from verl.workers.rollout.base import HeldWeight, Responses, Rollout, held_by_product
@@ -53,15 +54,16 @@ class HFRollout(Rollout):
 
     def generate_and_pool(
         self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
-        seeds: Sequence[int], pool_starts: Sequence[int],
+        seeds: Sequence[int], pool_starts: Sequence[int], mix: Mix = NO_MIX,
     ) -> Iterator[Responses]:  # fmt: skip
         """`generate`, and pool each row's hidden states, which decoding computes anyway but for the last token's.
 
         Args:
             pool_starts: one per prompt, see `RunningPool`.
+            mix: how prompt and response become one vector.
         """
         self._require_awake()
-        pool = RunningPool(pool_starts, self.lm.config.get_text_config().hidden_size, self.lm.device)
+        pool = RunningPool(pool_starts, self.lm.config.get_text_config().hidden_size, self.lm.device, mix)
         return self._generate(prompts, temperatures, max_new_tokens, seeds, pool)
 
     @torch.no_grad()

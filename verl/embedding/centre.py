@@ -1,0 +1,85 @@
+"""The mean vectors of a model's data, in a file of its folder; their direction is taken out of what the model embeds.
+
+The vectors of a language model lie in a narrow cone, so that all their cosines are high; what is left without the
+common direction tells texts apart.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from verl.embedding.settings import EmbedderSettings
+from verl.errors import UserError
+from verl.utils.files import replace_file
+
+# In a folder of its own: every *.safetensors beside config.json is taken for weights, by vLLM among others.
+FILE_NAME = "embedder_centre/mean.safetensors"
+# With another value of one of these the vectors have another mean.
+_DECIDING = (
+    "pooling", "span", "pool_system_prompt", "text_share", "no_rationale_weight", "system_prompt", "system_prompt_in",
+)  # fmt: skip
+_WITH, _WITHOUT, _SETTINGS = "with_rationale", "without_rationale", "settings"
+_WAY_OUT = "make it again with python3 -m verl.centre, or embed without it (--no_centre, centre=False)"
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Means of unit vectors."""
+
+    with_rationale: np.ndarray
+    """[H] float32."""
+    without_rationale: np.ndarray | None
+    """[H] float32; None with span=rationale, which has no such vectors."""
+
+    def mean(self, thinks: bool) -> np.ndarray:
+        """[H]: of the vectors with rationales, or of those without."""
+        if thinks:
+            return self.with_rationale
+        assert self.without_rationale is not None, "span=rationale embeds nothing without a rationale"
+        return self.without_rationale
+
+    def write(self, folder: Path, settings: EmbedderSettings) -> None:
+        """Write it into a model folder.
+
+        Args:
+            settings: by which the vectors were made.
+        """
+        means = {_WITH: self.with_rationale}
+        if self.without_rationale is not None:
+            means[_WITHOUT] = self.without_rationale
+        (folder / FILE_NAME).parent.mkdir(exist_ok=True)
+        replace_file(folder / FILE_NAME, save(means, {_SETTINGS: json.dumps(_decided_by(settings))}))
+
+    @classmethod
+    def read(cls, folder: Path, settings: EmbedderSettings) -> "Centre":
+        """The centre of a model folder.
+
+        Raises:
+            UserError: there is none, it is damaged, or it is that of vectors by other settings than `settings`.
+        """
+        file = folder / FILE_NAME
+        if not file.is_file():
+            raise UserError(f"centre=True, and {file} does not exist; {_WAY_OUT}")
+        try:
+            with safe_open(file, framework="np") as opened:
+                made_by = json.loads((opened.metadata() or {})[_SETTINGS])
+                means = {name: opened.get_tensor(name) for name in opened.keys()}
+            centre = cls(means[_WITH], means.get(_WITHOUT))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{file} is damaged or no centre ({error!r}); {_WAY_OUT}") from error
+        for name, value in _decided_by(settings).items():
+            if made_by.get(name) != value:
+                raise UserError(
+                    f"{file} holds the mean of vectors by {name}={made_by.get(name)!r}, and it is {value!r} now; "
+                    f"{_WAY_OUT}"
+                )
+        return centre
+
+
+def _decided_by(settings: EmbedderSettings) -> dict[str, Any]:
+    return settings.model_dump(include=set(_DECIDING))

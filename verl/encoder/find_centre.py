@@ -1,0 +1,117 @@
+"""Finding the centre of a model's vectors: the work of `python3 -m verl.centre`."""
+
+import argparse
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from verl.checkpoint.model_card import put_settings
+from verl.checkpoint.model_folder import model_folder
+from verl.data.columns import find_value
+from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS
+from verl.data.rows import read_rows
+from verl.data.samples import BadSample, Mode, read_sample
+from verl.embedding.centre import FILE_NAME, Centre
+from verl.embedding.chat_template import last_user_turn
+from verl.embedding.settings import EmbedderSettings
+from verl.encoder.arguments import whole_number
+from verl.encoder.grace_encoder import GraceEncoder
+from verl.errors import UserError
+from verl.utils.console import complain, say
+from verl.utils.logging import quiet_libraries
+from verl.workers.rollout.base import RolloutError
+
+PROGRAM = "centre"
+# The centre of one text would be its whole vector.
+_LEAST_TEXTS = 2
+
+
+def run_program(args: argparse.Namespace) -> int:
+    """Find and write a centre as the arguments of `verl.centre` ask for; the exit code."""
+    quiet_libraries()
+    try:
+        run(args)
+    except (UserError, ValueError, OSError) as error:
+        return complain(PROGRAM, error)
+    except RolloutError as error:
+        complain(PROGRAM, error)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    most = whole_number("--max_texts", args.max_texts, _LEAST_TEXTS)
+    folder = _source(args.model, args.output)
+    texts = list(dict.fromkeys(text for where, row in read_rows(args.input) for text in texts_of(where, row)))
+    if len(texts) < _LEAST_TEXTS:
+        raise UserError(f"--input={args.input} has {len(texts)} different texts; give {_LEAST_TEXTS} or more")
+    chosen = random.Random(args.seed).sample(texts, min(most, len(texts)))
+    with GraceEncoder(folder, engine=args.engine, device=args.device, centre=False) as encoder:
+        settings = encoder.settings
+        centre = centre_of(encoder, chosen, batch_size=args.batch_size, seed=args.seed)
+    target = folder if args.output is None else args.output
+    if args.output is None:
+        _write(centre, settings, folder)
+    else:
+        _write_copy(centre, settings, folder, target)
+    say(f"{PROGRAM}: wrote {target / FILE_NAME}: the mean of {len(chosen):,} of {len(texts):,} texts")
+
+
+def centre_of(encoder: GraceEncoder, texts: list[str], **options: Any) -> Centre:
+    """The means of the unit vectors of N texts, each of which counts the same.
+
+    Args:
+        encoder: without a centre.
+        options: of `GraceEncoder.encode`.
+    """
+    without = None if encoder.settings.span == "rationale" else encoder.encode(texts, think=False, **options).mean(0)
+    return Centre(encoder.encode(texts, **options).mean(0), without)
+
+
+def texts_of(where: str, row: dict[str, Any]) -> Iterator[str]:
+    """The texts of a row of process_data.py, of a triplet, or of a plain text.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        triplet = row.get(TRIPLET) or {}
+        yield prompt[last_user_turn(prompt)]["content"]
+        yield from (triplet[name] for name in TRIPLET_FIELDS.values() if triplet.get(name))
+        return
+    mode: Mode = "supervised" if find_value(row, "text")[0] is None else "unsupervised"
+    try:
+        yield from read_sample(row, mode).texts
+    except BadSample as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _source(model: str, output: Path | None) -> Path:
+    """The folder of a model, after checking where the centre is to be written."""
+    if output is None and not Path(model).expanduser().is_dir():
+        raise UserError(f"--model={model} is not a folder; give --output, a new folder for the model and its centre")
+    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output={output} exists and is not an empty folder; give another, or remove it")
+    return model_folder(model)
+
+
+def _write(centre: Centre, settings: EmbedderSettings, folder: Path) -> None:
+    # The settings come last: a folder never says that it has a centre before it has one.
+    centre.write(folder, settings)
+    settings = settings.changed(centre=True)
+    settings.write(folder)
+    put_settings(folder, settings)
+
+
+def _write_copy(centre: Centre, settings: EmbedderSettings, folder: Path, output: Path) -> None:
+    making = output.with_name(f".{output.name}.copying")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        shutil.copytree(folder, making)
+        _write(centre, settings, making)
+        making.rename(output)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
