@@ -21,6 +21,7 @@ PROGRAMS = [
     ["verl.doctor", *KEYS],
     ["verl.encoder", "--model", "m", "--input", "i.txt", "--output", "o.parquet"],
     ["verl.eval_generation", "--model", "m", "--data", "d.jsonl"],
+    ["verl.centre", "--model", "m", "--input", "i.parquet"],
     ["eval_mteb", "--model_path", "m", "--suite", "quick"],
 ]
 # Prints what is set when torch is imported, and ends the program.
