@@ -21,7 +21,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="model folder, or with --output a hub name too")
     parser.add_argument(
         "--input", type=Path, required=True,
-        help="parquet or JSON lines: a file of process_data.py, triplets (query, positive, negative) or texts (text)",
+        help="a file that process_data.py wrote, or one that it reads: triplets or texts",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="new folder, a copy of the model with the centre")
     parser.add_argument("--max_texts", type=int, default=1000, help="most texts that are embedded, drawn at random")

@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import save_tiny
 
+import process_data
 import verl.centre as program
 from verl import GraceEncoder
 from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.run_folder import STATE, find_fault
 from verl.config import RunConfig
-from verl.data.prompt_rows import TRIPLET
 from verl.embedding.centre import FILE_NAME, Centre
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.find_centre import texts_of
+from verl.encoder.find_centre import read_texts
 from verl.errors import UserError
 
 TEXTS = ["a card", "where is my parcel?", "naïve café"]
@@ -157,14 +157,24 @@ def test_a_checkpoint_gets_a_centre_in_place_and_still_resumes(tmp_path, capsys)
     assert (model / FILE_NAME).read_bytes() == first
 
 
-def test_texts_of_every_kind_of_row():
-    assert list(texts_of("", {"text": "a"})) == ["a"]
-    assert list(texts_of("", {"sentence": " a "})) == ["a"]
-    triplet = {"prompt": rationale_messages("b"), TRIPLET: {"query": "a", "negative_document": "c"}}
-    assert list(texts_of("", triplet)) == ["b", "a", "c"]
-    assert list(texts_of("", {"prompt": rationale_messages("b"), TRIPLET: None})) == ["b"]
-    with pytest.raises(UserError, match=r"FILE, line 3: no query \(query|anchor\)"):
-        list(texts_of("FILE, line 3", {"title": "a"}))
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("t.txt", "one\n\n two \n", ["one", "two"]),
+        ("t.jsonl", '{"sentence": " one "}\n{"text": "two"}\n', ["one", "two"]),
+        ("t.csv", "text,more\none,1\ntwo,2\n", ["one", "two"]),
+        ("t.tsv", "query\tpositive\tnegative\na\tb\tc\nd\te\tf\n", list("abcdef")),
+        ("t.json", '[{"query": "a", "positive": "b", "negative": "c"}]', list("abc")),
+    ],
+)
+def test_the_input_is_any_file_that_process_data_reads_and_the_one_that_it_writes(tmp_path, name, content, texts):
+    given = tmp_path / name
+    given.write_text(content)
+    assert list(read_texts(given)) == texts
+    mode = "supervised" if "a" in texts else "unsupervised"
+    arguments = ["--mode", mode, "--input_file", given, "--local_dir", tmp_path / "data", "--test_ratio", "0"]
+    assert process_data.main([str(argument) for argument in arguments]) == 0
+    assert sorted(read_texts(tmp_path / "data/train.parquet")) == texts
 
 
 @pytest.mark.parametrize(
@@ -174,11 +184,13 @@ def test_texts_of_every_kind_of_row():
         (["--model", "org/name"], "--model=org/name is not a folder; give --output"),
         (["--output", "."], "--output=. exists and is not an empty folder"),
         (["--input", "one.jsonl"], "--input=one.jsonl has 1 different texts; give 2 or more"),
-        (["--input", "none.jsonl"], "none.jsonl"),
+        (["--input", "none.jsonl"], "none.jsonl does not exist"),
+        (["--input", "title.jsonl"], "title.jsonl, line 1: no text (text|sentence)"),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(pair, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"text": "same"}\n{"text": "same"}\n')
+    (tmp_path / "title.jsonl").write_text('{"title": "a"}\n')
     assert program.main(["--model", str(pair[0]), "--input", "one.jsonl", *flags]) == 2
     assert message in capsys.readouterr().err

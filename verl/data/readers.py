@@ -15,7 +15,7 @@ from verl.data.json_values import read_values, spans_lines
 from verl.data.lines import Line, Record, decoded, parse_record, read_lines, read_objects
 from verl.data.opened import Opened, open_input
 from verl.data.parquet_rows import ParquetRows
-from verl.data.samples import FIELDS, Mode, describe_fields
+from verl.data.samples import FIELDS, BadSample, Mode, Sample, describe_fields, read_sample
 from verl.errors import UserError
 
 TEXT_SOURCE = "wiki1m"
@@ -55,6 +55,24 @@ def open_source(path: Path, mode: Mode, columns: Sequence[str] = ()) -> Iterator
             yield Source(rows.records(accepted), lambda: rows.share_read(opened.size), opened.size)
         else:
             yield Source(_text_records(opened, path, mode, columns), opened.position, opened.size)
+
+
+def read_samples(path: Path, mode: Mode) -> Iterator[Sample]:
+    """The samples of a file, for readers that accept no bad one.
+
+    Raises:
+        UserError: see `open_source`; or a line holds no sample, and the message has its number.
+    """
+    with open_source(path, mode) as source:
+        for record in source.records:
+            if record.problem:
+                raise UserError(f"{path}, line {record.line_idx + 1}: {record.problem}")
+            if record.fields is None:
+                continue
+            try:
+                yield read_sample(record.fields, mode)
+            except BadSample as error:
+                raise UserError(f"{path}, line {record.line_idx + 1}: {error}") from error
 
 
 def _text_records(opened: Opened, path: Path, mode: Mode, columns: Sequence[str]) -> Iterator[Record]:

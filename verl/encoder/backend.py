@@ -124,8 +124,8 @@ class Backend:
         """
         own = {text.index for text in texts[rank::group] if text.vector is None}
         ready = [text for text in texts if text.rationale is not None and text.index in own]
-        silent = [text for text in texts if text.rationale is None]
-        for batch in self._generate_rationales(silent, settings, sampling, batch_size):
+        without_rationale = [text for text in texts if text.rationale is None]
+        for batch in self._generate_rationales(without_rationale, settings, sampling, batch_size):
             if rank == 0:
                 yield batch
             written = [text for text in batch.texts if text.index in own]

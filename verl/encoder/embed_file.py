@@ -2,15 +2,13 @@
 
 import argparse
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.data.readers import open_source
-from verl.data.samples import BadSample, read_sample
+from verl.data.readers import open_source, read_samples
 from verl.embedding.settings import why_this_prompt
 from verl.encoder.arguments import check_options
 from verl.encoder.grace_encoder import GraceEncoder
@@ -69,7 +67,7 @@ def write_vectors(args: argparse.Namespace, encoder: GraceEncoder, path: Path) -
     vector = pa.list_(pa.float32(), encoder.embedding_dim)
     schema = pa.schema([("text", pa.large_string()), ("rationale", pa.large_string()), ("vector", vector)])
     with pq.ParquetWriter(path, schema) as writer:
-        texts_left = read_texts(args.input)
+        texts_left = (sample.texts[0] for sample in read_samples(args.input, "unsupervised"))
         while texts := list(islice(texts_left, _CHUNK)):
             vectors, rationales = encoder.encode(
                 texts, batch_size=args.batch_size, think=not args.no_thinking, temperature=args.temperature,
@@ -77,21 +75,3 @@ def write_vectors(args: argparse.Namespace, encoder: GraceEncoder, path: Path) -
             )  # fmt: skip
             cells = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), encoder.embedding_dim)
             writer.write_table(pa.table([pa.array(texts), pa.array(rationales), cells], schema=schema))
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file.
-
-    Raises:
-        UserError: a line holds no text; the message has its number.
-    """
-    with open_source(path, "unsupervised") as source:
-        for record in source.records:
-            if record.problem:
-                raise UserError(f"{path}, line {record.line_idx + 1}: {record.problem}")
-            if record.fields is None:
-                continue
-            try:
-                yield read_sample(record.fields, "unsupervised").texts[0]
-            except BadSample as error:
-                raise UserError(f"{path}, line {record.line_idx + 1}: {error}") from error

@@ -9,10 +9,10 @@ from typing import Any
 
 from verl.checkpoint.model_card import put_settings
 from verl.checkpoint.model_folder import model_folder
-from verl.data.columns import find_value
 from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS
-from verl.data.rows import read_rows
-from verl.data.samples import BadSample, Mode, read_sample
+from verl.data.readers import read_samples
+from verl.data.rows import open_parquet, read_rows
+from verl.data.samples import Mode
 from verl.embedding.centre import FILE_NAME, Centre
 from verl.embedding.chat_template import last_user_turn
 from verl.embedding.settings import EmbedderSettings
@@ -44,7 +44,7 @@ def run_program(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> None:
     most = whole_number("--max_texts", args.max_texts, _LEAST_TEXTS)
     folder = _source(args.model, args.output)
-    texts = list(dict.fromkeys(text for where, row in read_rows(args.input) for text in texts_of(where, row)))
+    texts = list(dict.fromkeys(read_texts(args.input)))
     if len(texts) < _LEAST_TEXTS:
         raise UserError(f"--input={args.input} has {len(texts)} different texts; give {_LEAST_TEXTS} or more")
     chosen = random.Random(args.seed).sample(texts, min(most, len(texts)))
@@ -70,23 +70,29 @@ def centre_of(encoder: GraceEncoder, texts: list[str], **options: Any) -> Centre
     return Centre(encoder.encode(texts, **options).mean(0), without)
 
 
-def texts_of(where: str, row: dict[str, Any]) -> Iterator[str]:
-    """The texts of a row of process_data.py, of a triplet, or of a plain text.
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file that process_data.py wrote, or of one that it reads: of triplets or of plain texts.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the file is missing, of no format that is read, or holds a line that is no sample.
     """
-    prompt = row.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        triplet = row.get(TRIPLET) or {}
-        yield prompt[last_user_turn(prompt)]["content"]
-        yield from (triplet[name] for name in TRIPLET_FIELDS.values() if triplet.get(name))
+    if path.suffix == ".parquet" and path.is_file() and "prompt" in open_parquet(path).schema_arrow.names:
+        for _, row in read_rows(path):
+            triplet = row.get(TRIPLET) or {}
+            yield row["prompt"][last_user_turn(row["prompt"])]["content"]
+            yield from (triplet[name] for name in TRIPLET_FIELDS.values() if triplet.get(name))
         return
-    mode: Mode = "supervised" if find_value(row, "text")[0] is None else "unsupervised"
+    for sample in read_samples(path, _mode_of(path)):
+        yield from sample.texts
+
+
+def _mode_of(path: Path) -> Mode:
+    """Supervised where the first sample is a triplet."""
     try:
-        yield from read_sample(row, mode).texts
-    except BadSample as error:
-        raise UserError(f"{where}: {error}") from error
+        next(read_samples(path, "supervised"), None)
+    except UserError:
+        return "unsupervised"
+    return "supervised"
 
 
 def _source(model: str, output: Path | None) -> Path:

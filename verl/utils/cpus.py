@@ -2,8 +2,8 @@
 
 import os
 
-# Where a user may have said it, for GNU's runtime of OpenMP, which torch brings, and for Intel's and LLVM's.
-_SAID_BY_USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# They decide it for GNU's runtime of OpenMP, which torch brings, and for Intel's and LLVM's.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def usable_cpus() -> int:
@@ -15,9 +15,9 @@ def usable_cpus() -> int:
 
 
 def threads_wanted() -> int | None:
-    """Threads that the user wants in each process that computes, OMP_NUM_THREADS; None = not said."""
-    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(said) if said.isdecimal() and int(said) > 0 else None
+    """Threads that the user wants in each process that computes, OMP_NUM_THREADS; None = not set."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(given) if given.isdecimal() and int(given) > 0 else None
 
 
 def share_of_cpus(processes: int) -> int:
@@ -26,12 +26,12 @@ def share_of_cpus(processes: int) -> int:
 
 
 def waiting_environment() -> dict[str, str]:
-    """Environment variables that decide how a thread waits for others: as the user says, else asleep.
+    """Environment variables that decide how a thread waits for others: as the user has set, else asleep.
 
     OpenMP's default is to spin. Where the thread that is waited for is not scheduled, as beside other programs or in a
     container with a part of a CPU, that takes the very CPU that it needs; docs/performance.md has figures.
     """
-    return {name: os.environ[name] for name in _SAID_BY_USERS if name in os.environ} or {"OMP_WAIT_POLICY": "passive"}
+    return {name: os.environ[name] for name in _WAITING if name in os.environ} or {"OMP_WAIT_POLICY": "passive"}
 
 
 def let_waiting_threads_sleep() -> None:
