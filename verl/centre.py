@@ -25,6 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="new folder, a copy of the model with the centre")
     parser.add_argument("--max_texts", type=int, default=1000, help="most texts that are embedded, drawn at random")
+    parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn texts, and of their rationales")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")

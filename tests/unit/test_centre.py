@@ -157,6 +157,17 @@ def test_a_checkpoint_gets_a_centre_in_place_and_still_resumes(tmp_path, capsys)
     assert (model / FILE_NAME).read_bytes() == first
 
 
+def test_rationales_may_be_shorter_than_those_of_the_settings(pair, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS))
+    arguments = ["--model", str(pair[0]), "--input", str(tmp_path / "t.txt"), "--output", str(tmp_path / "centred")]
+    assert program.main([*arguments, "--device", "cpu", "--max_new_tokens", "2"]) == 0
+    encoder = GraceEncoder(tmp_path / "centred", device="cpu", centre=False)
+    found = Centre.read(tmp_path / "centred", encoder.settings).with_rationale
+    np.testing.assert_allclose(found, encoder.encode(TEXTS, max_new_tokens=2).mean(0), atol=1e-6)
+    assert encoder.settings.max_new_tokens == SHORT["max_new_tokens"]
+    assert np.abs(found - encoder.encode(TEXTS).mean(0)).max() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "content", "texts"),
     [

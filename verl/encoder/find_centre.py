@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
     chosen = random.Random(args.seed).sample(texts, min(most, len(texts)))
     with GraceEncoder(folder, engine=args.engine, device=args.device, centre=False) as encoder:
         settings = encoder.settings
-        centre = centre_of(encoder, chosen, batch_size=args.batch_size, seed=args.seed)
+        centre = centre_of(
+            encoder, chosen, batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens
+        )
     target = folder if args.output is None else args.output
     if args.output is None:
         _write(centre, settings, folder)

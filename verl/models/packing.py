@@ -5,8 +5,8 @@ ancestors: a response to its prompt, and a prompt to the trunk, the beginning th
 (the system turn). So a group of n rationales costs one prompt and n responses, and the system turn is computed once per
 micro-batch. Hidden states and gradients are those of separate rows.
 
-Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions, E rows whose vector is averaged with
-that of their prompt alone.
+Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions, E rows whose vector is averaged
+with that of their prompt alone.
 """
 
 from collections.abc import Sequence
