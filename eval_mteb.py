@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.embedding.settings import add_vector_flags
+from verl.encoder.arguments import BATCH_SIZE
 from verl.evaluation.options import ASK_ABOVE_HOURS, SUITES
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.cpus import let_waiting_threads_sleep
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--ignore_eos", action="store_true", help="generate every rationale to its full length (a control)"
     )
-    how.add_argument("--batch_size", type=int, default=64, help="texts of one forward, and that hf decodes at once")
+    how.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward, and that hf decodes at once")
     how.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="generates the rationales")
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     how.add_argument(

@@ -1,19 +1,23 @@
-"""Run the short form of every benchmark and put the tables into docs/performance.md.
+"""Run the short form of every benchmark and put the tables and the picture into docs/performance.md.
 
     python3 bench/all.py [--only NAME ...]
 
-A table is between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to
-bench_results/.
+A table is between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to bench_results/. The
+first table and the picture are made of the comparisons in all JSON files there: a benchmark that did not run again
+keeps its own.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 
-from common import REPO, machine
+from common import REPO, Comparison, machine, markdown
 
+RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
+PICTURE = REPO / "docs/performance.svg"
 SHORT = {
     "step_vs_trl": ["--rounds", "1", "--steps", "2", "--shapes", "small"],
     "step": ["--steps", "3"],
@@ -23,12 +27,13 @@ SHORT = {
     "data": ["--lines", "200000"],
     "start": ["--rounds", "1"],
     "encode": ["--rounds", "1"],
+    "busy": ["--busy", "0", "2", "--what", "encoding", "--rounds", "3"],
 }
 
 
 def run(name: str) -> str:
     """Run one benchmark; return its command, its table and what it printed after the table."""
-    command = [sys.executable, f"bench/{name}.py", *SHORT[name], "--json", f"bench_results/{name}.json"]
+    command = [sys.executable, f"bench/{name}.py", *SHORT[name], "--json", str(RESULTS / f"{name}.json")]
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode or "|" not in done.stdout:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout}")
@@ -44,6 +49,52 @@ def replace(name: str, text: str) -> None:
     DOCUMENT.write_text(f"{before}{start}{text}\n{end}{rest.split(end, 1)[1]}")
 
 
+def comparisons() -> list[Comparison]:
+    """Those of every benchmark that has run, in the order in which they run."""
+    files = [RESULTS / f"{name}.json" for name in SHORT]
+    return [
+        Comparison(**found) for file in files if file.is_file() for found in json.loads(file.read_text())["comparisons"]
+    ]
+
+
+def summary(found: list[Comparison]) -> str:
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    rows = [
+        [
+            c.what, seconds(c.ours), f"{c.other} {seconds(c.theirs)}" if c.theirs else "-", seconds(c.floor),
+            f"{c.theirs / c.ours:.2f}" if c.theirs else "-", f"{c.ours / c.floor:.2f}" if c.floor else "-", c.verdict,
+        ]
+        for c in found
+    ]  # fmt: skip
+    return markdown(["work", "s", "elsewhere, s", "floor, s", "times as fast", "times the floor", "bar"], rows)
+
+
+def draw(found: list[Comparison]) -> None:
+    """Seconds as shares of the other's: one pair of bars for each comparison, with the floor as a mark."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same numbers give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "performance"
+    from matplotlib import pyplot
+
+    shown = [c for c in found if c.theirs][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.75 * len(shown) + 1), layout="constrained")
+    for y, c in enumerate(shown):
+        assert c.theirs is not None
+        axes.barh(y + 0.2, 1, 0.36, color="#c9ccd1")
+        axes.barh(y - 0.2, c.ours / c.theirs, 0.36, color="#2f6fb7")
+        axes.text(0.01, y + 0.2, f"{c.other}: {c.theirs:.3g} s", va="center", fontsize=8)
+        axes.text(c.ours / c.theirs + 0.01, y - 0.2, f"{c.ours:.3g} s", va="center", fontsize=8)
+        if c.floor:
+            axes.plot([c.floor / c.theirs] * 2, [y - 0.4, y], color="black")
+    axes.set_yticks(range(len(shown)), [c.what for c in shown], fontsize=8)
+    axes.set_xlabel("seconds, as a share of the other's; a black line is the floor")
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHORT, default=list(SHORT))
@@ -54,11 +105,13 @@ def main() -> None:
         text = run(name)
         print(text + "\n", flush=True)
         replace(name, text)
-    found = machine()
-    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    replace("summary", summary(comparisons()))
+    draw(comparisons())
+    here = machine()
+    versions = ", ".join(f"{package} {number}" for package, number in here["versions"].items())
     replace(
         "machine",
-        f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, Python {found['python']}, {versions}.",
+        f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, Python {here['python']}, {versions}.",
     )
 
 

@@ -1,11 +1,12 @@
 """A training step and encoding beside busy processes, by how threads wait for each other.
 
-    python3 bench/busy.py [--busy 0 1 2 4] [--rounds 2] [--engine hf] [--json FILE]
+    python3 bench/busy.py [--busy 0 1 2 4] [--rounds 5] [--what encoding step] [--engine hf] [--json FILE]
 
 While one thread of a parallel loop is not scheduled, the others wait for it: by spinning, which takes the CPU from the
 thread that they wait for, or asleep. For each number of busy processes (loops without an end), and for each way of
-waiting in turn: the seconds of encoding 48 texts with rationales of 8 tokens, and of a training step on 4 triplets x 4
-rationales x 16 tokens. Medians over the rounds, and over the steps after the second.
+waiting in turn: the seconds of encoding 48 texts with rationales of 8 tokens, by processes that live as long as the
+benchmark, and of a training step on 4 triplets x 4 rationales x 16 tokens, in a run of its own. Medians over the
+rounds, and over the steps after the second.
 """
 
 import argparse
@@ -18,22 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import MODEL, REPO, markdown, prepare_data, train, write_json
+from common import Comparison, EncoderProcess, markdown, prepare_data, spread, train, write_json
 
-# The first is what OpenMP does when nothing is set.
-WAITING = ["GOMP_SPINCOUNT=300000", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000", "OMP_WAIT_POLICY=passive"]
+from verl.utils.cpus import waiting_environment
+
+OWN = ",".join(f"{name}={value}" for name, value in waiting_environment().items())
+# The first is what OpenMP does when nothing is set, the second what this project's programs set.
+WAITING = ["GOMP_SPINCOUNT=300000", OWN, "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=passive"]
+TEXTS, NEW_TOKENS = 48, 8
 SHAPE, STEPS = (4, 4, 16), 3
-ENCODE = f"""
-import sys, time
-from verl import GraceEncoder
-texts = [f"a sentence about thing number {{n}}" for n in range(48)]
-encoder = GraceEncoder({MODEL!r}, device="cpu", engine=sys.argv[1], max_new_tokens=8, ignore_eos=True)
-for seed in range(3):
-    start = time.perf_counter()
-    encoder.encode(texts, seed=seed, show_progress_bar=False)
-    spent = time.perf_counter() - start
-print(spent)
-"""
+# What a step beside two busy processes may take of the quiet one.
+BAR = 2.5
 
 
 @contextmanager
@@ -47,44 +43,63 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def seconds(engine: str, train_file: Path, waiting: str) -> tuple[float, float]:
-    """Seconds of encoding, and of a training step."""
-    name, value = waiting.split("=")
-    os.environ[name] = value
+def variables(waiting: str) -> dict[str, str]:
+    return dict(item.split("=") for item in waiting.split(","))
+
+
+def step_seconds(engine: str, train_file: Path, waiting: str) -> float:
+    before = dict(os.environ)
+    os.environ.update(variables(waiting))
     try:
-        command = [sys.executable, "-c", ENCODE, engine]
-        done = subprocess.run(command, check=True, cwd=REPO, stdout=subprocess.PIPE, text=True)
         with tempfile.TemporaryDirectory() as out:
             engine_key = f"actor_rollout_ref.rollout.name={engine}"
             steps = train(train_file, Path(out), SHAPE, STEPS, engine_key, warm_up=2)
     finally:
-        del os.environ[name]
-    return float(done.stdout.split()[-1]), statistics.median(step["wall_s"] for step in steps)
+        os.environ.clear()
+        os.environ.update(before)
+    return statistics.median(step["wall_s"] for step in steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--waiting", nargs="+", default=WAITING, metavar="NAME=VALUE")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--waiting", nargs="+", default=WAITING, metavar="NAME=VALUE[,NAME=VALUE]")
+    parser.add_argument("--what", nargs="+", choices=("encoding", "step"), default=["encoding", "step"])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[float]] = {}  # by "what|busy processes|waiting"
     with tempfile.TemporaryDirectory() as folder:
         train_file = prepare_data(Path(folder))
+        encoders = {}
+        if "encoding" in args.what:
+            encoders = {w: EncoderProcess(TEXTS, NEW_TOKENS, args.engine, waiting=variables(w)) for w in args.waiting}
         for count in args.busy:
             with busy_processes(count):
-                for _ in range(args.rounds):
-                    for waiting in args.waiting:
-                        found.setdefault(f"{count} {waiting}", []).append(seconds(args.engine, train_file, waiting))
-                        print(f"{count} busy, {waiting}: {found[f'{count} {waiting}'][-1]}", file=sys.stderr)
-    table = []
-    for key, measured in found.items():
-        encoding, step = (statistics.median(column) for column in zip(*measured, strict=True))
-        table.append([*key.split(), f"{encoding:.1f}", f"{step:.1f}"])
-    print(markdown(["busy processes", "waiting", "encoding, s", "a step, s"], table))
-    write_json(args.json, {"seconds": found, "table": table})
+                for turn in range(args.rounds):
+                    # Every other round in the opposite order: what drifts with time hits all alike.
+                    for waiting in args.waiting[:: 1 if turn % 2 == 0 else -1]:
+                        for what in args.what:
+                            spent = (
+                                encoders[waiting].seconds(turn)
+                                if what == "encoding"
+                                else step_seconds(args.engine, train_file, waiting)
+                            )
+                            found.setdefault(f"{what}|{count}|{waiting}", []).append(spent)
+                            print(f"{what}, {count} busy, {waiting}: {spent:.2f}", file=sys.stderr)
+        for encoder in encoders.values():
+            encoder.close()
+    table = [[*key.split("|"), spread(values)] for key, values in found.items()]
+    print(markdown(["what", "busy processes", "waiting", "seconds, median (min to max)"], table))
+    quiet, busy = (found.get(f"step|{count}|{OWN}") for count in (0, 2))
+    comparisons = []
+    if quiet and busy:
+        medians = (statistics.median(busy), statistics.median(quiet))
+        comparisons = [
+            Comparison("a training step beside 2 busy processes", medians[0], "it alone", medians[1], bar=BAR)
+        ]
+    write_json(args.json, {"seconds": found, "table": table}, comparisons)
 
 
 if __name__ == "__main__":

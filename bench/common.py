@@ -6,11 +6,12 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.utils.cpus import usable_cpus
+from verl.utils.cpus import usable_cpus, waiting_environment
 from verl.utils.versions import installed_versions
 
 REPO = Path(__file__).parent.parent
@@ -33,10 +34,44 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path | None, results: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the first table of docs/performance.md: seconds of a piece of work, here and elsewhere."""
+
+    what: str
+    ours: float
+    other: str = ""
+    """Who else does the work, in how many seconds."""
+    theirs: float | None = None
+    floor: float | None = None
+    """The least seconds possible."""
+    bar: float | None = None
+    """What `ours` may be at most: a share of `theirs` if there are any, otherwise of `floor`, otherwise seconds."""
+
+    @property
+    def ratio(self) -> float:
+        """What the bar limits."""
+        return self.ours / (self.theirs or self.floor or 1)
+
+    @property
+    def verdict(self) -> str:
+        if self.bar is None:
+            return "-"
+        of = self.other if self.theirs else "the floor" if self.floor else "s"
+        limit = f"{self.bar:.3g} s" if of == "s" else f"{self.bar:.3g} of {of}"
+        return f"at most {limit}: {'met' if self.ratio <= self.bar else f'**missed** ({self.ratio:.3g})'}"
+
+
+def write_json(path: Path | None, results: dict[str, Any], comparisons: Iterable[Comparison] = ()) -> None:
+    """Write a benchmark's numbers, if `path` is given, and print which bars are met."""
+    comparisons = list(comparisons)
+    for found in comparisons:
+        if found.bar is not None:
+            print(f"\nBar of {found.what}: {found.verdict}.")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+        whole = {"machine": machine(), "comparisons": [asdict(found) for found in comparisons], **results}
+        path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -86,3 +121,54 @@ def train(
     ends = [(out / f"samples/step_{record['step']}.jsonl").stat().st_mtime for record in metrics]
     spent = zip(metrics[1:], ends[:-1], ends[1:], strict=True)
     return [{**record, "wall_s": end - previous} for record, previous, end in spent][warm_up - 1 :]
+
+
+class EncoderProcess:
+    """A process that encodes the same texts with rationales whenever it is asked, so that several can take turns.
+
+    Args:
+        texts: how many of the example sentences.
+        new_tokens: tokens of every rationale.
+        checkout: whose `verl` it imports.
+        waiting: environment variables that decide how its threads wait; None = those that this project's programs set.
+    """
+
+    def __init__(
+        self, texts: int, new_tokens: int, engine: str = "hf", checkout: Path = REPO,
+        waiting: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        command = [sys.executable, "-c", _ENCODE, str(REPO), engine, str(texts), str(new_tokens)]
+        here = {**os.environ, "PYTHONPATH": str(checkout), **(waiting or waiting_environment())}
+        self._process = subprocess.Popen(
+            command, cwd=REPO, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.seconds(0)  # starts the engine
+
+    def seconds(self, seed: int) -> float:
+        """Seconds of encoding all texts once."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{seed}\n")
+        for line in self._process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise SystemExit(f"an encoding process ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+_ENCODE = f"""
+import sys, time
+from pathlib import Path
+repo, engine, count, new_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+from verl import GraceEncoder
+texts = (repo / "examples/sentences.txt").read_text().splitlines()[:count]
+encoder = GraceEncoder(
+    {MODEL!r}, device="cpu", engine=engine, max_prompt_length=160, max_new_tokens=new_tokens, ignore_eos=True
+)
+for line in sys.stdin:
+    start = time.perf_counter()
+    encoder.encode(texts, seed=int(line), show_progress_bar=False)
+    print("seconds", time.perf_counter() - start, flush=True)
+"""

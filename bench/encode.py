@@ -2,8 +2,9 @@
 
 SmolLM2-135M on sentences of examples/: this project's encoder without rationales and SentenceTransformer.encode of the
 same model with mean pooling and the same prompt, in turn in one process. Then rationales of 32 tokens, each engine in a
-process of its own; in turn with the hf engine, which pools while it decodes, the same engine with a forward over prompt
-and rationale afterwards, and transformers' generate with such a forward. Prints medians over the rounds, and ratios.
+process of its own; in turn with the hf engine, which pools while it decodes, transformers' generate with a forward over
+prompt and rationale afterwards. With --before, another checkout's hf engine takes turns with this one's. Prints medians
+over the rounds, and ratios.
 """
 
 import argparse
@@ -19,20 +20,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import markdown, write_json
+from common import MODEL, REPO, Comparison, EncoderProcess, markdown, write_json
+from floor import distinct_tokens, flop_of_a_token, peak_rate
 
-from verl.utils.cpus import usable_cpus
+from verl.utils.cpus import usable_cpus, waiting_environment
 
-REPO = Path(__file__).parent.parent
-MODEL = str(REPO / "models/SmolLM2-135M-Instruct")
 PLAIN_TEXTS = 256
 THINKING_TEXTS = 64
 NEW_TOKENS = 32
 BATCH = 32
-AFTERWARDS = "hf without pooling, then a forward"
-PLAIN = "transformers' generate, then a forward"
-# How many times as fast pooling while decoding is to be as a forward afterwards.
-BAR = 1.7
+SAME_PROMPTS, OURS = "sentence-transformers, same prompts", "ours, no rationales"
+GENERATE = "transformers' generate, then a forward"
+# What encoding without rationales may take of sentence-transformers' time, and with them of generate's and of what it
+# took before the engine pooled while it decodes.
+BARS = {SAME_PROMPTS: 1 / 0.9, GENERATE: 1 / 5, "before": 1 / 1.7}
 
 
 def sentences(count: int) -> list[str]:
@@ -64,12 +65,12 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
         for text in texts
     ]
     work = {
-        "ours, no rationales": lambda: ours.encode(texts, think=False, batch_size=BATCH, show_progress_bar=False),
-        "sentence-transformers, same prompts": lambda: theirs.encode(rendered, batch_size=BATCH),
+        OURS: lambda: ours.encode(texts, think=False, batch_size=BATCH, show_progress_bar=False),
+        SAME_PROMPTS: lambda: theirs.encode(rendered, batch_size=BATCH),
         "sentence-transformers, bare sentences": lambda: theirs.encode(texts, batch_size=BATCH),
     }
-    for run in work.values():
-        run()  # warm-up
+    ours.encode(texts[:BATCH], think=False, show_progress_bar=False)  # warm-up
+    theirs.encode(rendered[:BATCH])
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, run in work.items():
@@ -77,37 +78,48 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def measure_thinking(engine: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds with rationales; with hf in turn with two ways that run the model over every rationale once more."""
+def measure_thinking(engine: str, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of `count` texts with rationales; with hf in turn with transformers' generate and a forward."""
     from verl import GraceEncoder
 
-    texts = sentences(THINKING_TEXTS)
+    texts = sentences(count)
     encoder = GraceEncoder(
         MODEL, device="cpu", engine=engine, max_prompt_length=160, max_new_tokens=NEW_TOKENS, ignore_eos=True
     )
     encoder.encode(texts[:4], show_progress_bar=False)  # starts the engine
-    work = {engine: lambda seed: encoder.encode(texts, seed=seed, show_progress_bar=False)}
-    if engine == "hf":
-        work |= {AFTERWARDS: partial(embed_afterwards, encoder, texts), PLAIN: partial(PlainEncoder().encode, texts)}
-    found: dict[str, list[float]] = {name: [] for name in work}
+    found: dict[str, list[float]] = {engine: [], **({GENERATE: []} if engine == "hf" else {})}
+    rival = PlainEncoder() if engine == "hf" else None
     for turn in range(rounds):
-        for name, run in work.items():
-            found[name].append(seconds(lambda run=run, seed=turn: run(seed)))
+        found[engine].append(seconds(lambda seed=turn: encoder.encode(texts, seed=seed, show_progress_bar=False)))
+        if rival:
+            found[GENERATE].append(seconds(lambda seed=turn: rival.encode(texts, seed)))
     return found
 
 
-def embed_afterwards(encoder: Any, texts: list[str], seed: int) -> None:
-    """Generate with the encoder's engine without pooling, then embed by the policy's forward."""
-    from verl.embedding.prompts import rationale_messages
-    from verl.models.packing import Row
-    from verl.workers.rollout.base import finish, row_seeds
+def measure_before(checkout: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds with rationales by this checkout and by another one, which waits as OpenMP does when nothing is set."""
+    sides = {
+        "hf": EncoderProcess(THINKING_TEXTS, NEW_TOKENS),
+        "before": EncoderProcess(THINKING_TEXTS, NEW_TOKENS, checkout=checkout, waiting={"GOMP_SPINCOUNT": "300000"}),
+    }
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name, side in sides.items():
+            found[name].append(side.seconds(turn))
+    for side in sides.values():
+        side.close()
+    return found
 
-    prompts = encoder.renderer.render([rationale_messages(text) for text in texts])
-    ids = [prompt.ids for prompt in prompts]
-    responses = finish(encoder.backend.generate(ids, 1.0, NEW_TOKENS, row_seeds(seed, len(texts)), THINKING_TEXTS))
-    starts = [encoder.settings.pool_start(prompt, has_rationale=True) for prompt in prompts]
-    rows = [Row(tuple(p), tuple(r.ids), start, False) for p, r, start in zip(ids, responses, starts, strict=True)]
-    encoder.backend.embed(rows, THINKING_TEXTS)
+
+def floor_seconds(count: int, new_tokens: int) -> float:
+    """The least seconds of encoding example sentences: their distinct tokens' matrix products."""
+    from verl.embedding.prompts import PromptRenderer, rationale_messages
+    from verl.utils.tokenizer import load_tokenizer
+
+    renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
+    prompts = [prompt.ids for prompt in renderer.render([rationale_messages(text) for text in sentences(count)])]
+    body, head = flop_of_a_token()
+    return (distinct_tokens(prompts, new_tokens) * body + count * new_tokens * head) / peak_rate()
 
 
 class PlainEncoder:
@@ -146,50 +158,47 @@ class PlainEncoder:
         return means
 
 
-def in_own_process(what: str, rounds: int) -> Any:
+def in_own_process(what: str, texts: int, rounds: int) -> Any:
     """Measure in a process of its own, because vllm changes the process that imports it."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--rounds", str(rounds), "--only", what, "--json", file.name]
-        env = {"OMP_NUM_THREADS": str(usable_cpus()), **os.environ}
-        subprocess.run(command, check=True, env=env)
+        command = [sys.executable, __file__, "--rounds", str(rounds), "--texts", str(texts), "--only", what]
+        env = {"OMP_NUM_THREADS": str(usable_cpus()), **waiting_environment(), **os.environ}
+        subprocess.run([*command, "--json", file.name], check=True, env=env, cwd=REPO)
         return json.loads(Path(file.name).read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=THINKING_TEXTS, help="texts with rationales")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout, to compare with")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        found = measure_plain(args.rounds) if args.only == "plain" else measure_thinking(args.only, args.rounds)
-        args.json.write_text(json.dumps(found))
+        measure = measure_plain if args.only == "plain" else partial(measure_thinking, args.only, args.texts)
+        args.json.write_text(json.dumps(measure(args.rounds)))
         return
     subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
-    plain = in_own_process("plain", args.rounds)
-    engines = ["hf", *(["vllm"] if find_spec("vllm") else [])]
-    thinking: dict[str, list[float]] = {}
-    for engine in engines:
-        thinking |= in_own_process(engine, args.rounds)
-    table = []
-    for who, spent in plain.items():
-        median = statistics.median(spent)
-        table.append([f"{PLAIN_TEXTS} texts", who, f"{median:.1f}", f"{PLAIN_TEXTS / median:.1f}"])
-    for who, spent in thinking.items():
-        median = statistics.median(spent)
-        what = f"{THINKING_TEXTS} texts with rationales of {NEW_TOKENS} tokens"
-        table.append([what, who, f"{median:.1f}", f"{THINKING_TEXTS / median:.1f}"])
+    plain_texts, thinking_texts = f"{PLAIN_TEXTS} texts", f"{args.texts} texts with rationales of {NEW_TOKENS} tokens"
+    found = {plain_texts: in_own_process("plain", args.texts, args.rounds), thinking_texts: {}}
+    for engine in ["hf", *(["vllm"] if find_spec("vllm") else [])]:
+        found[thinking_texts] |= in_own_process(engine, args.texts, args.rounds)
+    if args.before:
+        found[f"{THINKING_TEXTS} texts in turns"] = measure_before(args.before.resolve(), args.rounds)
+    floors = {plain_texts: floor_seconds(PLAIN_TEXTS, 0), thinking_texts: floor_seconds(args.texts, NEW_TOKENS)}
+    table, comparisons = [], []
+    for what, sides in found.items():
+        medians = {who: statistics.median(spent) for who, spent in sides.items()}
+        count = int(what.split()[0])
+        table += [[what, who, f"{median:.1f}", f"{count / median:.1f}"] for who, median in medians.items()]
+        for other in [who for who in medians if who in BARS]:
+            mine = medians.get("hf") or medians[OURS]
+            comparisons.append(
+                Comparison(f"encoding {what}", mine, other, medians[other], floors.get(what), BARS[other])
+            )
     print(markdown(["work", "who", "seconds, median", "texts/s"], table))
-    theirs, ours = (
-        statistics.median(plain[name]) for name in ("sentence-transformers, same prompts", "ours, no rationales")
-    )
-    print(f"\nOn the same prompts {theirs / ours:.2f} times as fast as sentence-transformers.")
-    pooling, afterwards, plainly = (statistics.median(thinking[name]) for name in ("hf", AFTERWARDS, PLAIN))
-    print(
-        f"With rationales the hf engine is {afterwards / pooling:.2f} times as fast as with a forward afterwards "
-        f"(the bar: {BAR}), and {plainly / pooling:.2f} times as fast as transformers' generate with one."
-    )
-    write_json(args.json, {"plain": plain, "thinking": thinking, "ratio": theirs / ours, "table": table})
+    write_json(args.json, {"seconds": found, "table": table}, comparisons)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import markdown, write_json
+from common import Comparison, markdown, write_json
 from torch import Tensor
 
 from verl.protocol import DataProto
@@ -95,7 +95,9 @@ def main() -> None:
     embeddings = rows.batch["embeddings"].numel() * 4
     print(f"\nArithmetic of grace: {flops / 1e6:.0f} MFLOP. Embeddings of the step (640 rows, float32): ", end="")
     print(f"{embeddings / 2**20:.2f} MiB.")
-    write_json(args.json, {"median_s": medians, "table": table, "flops": flops, "embedding_bytes": embeddings})
+    grace = Comparison("rewards of 512 rows", medians["grace"], "row by row", medians["row by row"])
+    results = {"median_s": medians, "table": table, "flops": flops, "embedding_bytes": embeddings}
+    write_json(args.json, results, [grace])
 
 
 if __name__ == "__main__":

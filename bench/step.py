@@ -10,43 +10,24 @@ that this machine reaches in one large product. Further key=value arguments are 
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from common import MODEL, REPO, markdown, prepare_data, spread, train, write_json
-from transformers import AutoConfig
+from common import MODEL, REPO, Comparison, markdown, prepare_data, spread, train, write_json
+from floor import distinct_tokens, flop_of_a_token, peak_rate
 
 from verl.config import DataConfig
 from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer
-from verl.models.packing import Row, pack
-from verl.utils.cpus import usable_cpus
 from verl.utils.tokenizer import load_tokenizer
 
 SHAPE = (4, 4, 48)
 
 
-def peak_rate() -> float:
-    """FLOP/s of a large float32 product: the best of several, because a floor needs the highest rate."""
-    torch.set_num_threads(usable_cpus())
-    size, best = 3072, 0.0
-    a, b, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    for _ in range(12):
-        start = time.perf_counter()
-        torch.mm(a, b, out=product)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
 def arithmetic(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float]:
     """FLOP of each phase's matrix products, prompts shared; without attention, which is below 2 % at these lengths."""
     triplets, n, new = shape
-    config = AutoConfig.from_pretrained(REPO / MODEL)
-    hidden, kv = config.hidden_size, config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size
-    body, head = 2 * config.num_hidden_layers * layer, 2 * hidden * config.vocab_size  # per token
+    body, head = flop_of_a_token()
     roles = ("positive", "query", "negative")
     renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
     samples = PromptDataset([str(train_file)], DataConfig(), roles, renderer)
@@ -54,9 +35,8 @@ def arithmetic(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float
     prompts = {role: [tuple(p.ids) for p in renderer.render([chat[role] for chat in chats])] for role in roles}
 
     def packed_tokens(kinds: tuple[str, ...], response: int) -> int:
-        answer = (0,) * response
-        rows = [Row(p, answer, 0, False) for k in kinds for p in prompts[k] for _ in range(n if k == "positive" else 1)]
-        return pack(rows, share_prompts=True).input_ids.shape[1]
+        rows = [p for k in kinds for p in prompts[k] for _ in range(n if k == "positive" else 1)]
+        return distinct_tokens(rows, response)
 
     trained = triplets * n * new
     generated = triplets * (n + 2) * new
@@ -90,7 +70,11 @@ def main() -> None:
     print(markdown(["phase", "seconds, median (min to max)", "floor, s", "gap"], table))
     print(f"\nFloor: {flop['whole step'] / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s.", end=" ")
     print(f"Through Ray: {statistics.median(m['perf/ray_mb'] for m in metrics):.2f} MiB a step.")
-    write_json(args.json, {"seconds": seconds, "flop": flop, "flop_per_s": rate, "table": table})
+    whole = Comparison(
+        "a training step, {} triplets x {} x {} tokens".format(*SHAPE), statistics.median(seconds["whole step"]),
+        floor=flop["whole step"] / rate,
+    )  # fmt: skip
+    write_json(args.json, {"seconds": seconds, "flop": flop, "flop_per_s": rate, "table": table}, [whole])
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def run(code: str, **said: str) -> str:
 @pytest.mark.parametrize("command", PROGRAMS, ids=lambda command: command[0])
 def test_programs_that_compute_set_how_threads_wait_before_torch_reads_it(command):
     code = AT_TORCH.format(names=SAID, command=command)
-    assert "set: OMP_WAIT_POLICY=passive\n" in run(code)
+    assert "set: OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000\n" in run(code)
 
 
 @pytest.mark.parametrize("said", ["OMP_WAIT_POLICY=active", "GOMP_SPINCOUNT=7", "KMP_BLOCKTIME=1"])

@@ -7,6 +7,11 @@ from typing import Any
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 
+BATCH_SIZE = 128
+"""Texts that the hf engine decodes at once, and most rows of one forward, unless the user says otherwise.
+
+On a CPU every pass reads all weights once, so more rows share it: docs/performance.md."""
+
 _SHOWN_CHARS = 60
 
 

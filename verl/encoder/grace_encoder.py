@@ -20,7 +20,7 @@ from verl.embedding.centre import Centre
 from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Pooling, Span
-from verl.encoder.arguments import list_texts, whole_number
+from verl.encoder.arguments import BATCH_SIZE, list_texts, whole_number
 from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
 from verl.encoder.call_store import CallStore, NoStore
@@ -146,7 +146,7 @@ class GraceEncoder:
         self,
         inputs: str | Iterable[str],
         *,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         show_progress_bar: bool | None = None,
         precision: Precision = "float32",
         int8_ranges: np.ndarray | None = None,

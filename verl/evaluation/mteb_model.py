@@ -13,6 +13,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
+from verl.encoder.arguments import BATCH_SIZE
 from verl.encoder.grace_encoder import GraceEncoder
 
 
@@ -38,7 +39,7 @@ class GraceMTEB(AbsEncoder):
     ) -> np.ndarray:  # fmt: skip
         """[N,H] float32; a failure of the engine is the task's failure."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.encoder.encode(texts, batch_size=kwargs.get("batch_size", 64), **self.options)
+        return self.encoder.encode(texts, batch_size=kwargs.get("batch_size", BATCH_SIZE), **self.options)
 
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
