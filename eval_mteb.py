@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--ignore_eos", action="store_true", help="generate every rationale to its full length (a control)"
     )
-    how.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward, and that hf decodes at once")
+    how.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward; hf decodes as many at once")
     how.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="generates the rationales")
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     how.add_argument(
