@@ -1,9 +1,9 @@
 """The tokens at the beginning of a prompt that are the same whatever the user's text is.
 
-The tokenizers library first cuts a prompt at its special tokens, from left to right; normalizer, pre-tokenizer and model
-then see one piece at a time. The pieces before the last special token that stands before the text are hence constant.
-What is left begins with that token, so that rules for the first piece of a prompt, as sentencepiece's leading space,
-apply to the text no more than before.
+The tokenizers library first cuts a prompt at its special tokens, from left to right; normalizer, pre-tokenizer and
+model then see one piece at a time. The pieces before the last special token that stands before the text are hence
+constant. What is left begins with that token, so that rules for the first piece of a prompt, as sentencepiece's leading
+space, apply to the text no more than before.
 
 Imports neither torch nor transformers.
 """
