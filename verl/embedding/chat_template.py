@@ -7,7 +7,6 @@ and the date is that of the settings.
 Imports neither torch nor transformers.
 """
 
-import json
 from collections.abc import Sequence
 from datetime import date
 from typing import Any
@@ -84,7 +83,7 @@ class ChatTemplate:
         self.system_prompt_in = system_prompt_in
         self.date = _day_shown(tokenizer.get_chat_template(), template_date)
         """The day that prompts show, as 2024-07-26; None where a setting cannot change what they show."""
-        self._frames: dict[str, tuple[str, str]] = {}
+        self._frames: dict[tuple[tuple[str, str | None], ...], tuple[str, str]] = {}
 
     def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The rendered characters before and after the last user text.
@@ -94,8 +93,7 @@ class ChatTemplate:
                 exactly once or not unchanged, or does not begin the assistant's turn.
         """
         turn = last_user_turn(messages)
-        fixed = [(m["role"], None if i == turn else m["content"]) for i, m in enumerate(messages)]
-        key = json.dumps(fixed, ensure_ascii=False)
+        key = tuple((m["role"], None if i == turn else m["content"]) for i, m in enumerate(messages))
         if key not in self._frames:
             first, second = (self._split_at_probe(messages, turn, probe) for probe in _PROBES)
             if first != second:

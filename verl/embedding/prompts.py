@@ -13,11 +13,13 @@ Imports neither torch nor transformers: the data programs use it too.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from verl.embedding.chat_template import ChatTemplate, Message, last_user_turn
+from verl.embedding.constant_start import constant_start
 from verl.prompt_options import SystemPromptPlace
 
 SYSTEM_PROMPT = (
@@ -27,6 +29,9 @@ SYSTEM_PROMPT = (
 
 Offsets = list[tuple[int, int]]
 Truncation = Literal["left", "right", "middle", "error"]
+
+_WORTH_PROBING = 100
+"""Prompts of one frame in a call from which on finding their constant start, 16 short prompts once, pays."""
 
 
 def rationale_messages(text: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
@@ -81,6 +86,7 @@ class PromptRenderer:
         self._template = ChatTemplate(tokenizer, system_prompt_in, template_date)
         markers = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._marker = re.compile("|".join(markers)) if markers else None
+        self._starts: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
     def template_date(self) -> str | None:
@@ -110,10 +116,23 @@ class PromptRenderer:
             return []
         parts = [(prefix, self._user_text(c), suffix) for c in conversations for prefix, suffix in [self.frame(c)]]
         counts = {i: len(self._tokenize_marked(*part)[0]) for i, part in enumerate(parts) if self._has_marker(part[1])}
-        plain = ["".join(part) for i, part in enumerate(parts) if i not in counts]
+        backend = self._plain_backend()
+        plain = [part for i, part in enumerate(parts) if i not in counts]
+        starts = self._constant_starts(backend, Counter((prefix, suffix) for prefix, _, suffix in plain))
+        rests = [prefix[starts[prefix, suffix][0] :] + text + suffix for prefix, text, suffix in plain]
         # The backend's own call, which builds no lists of ids and masks.
-        encoded = iter(self._plain_backend().encode_batch_fast(plain, add_special_tokens=False))
-        return [counts[i] if i in counts else len(next(encoded)) for i in range(len(parts))]
+        encoded = zip(plain, backend.encode_batch_fast(rests, add_special_tokens=False), strict=True)
+        measured = (starts[prefix, suffix][1] + len(rest) for (prefix, _, suffix), rest in encoded)
+        return [counts[i] if i in counts else next(measured) for i in range(len(parts))]
+
+    def _constant_starts(
+        self, backend: Any, frames: Counter[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[int, int]]:
+        """`constant_start` of each frame, nothing for those too rare to be worth its probes."""
+        for frame, count in frames.items():
+            if count >= _WORTH_PROBING and frame not in self._starts:
+                self._starts[frame] = constant_start(backend, *frame)
+        return {frame: self._starts.get(frame, (0, 0)) for frame in frames}
 
     def fingerprint(self) -> str:
         """SHA-256 of what determines a prompt's length: tokenizer, chat template, the system text's place, the date."""
