@@ -17,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
-from common import markdown, write_json
+from common import Comparison, markdown, write_json
 from tokenizers import Tokenizer
 
 from verl.embedding.constant_start import constant_start
@@ -29,6 +30,9 @@ from verl.utils.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models/SmolLM2-135M-Instruct"
 FLOOR_BATCH = 10_000
+MODES = ("unsupervised", "supervised")
+# Times the floor of whole prompts that the filter may take.
+BAR = 1.3
 
 
 def sentences(num: int, seed: int) -> Iterator[str]:
@@ -55,7 +59,7 @@ def write_inputs(folder: Path, num_lines: int, num_triplets: int) -> tuple[Path,
     return texts, triplets
 
 
-def measure(name: str, num_lines: int, argv: list[object]) -> dict[str, object]:
+def measure(name: str, num_lines: int, argv: list[object]) -> dict[str, Any]:
     """Run one program; its seconds, lines per second and peak memory."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.DEVNULL)
@@ -67,7 +71,7 @@ def measure(name: str, num_lines: int, argv: list[object]) -> dict[str, object]:
     return as_result(name, num_lines, seconds, round(usage.ru_maxrss / 1024))
 
 
-def as_result(name: str, num_lines: int, seconds: float, peak_mb: int | str) -> dict[str, object]:
+def as_result(name: str, num_lines: int, seconds: float, peak_mb: int | str) -> dict[str, Any]:
     return {
         "name": name,
         "lines": num_lines,
@@ -77,7 +81,7 @@ def as_result(name: str, num_lines: int, seconds: float, peak_mb: int | str) -> 
     }
 
 
-def measure_floors(mode: str, parquet: Path, tokenizer_path: Path) -> list[dict[str, object]]:
+def measure_floors(mode: str, parquet: Path, tokenizer_path: Path) -> list[dict[str, Any]]:
     """Seconds of tokenizing all prompts of a file, whole and without their start; no reading, rendering or writing."""
     renderer = PromptRenderer(load_tokenizer(str(tokenizer_path)))
     rows = pq.read_table(parquet).to_pylist()
@@ -97,6 +101,14 @@ def measure_floors(mode: str, parquet: Path, tokenizer_path: Path) -> list[dict[
     return results
 
 
+def filter_beside_floor(results: list[dict[str, Any]], mode: str) -> Comparison:
+    """The filter's seconds, and those of tokenizing the training file's whole prompts."""
+    found = {result["name"]: result for result in results}
+    program, floor = found[f"filter {mode}"], found[f"floor {mode}, whole"]
+    what = f"the length filter, {program['lines']:,} {mode} lines"
+    return Comparison(what, program["seconds"], floor=floor["seconds"], bar=BAR)
+
+
 def time_tokenizer(backend: Tokenizer, prompts: list[str]) -> float:
     start = time.perf_counter()
     for first in range(0, len(prompts), FLOOR_BATCH):
@@ -104,7 +116,7 @@ def time_tokenizer(backend: Tokenizer, prompts: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, object]]:
+def run_all(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     texts, triplets = write_inputs(folder, args.lines, args.triplets)
     inputs = [("unsupervised", texts, args.lines), ("supervised", triplets, args.triplets)]
     results = []
@@ -133,7 +145,7 @@ def main() -> None:
         results = run_all(Path(folder), args)
     rows = [[r["name"], f"{r['lines']:,}", r["seconds"], f"{r['lines_per_s']:,}", r["peak_mb"]] for r in results]
     print(markdown(["program", "lines", "seconds", "lines/s", "peak MB"], rows))
-    write_json(args.json, {"results": results})
+    write_json(args.json, {"results": results}, [filter_beside_floor(results, mode) for mode in MODES])
 
 
 if __name__ == "__main__":
