@@ -33,6 +33,10 @@ class BatchPlan:
     def rows_per_step(self) -> int:
         return self.trained_rows_per_step + self.anchor_rows_per_step
 
+    def writes_rationales(self, step: int) -> bool:
+        """Whether a step, of which 1 is the first, writes rationales."""
+        return step > self.warm_up_steps
+
     @classmethod
     def from_config(cls, config: RunConfig, num_samples: int, num_anchors: int, world_size: int) -> "BatchPlan":
         """Work out the plan.

@@ -171,9 +171,9 @@ class ActorConfig(_Section):
     """Rows of a micro-batch in the update."""
     grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
-    embedding_grad_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    embedding_grad_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
-    null = both as they come."""
+    null = both as they come, 1 = no policy gradient: rationales are written and embedded, and none of its work done."""
     embedding_grad_every: PositiveInt = 10
     """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward."""
     clip_ratio: Bound = 0.2
@@ -201,6 +201,11 @@ class ActorConfig(_Section):
     """KL estimator of the loss."""
     optim: OptimConfig = OptimConfig()
     fsdp_config: FsdpConfig = FsdpConfig()
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether updates follow the policy gradient, where rationales are written."""
+        return self.embedding_grad_share != 1
 
     @property
     def update_limit(self) -> tuple[int | None, int | None]:
@@ -487,6 +492,8 @@ class RunConfig(_Section):
     @property
     def importance_cap(self) -> float | None:
         """Cap of the importance weights, or None for no correction."""
+        if not self.actor_rollout_ref.actor.trains_policy:
+            return None
         cap = self.actor_rollout_ref.actor.tis_imp_ratio_cap
         if cap is None:
             return 2.0 if self.actor_rollout_ref.rollout.name == "vllm" else None

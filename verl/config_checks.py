@@ -267,7 +267,7 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
     manager = config.reward_model.reward_manager
     if why := ABSENT_VALUES["reward_model.reward_manager"].get(manager):
         yield f"reward_model.reward_manager={manager} is not supported: {why}."
-    if estimator in _GROUP_ESTIMATORS and n < 2:
+    if estimator in _GROUP_ESTIMATORS and n < 2 and config.actor_rollout_ref.actor.trains_policy:
         yield (
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
@@ -294,6 +294,21 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
             f"{rewards.contrastive_weight}: a step of one text has nothing to contrast it with. Set "
             "train_batch_size to 2 or more."
         )
+    if not config.actor_rollout_ref.actor.trains_policy:
+        yield from _check_weights_without_policy(rewards)
+
+
+def _check_weights_without_policy(rewards: HiddenRewardConfig) -> Iterator[str]:
+    """Where only the contrastive loss trains, it needs weight in every step."""
+    weights: dict[str, float | None] = {"contrastive_weight": rewards.contrastive_weight}
+    if rewards.contrastive_first_steps:
+        weights["contrastive_first_weight"] = rewards.contrastive_first_weight
+    for name, weight in weights.items():
+        if weight == 0 and rewards.contrastive:
+            yield (
+                f"reward_model.reward_kwargs.{name}=0 with actor_rollout_ref.actor.embedding_grad_share=1: its steps "
+                "train nothing. Set it above 0, or the share below 1."
+            )
 
 
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (

@@ -236,7 +236,7 @@ def test_a_joint_run_warms_up_without_rationales_and_resumes_bit_for_bit(tmp_pat
     steps = read_metrics(whole)
     first, *others = [m for m in steps if "actor/grad_norm" in m]
     assert "reward/mean" not in first and "time/gen_s" not in first and first["actor/grad_norm"] > 0
-    assert first["perf/generated_tokens"] == 0 and first["actor/pg_loss"] == 0
+    assert first["perf/generated_tokens"] == 0 and "actor/pg_loss" not in first and "rollout/kl" not in first
     assert [m["reward/contrastive/weight"] for m in (first, *others)] == [1, 1, 0.1, 0.1]
     # Two updates a step: the first of step 2, and the second of step 3.
     assert ["actor/policy_grad_norm" in m for m in others] == [True, True, False]
@@ -246,6 +246,24 @@ def test_a_joint_run_warms_up_without_rationales_and_resumes_bit_for_bit(tmp_pat
     assert done.returncode == 0, done.stderr
     assert [m for m in numbers(resumed) if m["step"] > 2] == [m for m in numbers(whole) if m["step"] > 2]
     assert weights_sha256(resumed, 4) == weights_sha256(whole, 4)
+
+
+def test_a_run_without_a_policy_gradient_writes_rationales_and_does_no_work_for_it(tmp_path, tiny_folder, triplets):
+    run_dir = tmp_path / "run"
+    done = train_here(
+        *recipe(tiny_folder, triplets, run_dir), "+reward_model.reward_kwargs.contrastive_weight=1",
+        "actor_rollout_ref.actor.embedding_grad_share=1", "actor_rollout_ref.rollout.n=1",
+        "trainer.total_training_steps=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no effect without a policy gradient" in done.stdout and "loss" not in done.stdout.split("step 1/3")[1]
+    steps = steps_of(run_dir)
+    losses = [m["reward/contrastive/loss"] for m in steps]
+    assert len(losses) == 3 and all(m["actor/grad_norm"] > 0 and m["perf/generated_tokens"] > 0 for m in steps)
+    for name in ("rollout/probs_diff_mean", "actor/entropy", "actor/pg_loss", "actor/embedding_grad_norm"):
+        assert name not in steps[0]
+    trained = [sample for sample in read_samples(run_dir, 1) if sample["role"] == "positive"]
+    assert len(trained) == 4 and all(s["rationale"] and "reward" in s and "advantage" not in s for s in trained)
 
 
 @pytest.mark.parametrize("manager", ["MarginReward", "MarginLoss"])

@@ -156,7 +156,7 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("actor_rollout_ref.actor.optim.lr_warmup_steps=-5", r"lr_warmup_steps=-5 must be -1 or more"),
         ("data.seed=-1", r"data\.seed=-1 must be 0 or more"),
         ("trainer.save_freq=-2", r"save_freq=-2 must be -1 or more"),
-        ("actor_rollout_ref.actor.embedding_grad_share=1", r"embedding_grad_share=1(\.0)? must be above 0, below 1"),
+        ("actor_rollout_ref.actor.embedding_grad_share=2", r"embedding_grad_share=2(\.0)? must be above 0, at most 1"),
         ("actor_rollout_ref.actor.embedding_grad_every=0", r"embedding_grad_every=0 must be above 0"),
         ("+reward_model.reward_kwargs.contrastive_temperature=0", r"contrastive_temperature=0(\.0)? must be above 0"),
         ("algorithm.gamma=1.5", r"gamma=1\.5 must be 0 or more, at most 1"),

@@ -161,7 +161,7 @@ def test_training_rewards_the_vectors_of_its_checkpoints_encoder(rows, tiny_fold
         "response_length": torch.tensor([len(ids) for _, ids, _ in rows]),
     }
     # What the driver sends to the workers.
-    remote = remote_call(ActorRolloutRefWorker.compute_log_prob, Dispatch.DP_COMPUTE_PROTO)
+    remote = remote_call(ActorRolloutRefWorker.score, Dispatch.DP_COMPUTE_PROTO)
     batch = prompts.union(DataProto.from_dict(responses)).only((*remote.columns, *remote.optional_columns))
     policy = PolicyModel(load_causal_lm(str(tiny_folder)))
     scored = score(policy, batch, MicroBatchLimit(None, 2), TEMPERATURE, embed=True, entropy=False)

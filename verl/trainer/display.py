@@ -74,8 +74,8 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
         + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
         + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
-        + f"  {_times(m)}  loss {m['actor/pg_loss']:+.4f}"
-        + nothing_learned(m)
+        + f"  {_times(m)}"
+        + (f"  loss {m['actor/pg_loss']:+.4f}{nothing_learned(m)}" if "actor/pg_loss" in m else "")
     )
 
 
@@ -92,7 +92,7 @@ def _times(m: dict[str, float]) -> str:
 
 
 def nothing_learned(m: dict[str, float]) -> str:
-    """Why the step's gradient was exactly 0, where it was; else nothing."""
+    """Why the gradient of a step that trains the policy was exactly 0, where it was; else nothing."""
     if m["actor/grad_norm"] != 0:
         return ""
     if m["rationale/positive_truncated"] == 1:
