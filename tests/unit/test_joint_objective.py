@@ -222,7 +222,11 @@ class TestTheUpdate:
         (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
         expected = plain_gradient(rows, anchors)
         actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL)
+        heads, forwards = count_heads(actor.policy), []
+        actor.policy.register_forward_hook(lambda *_: forwards.append(1))
         found, metrics = gradients_of(actor, with_grad(rows, anchors), updates=2)
+        # Two passes for the first, of which the second needs no head, and one for the second.
+        assert len(heads) * 3 == len(forwards) * 2
         # In the first the two gradients are measured apart, in the second there is one backward.
         assert ["policy_grad_norm" in m for m in metrics] == [True, False]
         for both in found:
