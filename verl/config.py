@@ -354,6 +354,9 @@ class HiddenRewardConfig(_Section):
     text_share: Share | None = None
     """Share of the text in the mean over text and rationale; null = every token counts the same. It goes into the
     checkpoint's embedder_config.json."""
+    no_rationale_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weight of the text's own vector in the average of each vector with that of its text without the rationale. It
+    goes into the checkpoint's embedder_config.json."""
     centre: bool = False
     """Take the direction of the mean of the step's embeddings out of every embedding before they are compared."""
     contrastive_weight: NonNegativeFloat = 0.0

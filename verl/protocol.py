@@ -9,6 +9,7 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | prompt_length | [N] int64 | data.dataset | engine, actor, metrics |
 | pool_start | [N] int64, first pooled position of prompt and response | data.dataset | actor |
 | text_share | [N] float64, of the mean; no column where every token counts the same | data.dataset | actor |
+| no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.dataset | actor |
 | temperature | [N] float32, of sampling | step_rows.expand | engine |
 | responses | [N,R] int64, right-padded | engine | actor, metrics |
 | response_length | [N] int64, end token included | engine | actor, rewards, metrics |

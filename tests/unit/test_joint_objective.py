@@ -23,6 +23,8 @@ from verl.workers.scoring import score
 # The learning rate changes no weight within the tests' tolerance, and the largest norm clips nothing.
 STILL = {"optim": {"lr": 1e-12}, "grad_clip": 1e9}
 WHOLE = MicroBatchLimit(10_000, None)
+# No policy gradient.
+ALONE = {"embedding_grad_share": 1, "use_kl_loss": False, "entropy_coeff": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,10 +200,19 @@ def plain_loss(lm, rows: DataProto, anchors: bool) -> Tensor:
     for i in range(len(rows)):
         prompt = rows.batch["prompts"][i, -int(rows.batch["prompt_length"][i]) :]
         ids = torch.cat([prompt, rows.batch["responses"][i, : int(rows.batch["response_length"][i])]])
-        states = lm.model(ids.unsqueeze(0)).last_hidden_state[0, int(rows.batch["pool_start"][i]) :]
-        vector = states.mean(0) / states.mean(0).norm()
+        start = int(rows.batch["pool_start"][i])
+        states = lm.model(ids.unsqueeze(0)).last_hidden_state[0, start:]
+        vector = unit_mean(states)
+        if "no_rationale_weight" in rows.batch.keys():
+            weight = float(rows.batch["no_rationale_weight"][i])
+            vector = weight * unit_mean(states[: len(prompt) - start]) + (1 - weight) * vector
+            vector = vector / vector.norm()
         vectors.append(vector if anchors or is_trained(rows)[i] else vector.detach())
     return 0.7 * slow_infonce(as_texts(rows, torch.stack(vectors)), 0.05)
+
+
+def unit_mean(states: Tensor) -> Tensor:
+    return states.mean(0) / states.mean(0).norm()
 
 
 def count_heads(policy: PolicyModel) -> list[int]:
@@ -236,6 +247,16 @@ class TestTheUpdate:
         assert metrics[0]["embedding_grad_share"] == pytest.approx(
             norm(expected) / (norm(expected) + norm(policy)), rel=1e-4
         )
+
+    @pytest.mark.parametrize("limit", [10_000, 90])
+    def test_its_gradient_goes_through_the_average_with_the_vectors_without_rationales(self, limit):
+        weights = torch.linspace(0.1, 0.9, len(whole_step()), dtype=torch.float64)
+        rows = whole_step().with_tensors(no_rationale_weight=weights)
+        actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL, **ALONE)
+        scored = actor.score(rows, WHOLE, embed=True, log_probs=False, train_anchors=True)
+        (found,), _ = gradients_of(actor, with_grad(rows.union(scored), anchors=True))
+        assert_same_gradient(found, plain_gradient(rows, anchors=True))
+        assert norm(found) > 0.1
 
     def test_anchors_change_nothing_of_the_policys_part(self):
         """Denominators and metrics count trained rows alone."""
@@ -287,9 +308,8 @@ class TestTheUpdate:
         policy.lm.set_attn_implementation(ATTENTION)
         before = {name: weight.clone() for name, weight in full_weights(policy)}
         optim = {"lr": 1e-3, "weight_decay": 0.1}
-        settings = {"embedding_grad_share": 1, "use_kl_loss": False, "entropy_coeff": 0, "optim": optim}
         # A whole step in one micro-batch keeps the forward that scored.
-        actor = build_actor(policy, one_update=True, ppo_max_token_len_per_gpu=limit, **settings)
+        actor = build_actor(policy, one_update=True, ppo_max_token_len_per_gpu=limit, optim=optim, **ALONE)
         heads = count_heads(policy)
         optimizer = torch.optim.AdamW(plain.parameters(), **optim)
         manager = HiddenRewardManager(contrastive_weight=0.7, contrastive_anchors=anchors)
@@ -303,7 +323,7 @@ class TestTheUpdate:
             norm_before = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
             optimizer.step()
             assert metrics == pytest.approx({"grad_norm": float(norm_before), "lr": 1e-3, "skipped_steps": 0}, rel=1e-3)
-        weights = dict(plain.named_parameters())
+        weights = {name: p.detach() for name, p in plain.named_parameters()}
         moved, expected = ({n: w[n] - before[n] for n in before} for w in (dict(full_weights(policy)), weights))
         assert_same_gradient(moved, expected, share=1e-2)
         if not tie:

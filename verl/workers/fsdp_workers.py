@@ -42,7 +42,7 @@ from verl.workers.weight_sync import CANARY, WeightSync
 # What a packed forward needs, and what generation needs.
 _ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "role")
 # Pooling that some runs have.
-_OWN_POOLING = ("text_share",)
+_OWN_POOLING = ("text_share", "no_rationale_weight")
 _PROMPT = ("prompts", "prompt_length", "temperature")
 
 
