@@ -175,8 +175,8 @@ class ActorConfig(_Section):
     """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
     null = both as they come, 1 = no policy gradient: rationales are written and embedded, and none of its work done."""
     embedding_grad_every: PositiveInt = 10
-    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward, without
-    the LM head."""
+    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward
+    (without the LM head)."""
     clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
     clip_ratio_low: Bound | None = None
@@ -445,6 +445,8 @@ class TrainerConfig(_Section):
     contrastive_warmup_steps: NonNegativeInt = 0
     """First steps that generate nothing: texts are embedded without rationales, and only the reward manager's gradient
     on the embeddings trains. They count as steps of the run."""
+    contrastive_steps_between: NonNegativeInt = 0
+    """Such steps after every step that writes rationales."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"

@@ -294,20 +294,26 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
             f"{rewards.contrastive_weight}: a step of one text has nothing to contrast it with. Set "
             "train_batch_size to 2 or more."
         )
-    if not config.actor_rollout_ref.actor.trains_policy:
-        yield from _check_weights_without_policy(rewards)
+    yield from _check_contrastive_weights(config, rewards)
 
 
-def _check_weights_without_policy(rewards: HiddenRewardConfig) -> Iterator[str]:
-    """Where only the contrastive loss trains, it needs weight in every step."""
+def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -> Iterator[str]:
+    """In steps that follow no policy gradient the contrastive loss needs weight."""
+    share, between = config.actor_rollout_ref.actor.embedding_grad_share, config.trainer.contrastive_steps_between
+    if share == 1:
+        alone = "actor_rollout_ref.actor.embedding_grad_share=1"
+    elif between:
+        alone = f"trainer.contrastive_steps_between={between}"
+    else:
+        return
     weights: dict[str, float | None] = {"contrastive_weight": rewards.contrastive_weight}
     if rewards.contrastive_first_steps:
         weights["contrastive_first_weight"] = rewards.contrastive_first_weight
     for name, weight in weights.items():
         if weight == 0 and rewards.contrastive:
             yield (
-                f"reward_model.reward_kwargs.{name}=0 with actor_rollout_ref.actor.embedding_grad_share=1: its steps "
-                "train nothing. Set it above 0, or the share below 1."
+                f"reward_model.reward_kwargs.{name}=0 with {alone}: there are steps that train nothing. Set it above "
+                f"0, or leave {alone.partition('=')[0]} out."
             )
 
 

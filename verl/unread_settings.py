@@ -152,12 +152,18 @@ READERS = (
         lambda c: c.reward_model.reward_manager != "naive",
     ),
     Reader(
-        (f"{_ACTOR}.embedding_grad_share", f"{_ACTOR}.embedding_grad_every", "trainer.contrastive_warmup_steps"),
+        (
+            f"{_ACTOR}.embedding_grad_share", f"{_ACTOR}.embedding_grad_every", "trainer.contrastive_warmup_steps",
+            "trainer.contrastive_steps_between",
+        ),
         "reward_model.reward_kwargs.contrastive_weight above 0, or a reward manager of your own", _may_train_embeddings,
     ),
     Reader(
-        (f"{_ACTOR}.use_kl_loss", f"{_ACTOR}.entropy_coeff", "algorithm.use_kl_in_reward"),
-        f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy,
+        (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward"), f"{_ACTOR}.embedding_grad_share below 1",
+        lambda c: _actor(c).trains_policy or not c.needs_reference,
+    ),
+    Reader(
+        (f"{_ACTOR}.entropy_coeff",), f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy
     ),
     Reader(_VLLM_ONLY, f"{_ROLLOUT}.name=vllm", lambda c: c.actor_rollout_ref.rollout.name != "hf"),
 )  # fmt: skip

@@ -48,6 +48,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     (f"{ACTOR}.embedding_grad_share", 0.5, {"reward_model.reward_manager": "mine.py:Mine"}),
     (f"{ACTOR}.embedding_grad_every", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.contrastive_warmup_steps", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
+    ("trainer.contrastive_steps_between", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
     (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
@@ -137,6 +138,7 @@ def test_without_a_policy_gradient_nothing_reads_what_is_added_to_it(key):
 
 def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group_may_be_of_one():
     given = {**WITHOUT_POLICY, f"{ACTOR}.clip_ratio": 0.3, "actor_rollout_ref.rollout.n": 1}
+    given |= {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0}
     config = config_of(given)
     assert list(unread_settings(config)) == []
     assert ("no effect without a policy gradient", f"{ACTOR}.clip_ratio") in list(start_notes(config, "cpu"))

@@ -1,7 +1,8 @@
 """What a person sees of a run: a bar for the steps, a bar for the rationales, one line per step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -56,6 +57,22 @@ class RunDisplay:
         self._progress.update(self._run, completed=step)
         if self.show_steps:
             self.say(step_line(step, self.total_steps, metrics))
+
+
+def model_lines(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the workers loaded.
+
+    Args:
+        facts: of `ActorRolloutRefWorker.init_model`.
+    """
+    reference = "loaded" if facts["reference"] else "not needed (no KL term has weight)"
+    yield (
+        f"{path}: {facts['parameters'] / 1e6:.1f}M parameters, {facts['device']}, {facts['attention']}, "
+        f"reference model {reference}"
+    )
+    if facts["dropout"]:
+        dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
+        yield f"trained without the dropout of the model's config ({dropout})"
 
 
 def step_line(step: int, total: int, m: dict[str, float]) -> str:

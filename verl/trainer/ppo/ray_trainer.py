@@ -20,7 +20,7 @@ from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
-from verl.trainer.display import RunDisplay
+from verl.trainer.display import RunDisplay, model_lines
 from verl.trainer.ppo import step_rows
 from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
@@ -80,8 +80,9 @@ class RayPPOTrainer:
             self.start()
             for step, prompts in self.steps():
                 found: dict[str, dict[str, float]] = {}
-                trains_policy = self.trains_policy(step)
-                if self.plan.writes_rationales(step):
+                writes = self.plan.writes_rationales(step)
+                trains_policy = writes and self.config.actor_rollout_ref.actor.trains_policy
+                if writes:
                     with self.phase("sync"):
                         found["sync"] = self.workers.sync_rollout_weights()
                     with self.phase("gen"):
@@ -108,14 +109,8 @@ class RayPPOTrainer:
         for line in self.run.folder.remove_leftovers():
             self.display.say(line)
         facts = self.workers.init_model()
-        self.display.say(
-            f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters, "
-            f"{facts['device']}, {facts['attention']}, "
-            f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
-        )
-        if facts["dropout"]:
-            dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
-            self.display.say(f"trained without the dropout of the model's config ({dropout})")
+        for line in model_lines(f"{self.config.actor_rollout_ref.model.path}", facts):
+            self.display.say(line)
         if self.config.trainer.save_freq != 0:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:
@@ -203,10 +198,6 @@ class RayPPOTrainer:
         rows.non_tensor_batch["rationale"] = object_array(texts)
         return rows
 
-    def trains_policy(self, step: int) -> bool:
-        """Whether a step follows the policy gradient; else the gradient on the embeddings alone."""
-        return self.plan.writes_rationales(step) and self.config.actor_rollout_ref.actor.trains_policy
-
     def add_embeddings_and_log_probs(self, rows: DataProto, log_probs: bool) -> DataProto:
         """Add embeddings of all rows, and old log-probs of the trained ones where wanted: one forward for both."""
         manager = self.reward_manager
@@ -242,8 +233,8 @@ class RayPPOTrainer:
         if not trains_policy and reward.embedding_grad is None:
             raise RewardError(
                 f"step {rows.meta_info['step']} trains nothing: it follows no policy gradient "
-                "(trainer.contrastive_warmup_steps, actor_rollout_ref.actor.embedding_grad_share=1), and the reward "
-                "manager gave no embedding_grad"
+                "(trainer.contrastive_warmup_steps, trainer.contrastive_steps_between, "
+                "actor_rollout_ref.actor.embedding_grad_share=1), and the reward manager gave no embedding_grad"
             )
         return reward
 
