@@ -299,21 +299,20 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
 
 def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -> Iterator[str]:
     """In steps that follow no policy gradient the contrastive loss needs weight."""
-    share, between = config.actor_rollout_ref.actor.embedding_grad_share, config.trainer.contrastive_steps_between
-    if share == 1:
-        alone = "actor_rollout_ref.actor.embedding_grad_share=1"
-    elif between:
-        alone = f"trainer.contrastive_steps_between={between}"
-    else:
-        return
-    weights: dict[str, float | None] = {"contrastive_weight": rewards.contrastive_weight}
-    if rewards.contrastive_first_steps:
-        weights["contrastive_first_weight"] = rewards.contrastive_first_weight
-    for name, weight in weights.items():
-        if weight == 0 and rewards.contrastive:
+    trains_policy, between = config.actor_rollout_ref.actor.trains_policy, config.trainer.contrastive_steps_between
+    for name in ("contrastive_weight", "contrastive_first_weight"):
+        if not rewards.contrastive or getattr(rewards, name) != 0:
+            continue
+        start = f"reward_model.reward_kwargs.{name}=0 with"
+        if not trains_policy:
             yield (
-                f"reward_model.reward_kwargs.{name}=0 with {alone}: there are steps that train nothing. Set it above "
-                f"0, or leave {alone.partition('=')[0]} out."
+                f"{start} actor_rollout_ref.actor.embedding_grad_share=1: there are steps that train nothing. Set it "
+                "above 0, or the share below 1."
+            )
+        elif between and name == "contrastive_weight":
+            yield (
+                f"{start} trainer.contrastive_steps_between={between}: these steps train nothing after "
+                f"contrastive_first_steps={rewards.contrastive_first_steps}. Set it above 0, or leave out the steps."
             )
 
 

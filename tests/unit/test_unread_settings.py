@@ -168,6 +168,16 @@ def test_without_a_policy_gradient_every_step_needs_the_contrastive_loss(kwargs,
     assert any(line.startswith(beginning) for line in str(caught.value).splitlines()), caught.value
 
 
+def test_steps_between_need_the_contrastive_loss_after_the_first_steps_too():
+    given = {"trainer.contrastive_steps_between": 2}
+    for kwargs, refused in (({}, True), ({"contrastive_weight": 0.1}, False)):
+        kwargs = {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5, **kwargs}
+        with pytest.raises(UserError) as caught:
+            build_config(nested({**given, "reward_model.reward_kwargs": kwargs}))
+        wrong = "contrastive_weight=0 with trainer.contrastive_steps_between=2: these steps train nothing"
+        assert (wrong in str(caught.value)) is refused
+
+
 @pytest.mark.parametrize(
     ("mode", "size", "refused"), [("unsupervised", 1, True), ("unsupervised", 2, False), ("supervised", 1, False)]
 )
