@@ -105,7 +105,7 @@ def main() -> None:
             phase("sync", workers.sync_rollout_weights)
             responses = phase("gen", partial(workers.generate, prompts, step, TOKENS, on_progress=lambda count: None))
             rows = prompts.union(responses)
-            scored = phase("score", partial(workers.compute_log_prob, rows, embed=True, for_update=True))
+            scored = phase("score", partial(workers.score, rows, log_probs=True, embed=True, for_update=True))
             phase("update", partial(workers.update_actor, trained_rows(rows, scored), 1))
         workers.shutdown()
     columns = list(found["update"])

@@ -3,6 +3,7 @@
 Imports no torch: it runs before anything heavy starts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from verl.config import RunConfig
@@ -24,6 +25,8 @@ class BatchPlan:
     """Limit of one forward, in words."""
     warm_up_steps: int
     """First steps without rationales."""
+    steps_between: int
+    """Steps without rationales after each one with them."""
     steps_per_epoch: int
     total_steps: int
     decided_by: str
@@ -32,6 +35,11 @@ class BatchPlan:
     @property
     def rows_per_step(self) -> int:
         return self.trained_rows_per_step + self.anchor_rows_per_step
+
+    def writes_rationales(self, step: int) -> bool:
+        """Whether a step, of which 1 is the first, writes rationales; it follows from its number alone."""
+        later = step - self.warm_up_steps - 1
+        return later >= 0 and later % (1 + self.steps_between) == 0
 
     @classmethod
     def from_config(cls, config: RunConfig, num_samples: int, num_anchors: int, world_size: int) -> "BatchPlan":
@@ -69,6 +77,7 @@ class BatchPlan:
             trained_rows_per_update=rows_per_update,
             micro_batch=f"{tokens} tokens" if tokens else f"{rows} rows",
             warm_up_steps=config.trainer.contrastive_warmup_steps,
+            steps_between=config.trainer.contrastive_steps_between,
             steps_per_epoch=steps_per_epoch,
             total_steps=steps or steps_per_epoch * epochs,
             decided_by="trainer.total_training_steps" if steps else f"trainer.total_epochs={epochs}",
@@ -88,5 +97,12 @@ class BatchPlan:
             ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
             ("one forward takes at most", f"{self.micro_batch} per worker"),
             ("steps", f"{self.total_steps} by {self.decided_by} ({self.steps_per_epoch} per epoch)"),
-            *([("of them without rationales", f"the first {self.warm_up_steps}")] if self.warm_up_steps else []),
+            *self._lines_without_rationales(),
         ]
+
+    def _lines_without_rationales(self) -> Iterator[tuple[str, str]]:
+        first = [f"the first {self.warm_up_steps}"] if self.warm_up_steps else []
+        between = [f"{self.steps_between} after each one with them"] if self.steps_between else []
+        if first or between:
+            count = sum(not self.writes_rationales(step) for step in range(1, self.total_steps + 1))
+            yield "without rationales", f"{count} of them: {', '.join(first + between)}"

@@ -171,11 +171,12 @@ class ActorConfig(_Section):
     """Rows of a micro-batch in the update."""
     grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
-    embedding_grad_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    embedding_grad_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
-    null = both as they come."""
+    null = both as they come, 1 = no policy gradient: rationales are written and embedded, and none of its work done."""
     embedding_grad_every: PositiveInt = 10
-    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward."""
+    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward
+    (without the LM head)."""
     clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
     clip_ratio_low: Bound | None = None
@@ -201,6 +202,11 @@ class ActorConfig(_Section):
     """KL estimator of the loss."""
     optim: OptimConfig = OptimConfig()
     fsdp_config: FsdpConfig = FsdpConfig()
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether updates follow the policy gradient, where rationales are written."""
+        return self.embedding_grad_share != 1
 
     @property
     def update_limit(self) -> tuple[int | None, int | None]:
@@ -348,6 +354,9 @@ class HiddenRewardConfig(_Section):
     text_share: Share | None = None
     """Share of the text in the mean over text and rationale; null = every token counts the same. It goes into the
     checkpoint's embedder_config.json."""
+    no_rationale_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weight of the text's own vector in the average of each vector with that of its text without the rationale. It
+    goes into the checkpoint's embedder_config.json."""
     centre: bool = False
     """Take the direction of the mean of the step's embeddings out of every embedding before they are compared."""
     contrastive_weight: NonNegativeFloat = 0.0
@@ -436,6 +445,8 @@ class TrainerConfig(_Section):
     contrastive_warmup_steps: NonNegativeInt = 0
     """First steps that generate nothing: texts are embedded without rationales, and only the reward manager's gradient
     on the embeddings trains. They count as steps of the run."""
+    contrastive_steps_between: NonNegativeInt = 0
+    """Such steps after every step that writes rationales."""
     val_before_train: bool = False
     """Validate the untrained model first."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
@@ -487,6 +498,8 @@ class RunConfig(_Section):
     @property
     def importance_cap(self) -> float | None:
         """Cap of the importance weights, or None for no correction."""
+        if not self.actor_rollout_ref.actor.trains_policy:
+            return None
         cap = self.actor_rollout_ref.actor.tis_imp_ratio_cap
         if cap is None:
             return 2.0 if self.actor_rollout_ref.rollout.name == "vllm" else None

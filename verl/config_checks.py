@@ -267,7 +267,7 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
     manager = config.reward_model.reward_manager
     if why := ABSENT_VALUES["reward_model.reward_manager"].get(manager):
         yield f"reward_model.reward_manager={manager} is not supported: {why}."
-    if estimator in _GROUP_ESTIMATORS and n < 2:
+    if estimator in _GROUP_ESTIMATORS and n < 2 and config.actor_rollout_ref.actor.trains_policy:
         yield (
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
@@ -294,6 +294,26 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
             f"{rewards.contrastive_weight}: a step of one text has nothing to contrast it with. Set "
             "train_batch_size to 2 or more."
         )
+    yield from _check_contrastive_weights(config, rewards)
+
+
+def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -> Iterator[str]:
+    """In steps that follow no policy gradient the contrastive loss needs weight."""
+    trains_policy, between = config.actor_rollout_ref.actor.trains_policy, config.trainer.contrastive_steps_between
+    for name in ("contrastive_weight", "contrastive_first_weight"):
+        if not rewards.contrastive or getattr(rewards, name) != 0:
+            continue
+        start = f"reward_model.reward_kwargs.{name}=0 with"
+        if not trains_policy:
+            yield (
+                f"{start} actor_rollout_ref.actor.embedding_grad_share=1: there are steps that train nothing. Set it "
+                "above 0, or the share below 1."
+            )
+        elif between and name == "contrastive_weight":
+            yield (
+                f"{start} trainer.contrastive_steps_between={between}: these steps train nothing after "
+                f"contrastive_first_steps={rewards.contrastive_first_steps}. Set it above 0, or leave out the steps."
+            )
 
 
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (

@@ -9,6 +9,7 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | prompt_length | [N] int64 | data.dataset | engine, actor, metrics |
 | pool_start | [N] int64, first pooled position of prompt and response | data.dataset | actor |
 | text_share | [N] float64, of the mean; no column where every token counts the same | data.dataset | actor |
+| no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.dataset | actor |
 | temperature | [N] float32, of sampling | step_rows.expand | engine |
 | responses | [N,R] int64, right-padded | engine | actor, metrics |
 | response_length | [N] int64, end token included | engine | actor, rewards, metrics |
@@ -23,7 +24,8 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
 
 Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`
-(decoded response), `data_source`, `reward_model`, `extra_info`. Padding is never recognised by its
+(decoded response), `data_source`, `reward_model`, `extra_info`. A step that trains no policy has no `old_log_probs`,
+`entropy` and `advantages`. Padding is never recognised by its
 token id: lengths say where a row ends.
 """
 

@@ -51,6 +51,14 @@ def _has_the_actors_budget(config: RunConfig, section: Any) -> bool:
     return bool(section.log_prob_max_token_len_per_gpu == _actor(config).ppo_max_token_len_per_gpu)
 
 
+# A recipe may bring these, and embedding_grad_share=1 is how to be rid of the policy gradient.
+_POLICY_ONLY = (
+    f"{_ACTOR}.embedding_grad_every", f"{_ACTOR}.tis_imp_ratio_cap", f"{_ACTOR}.loss_agg_mode",
+    *(f"{_ACTOR}.clip_ratio{part}" for part in ("", "_low", "_high", "_c")),
+    *(f"algorithm.{name}" for name in ("adv_estimator", "norm_adv_by_std_in_grpo", "gamma")),
+)  # fmt: skip
+
+
 def _may_train_embeddings(config: RunConfig) -> bool:
     """Whether the reward manager can give a gradient on the embeddings; one of the user's own may."""
     rewards = config.reward_model
@@ -144,8 +152,18 @@ READERS = (
         lambda c: c.reward_model.reward_manager != "naive",
     ),
     Reader(
-        (f"{_ACTOR}.embedding_grad_share", f"{_ACTOR}.embedding_grad_every", "trainer.contrastive_warmup_steps"),
+        (
+            f"{_ACTOR}.embedding_grad_share", f"{_ACTOR}.embedding_grad_every", "trainer.contrastive_warmup_steps",
+            "trainer.contrastive_steps_between",
+        ),
         "reward_model.reward_kwargs.contrastive_weight above 0, or a reward manager of your own", _may_train_embeddings,
+    ),
+    Reader(
+        (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward"), f"{_ACTOR}.embedding_grad_share below 1",
+        lambda c: _actor(c).trains_policy or not c.needs_reference,
+    ),
+    Reader(
+        (f"{_ACTOR}.entropy_coeff",), f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy
     ),
     Reader(_VLLM_ONLY, f"{_ROLLOUT}.name=vllm", lambda c: c.actor_rollout_ref.rollout.name != "hf"),
 )  # fmt: skip
@@ -240,6 +258,8 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], st
     if rewards.get("with_scale") is False and rewards.get("objective", "grace") == "grace":
         # A recipe may bring a temperature, and with_scale=False is how to be rid of it.
         yield [key for key in rewards if key == "temperature"], "with with_scale=False"
+    if not section.actor.trains_policy:
+        yield [key for key in changed if key in _POLICY_ONLY], "without a policy gradient"
     if not config.trainer.use_ray:
         yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
     if config.data.train_batch_size == section.actor.ppo_mini_batch_size:

@@ -18,8 +18,8 @@ from verl.workers.scoring import score
 
 # Ranks get rows by tokens; in the second split, rank 1 gets no row of mini-batch 1 and runs dummy rows.
 SPLITS = {"balanced": None, "one rank idles": [list(range(6)), list(range(6, 12))]}
-# The losses of an update: the policy's, and with anchors one on the embeddings beside it.
-LOSSES = ("policy", "joint")
+# The losses of an update: the policy's, with anchors one on the embeddings beside it, and that one alone.
+LOSSES = ("policy", "joint", "embeddings")
 
 
 def run_rank(rank: int, world_size: int, port: int, folder: str, split: str) -> None:
@@ -38,7 +38,8 @@ def score_and_update(rank: int, world_size: int, folder: str, split: str, loss: 
     parts = SPLITS[split] or partition_rows(rows.non_tensor_batch["uid"], costs, world_size)
     part = list(range(len(rows))) if world_size == 1 else parts[rank]
     # Of four updates the first and the last measure the two gradients apart.
-    actor = build_actor(policy, ppo_max_token_len_per_gpu=90, embedding_grad_share=0.4, embedding_grad_every=3)
+    share = 1 if loss == "embeddings" else 0.4
+    actor = build_actor(policy, ppo_max_token_len_per_gpu=90, embedding_grad_share=share, embedding_grad_every=3)
     scored = score(policy, rows[part], MicroBatchLimit(90, None), TEMPERATURE, embed=True, entropy=True)
     metrics = [actor.update(rows[part], 2) for _ in range(2)]
     weights = {name: weight.clone() for name, weight in full_weights(policy)}
@@ -73,7 +74,8 @@ def rows_folder(tmp_path_factory) -> Path:
     joint = with_log_probs(whole_step(n=1), tiny_policy())
     joint.batch["mini_batch"] = torch.arange(12) // 6
     grad = torch.randn(12, 64, generator=torch.Generator().manual_seed(3))
-    torch.save(joint.with_tensors(embedding_grad=grad), folder / "joint.pt")
+    for loss in ("joint", "embeddings"):
+        torch.save(joint.with_tensors(embedding_grad=grad), folder / f"{loss}.pt")
     dist.destroy_process_group()
     spawn(run_rank, 1, str(folder), "balanced")
     return folder

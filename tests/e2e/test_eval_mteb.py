@@ -214,6 +214,24 @@ def test_a_base_model_is_scored_with_the_same_settings_and_compared(tmp_path, ta
         assert f"| {base_task['score']:.2f} | {task['score'] - base_task['score']:+.2f} |" in markdown
 
 
+def test_a_base_model_without_the_centre_that_the_settings_want_is_refused_before_anything_loads(
+    tmp_path, tasks, capsys
+):
+    trained, base = save_tiny(tmp_path / "trained", seed=1), save_tiny(tmp_path / "base", seed=0)
+    (trained / "embedder_config.json").write_text(json.dumps({"centre": True}))
+    (base / "model.safetensors").write_bytes(b"not read")
+    options = arguments(trained, tasks, tmp_path / "out", "--base_model", str(base))
+    capsys.readouterr()  # of writing the models
+    assert eval_mteb.main(options) == 2
+    out, error = capsys.readouterr()
+    assert "first the base model" not in out and len(error.splitlines()) == 1
+    assert f"--base_model {base} is scored by the settings of {trained}" in error
+    assert "(--no_centre)" in error and f"python3 -m verl.centre --model {base} --input FILE --output FOLDER" in error
+    # Without it the base model is tried; it is this that cannot be read.
+    assert eval_mteb.main([*options, "--no_centre"]) == 2
+    assert "first the base model" in capsys.readouterr().out
+
+
 def test_an_engine_that_does_not_start_is_an_error_before_any_task(tmp_path, tiny_folder, tasks, monkeypatch, capsys):
     def fail(*_):
         raise RolloutError("vllm cannot run this model here")

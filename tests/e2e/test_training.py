@@ -221,31 +221,53 @@ def test_kl_in_loss_and_reward_start_at_zero(tmp_path, tiny_folder, triplets):
     assert not (run_dir / "global_step_2").exists()
 
 
-def test_a_joint_run_warms_up_without_rationales_and_resumes_bit_for_bit(tmp_path, tiny_folder, triplets):
+def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_path, tiny_folder, triplets):
     kwargs = {"weight": 0.1, "first_weight": 1.0, "first_steps": 2, "anchors": True}
     joint = [
         *(f"+reward_model.reward_kwargs.contrastive_{name}={value}" for name, value in kwargs.items()),
-        "actor_rollout_ref.actor.embedding_grad_share=0.4", "actor_rollout_ref.actor.embedding_grad_every=3",
-        "trainer.contrastive_warmup_steps=1", "trainer.total_training_steps=4", "trainer.save_freq=2", GOLDEN_LR,
+        "actor_rollout_ref.actor.embedding_grad_share=0.4", "actor_rollout_ref.actor.embedding_grad_every=5",
+        "trainer.contrastive_warmup_steps=1", "trainer.contrastive_steps_between=1", "trainer.total_training_steps=6",
+        "trainer.save_freq=3", GOLDEN_LR,
         "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.tis_imp_ratio_cap=2",
     ]  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train_here(*recipe(tiny_folder, triplets, whole), *joint)
     assert done.returncode == 0, done.stderr
-    assert "the first 1" in done.stdout and "step 1/4  without rationales  contrastive" in done.stdout
-    steps = read_metrics(whole)
-    first, *others = [m for m in steps if "actor/grad_norm" in m]
-    assert "reward/mean" not in first and "time/gen_s" not in first and first["actor/grad_norm"] > 0
-    assert first["perf/generated_tokens"] == 0 and first["actor/pg_loss"] == 0
-    assert [m["reward/contrastive/weight"] for m in (first, *others)] == [1, 1, 0.1, 0.1]
-    # Two updates a step: the first of step 2, and the second of step 3.
-    assert ["actor/policy_grad_norm" in m for m in others] == [True, True, False]
-    assert others[1]["actor/embedding_grad_share"] == pytest.approx(0.4, abs=1e-9)
-    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_2"]
+    table = " ".join(done.stdout.split())  # its cells are wrapped
+    assert "without rationales 3 of them: the first 1, 1 after each one with them" in table
+    assert "step 1/6  without rationales  contrastive" in done.stdout
+    steps = [m for m in read_metrics(whole) if "actor/grad_norm" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
+    for alone in steps[::2]:
+        assert "reward/mean" not in alone and "time/gen_s" not in alone and alone["actor/grad_norm"] > 0
+        assert alone["perf/generated_tokens"] == 0 and "actor/pg_loss" not in alone and "rollout/kl" not in alone
+    assert [m["reward/contrastive/weight"] for m in steps] == [1, 1, 0.1, 0.1, 0.1, 0.1]
+    # Two updates a step: the first of step 2, and the second of step 4.
+    assert ["actor/policy_grad_norm" in m for m in steps] == [False, True, False, True, False, False]
+    assert steps[3]["actor/embedding_grad_share"] == pytest.approx(0.4, abs=1e-9)
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_3"]
     done = train_here(*recipe(tiny_folder, triplets, resumed), *joint, *resume)
     assert done.returncode == 0, done.stderr
-    assert [m for m in numbers(resumed) if m["step"] > 2] == [m for m in numbers(whole) if m["step"] > 2]
-    assert weights_sha256(resumed, 4) == weights_sha256(whole, 4)
+    assert [m for m in numbers(resumed) if m["step"] > 3] == [m for m in numbers(whole) if m["step"] > 3]
+    assert weights_sha256(resumed, 6) == weights_sha256(whole, 6)
+
+
+def test_a_run_without_a_policy_gradient_writes_rationales_and_does_no_work_for_it(tmp_path, tiny_folder, triplets):
+    run_dir = tmp_path / "run"
+    done = train_here(
+        *recipe(tiny_folder, triplets, run_dir), "+reward_model.reward_kwargs.contrastive_weight=1",
+        "actor_rollout_ref.actor.embedding_grad_share=1", "actor_rollout_ref.rollout.n=1",
+        "trainer.total_training_steps=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no effect without a policy gradient" in done.stdout and "loss" not in done.stdout.split("step 1/3")[1]
+    steps = steps_of(run_dir)
+    losses = [m["reward/contrastive/loss"] for m in steps]
+    assert len(losses) == 3 and all(m["actor/grad_norm"] > 0 and m["perf/generated_tokens"] > 0 for m in steps)
+    for name in ("rollout/probs_diff_mean", "actor/entropy", "actor/pg_loss", "actor/embedding_grad_norm"):
+        assert name not in steps[0]
+    trained = [sample for sample in read_samples(run_dir, 1) if sample["role"] == "positive"]
+    assert len(trained) == 4 and all(s["rationale"] and "reward" in s and "advantage" not in s for s in trained)
 
 
 @pytest.mark.parametrize("manager", ["MarginReward", "MarginLoss"])

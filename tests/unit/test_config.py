@@ -75,6 +75,19 @@ def test_the_originals_command_line_is_accepted_with_its_meaning(files, mode):
     assert (plan.updates_per_step, plan.trained_rows_per_update, plan.total_steps) == (4, 128, 20)
 
 
+@pytest.mark.parametrize(
+    ("first", "between", "expected"),
+    [(0, 0, "RRRRRRR"), (3, 0, "---RRRR"), (0, 2, "R--R--R"), (2, 1, "--R-R-R"), (9, 1, "-------")],
+)
+def test_which_steps_write_rationales(first, between, expected):
+    trainer = {"contrastive_warmup_steps": first, "contrastive_steps_between": between, "total_training_steps": 7}
+    config = RunConfig.model_validate({"trainer": trainer})
+    plan = BatchPlan.from_config(config, num_samples=64, num_anchors=2, world_size=1)
+    assert "".join("-R"[plan.writes_rationales(step)] for step in range(1, 8)) == expected
+    told = dict(plan.lines()).get("without rationales", "0")
+    assert told.split()[0] == str(expected.count("-"))
+
+
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
 def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus, monkeypatch, capsys):
@@ -156,7 +169,7 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("actor_rollout_ref.actor.optim.lr_warmup_steps=-5", r"lr_warmup_steps=-5 must be -1 or more"),
         ("data.seed=-1", r"data\.seed=-1 must be 0 or more"),
         ("trainer.save_freq=-2", r"save_freq=-2 must be -1 or more"),
-        ("actor_rollout_ref.actor.embedding_grad_share=1", r"embedding_grad_share=1(\.0)? must be above 0, below 1"),
+        ("actor_rollout_ref.actor.embedding_grad_share=2", r"embedding_grad_share=2(\.0)? must be above 0, at most 1"),
         ("actor_rollout_ref.actor.embedding_grad_every=0", r"embedding_grad_every=0 must be above 0"),
         ("+reward_model.reward_kwargs.contrastive_temperature=0", r"contrastive_temperature=0(\.0)? must be above 0"),
         ("algorithm.gamma=1.5", r"gamma=1\.5 must be 0 or more, at most 1"),

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from verl.algorithm.contrastive import Group, symmetric_infonce
 from verl.checkpoint.training_state import load_training_state, save_training_state
+from verl.models.attention import ATTENTION
 from verl.models.fsdp import full_weights
+from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained
 from verl.trainer.ppo.step_rows import add_embedding_grad
 from verl.workers.actor import Actor
@@ -21,6 +23,8 @@ from verl.workers.scoring import score
 # The learning rate changes no weight within the tests' tolerance, and the largest norm clips nothing.
 STILL = {"optim": {"lr": 1e-12}, "grad_clip": 1e9}
 WHOLE = MicroBatchLimit(10_000, None)
+# No policy gradient.
+ALONE = {"embedding_grad_share": 1, "use_kl_loss": False, "entropy_coeff": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,17 +188,39 @@ def assert_same_gradient(got: dict[str, Tensor], expected: dict[str, Tensor], sh
 
 
 def plain_gradient(rows: DataProto, anchors: bool) -> dict[str, Tensor]:
-    """Of the weighted loss over the whole step in float64: one transformers forward a row, unpacked and unpadded."""
+    """Of the weighted loss over the whole step in float64."""
     lm = tiny_model().double()
+    plain_loss(lm, rows, anchors).backward()
+    return {name: p.grad for name, p in lm.named_parameters()}
+
+
+def plain_loss(lm, rows: DataProto, anchors: bool) -> Tensor:
+    """The weighted loss over the whole step: one transformers forward a row, unpacked and unpadded."""
     vectors = []
     for i in range(len(rows)):
         prompt = rows.batch["prompts"][i, -int(rows.batch["prompt_length"][i]) :]
         ids = torch.cat([prompt, rows.batch["responses"][i, : int(rows.batch["response_length"][i])]])
-        states = lm.model(ids.unsqueeze(0)).last_hidden_state[0, int(rows.batch["pool_start"][i]) :]
-        vector = states.mean(0) / states.mean(0).norm()
+        start = int(rows.batch["pool_start"][i])
+        states = lm.model(ids.unsqueeze(0)).last_hidden_state[0, start:]
+        vector = unit_mean(states)
+        if "no_rationale_weight" in rows.batch.keys():
+            weight = float(rows.batch["no_rationale_weight"][i])
+            vector = weight * unit_mean(states[: len(prompt) - start]) + (1 - weight) * vector
+            vector = vector / vector.norm()
         vectors.append(vector if anchors or is_trained(rows)[i] else vector.detach())
-    (0.7 * slow_infonce(as_texts(rows, torch.stack(vectors)), 0.05)).backward()
-    return {name: p.grad for name, p in lm.named_parameters()}
+    return 0.7 * slow_infonce(as_texts(rows, torch.stack(vectors)), 0.05)
+
+
+def unit_mean(states: Tensor) -> Tensor:
+    return states.mean(0) / states.mean(0).norm()
+
+
+def count_heads(policy: PolicyModel) -> list[int]:
+    """Grows by one with every forward that computes log-probs: only they ask for the LM head."""
+    calls: list[int] = []
+    head = policy.lm.get_output_embeddings
+    policy.lm.get_output_embeddings = lambda: calls.append(1) or head()
+    return calls
 
 
 @pytest.mark.usefixtures("process_group")
@@ -207,7 +233,11 @@ class TestTheUpdate:
         (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
         expected = plain_gradient(rows, anchors)
         actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL)
+        heads, forwards = count_heads(actor.policy), []
+        actor.policy.register_forward_hook(lambda *_: forwards.append(1))
         found, metrics = gradients_of(actor, with_grad(rows, anchors), updates=2)
+        # Two passes for the first, of which the second needs no head, and one for the second.
+        assert len(heads) * 3 == len(forwards) * 2
         # In the first the two gradients are measured apart, in the second there is one backward.
         assert ["policy_grad_norm" in m for m in metrics] == [True, False]
         for both in found:
@@ -217,6 +247,16 @@ class TestTheUpdate:
         assert metrics[0]["embedding_grad_share"] == pytest.approx(
             norm(expected) / (norm(expected) + norm(policy)), rel=1e-4
         )
+
+    @pytest.mark.parametrize("limit", [10_000, 90])
+    def test_its_gradient_goes_through_the_average_with_the_vectors_without_rationales(self, limit):
+        weights = torch.linspace(0.1, 0.9, len(whole_step()), dtype=torch.float64)
+        rows = whole_step().with_tensors(no_rationale_weight=weights)
+        actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL, **ALONE)
+        scored = actor.score(rows, WHOLE, embed=True, log_probs=False, train_anchors=True)
+        (found,), _ = gradients_of(actor, with_grad(rows.union(scored), anchors=True))
+        assert_same_gradient(found, plain_gradient(rows, anchors=True))
+        assert norm(found) > 0.1
 
     def test_anchors_change_nothing_of_the_policys_part(self):
         """Denominators and metrics count trained rows alone."""
@@ -257,6 +297,38 @@ class TestTheUpdate:
         assert_same_gradient(gradient, plain_gradient(rows, anchors=False))
         assert first["policy_grad_norm"] == 0 and first["embedding_grad_share"] == 1
         assert actor.update(batch, 1)["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+
+    @pytest.mark.parametrize(("anchors", "tie", "limit"), [(True, True, 90), (False, False, 90), (True, False, 10_000)])
+    def test_a_share_of_1_is_plain_descent_of_the_contrastive_loss(self, anchors, tie, limit):
+        """By torch's AdamW on plain forwards; without the columns that the policy loss needs, and without the head."""
+        rows = whole_step()
+        for name in ("advantages", "old_log_probs", "ref_log_prob"):
+            del rows.batch[name]
+        policy, plain = PolicyModel(tiny_model(tie)), tiny_model(tie)
+        policy.lm.set_attn_implementation(ATTENTION)
+        before = {name: weight.clone() for name, weight in full_weights(policy)}
+        optim = {"lr": 1e-3, "weight_decay": 0.1}
+        # A whole step in one micro-batch keeps the forward that scored.
+        actor = build_actor(policy, one_update=True, ppo_max_token_len_per_gpu=limit, optim=optim, **ALONE)
+        heads = count_heads(policy)
+        optimizer = torch.optim.AdamW(plain.parameters(), **optim)
+        manager = HiddenRewardManager(contrastive_weight=0.7, contrastive_anchors=anchors)
+        for _ in range(3):
+            scored = actor.score(rows, WHOLE, embed=True, log_probs=False, train_anchors=anchors)
+            assert set(scored.batch.keys()) == {"embeddings"}
+            grad = manager(rows.union(scored)).embedding_grad
+            metrics = actor.update(add_embedding_grad(rows[is_trained(rows)], rows, grad, anchors, 1), 1)
+            optimizer.zero_grad()
+            plain_loss(plain, rows, anchors).backward()
+            norm_before = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            assert metrics == pytest.approx({"grad_norm": float(norm_before), "lr": 1e-3, "skipped_steps": 0}, rel=1e-3)
+        weights = {name: p.detach() for name, p in plain.named_parameters()}
+        moved, expected = ({n: w[n] - before[n] for n in before} for w in (dict(full_weights(policy)), weights))
+        assert_same_gradient(moved, expected, share=1e-2)
+        if not tie:
+            assert torch.equal(dict(full_weights(policy))["lm_head.weight"], before["lm_head.weight"])
+        assert not heads
 
     def test_a_resumed_run_measures_when_and_scales_as_the_whole_run_did(self, tmp_path):
         batch = with_grad(scored_step(), anchors=False)

@@ -13,7 +13,7 @@ from verl import GraceEncoder
 from verl.config import DataConfig, RunConfig
 from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.embedding.settings import EmbedderSettings, Mix
+from verl.embedding.settings import NO_MIX, EmbedderSettings, Mix
 from verl.errors import UserError
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
@@ -143,25 +143,25 @@ def test_rows_with_and_without_a_mix_share_a_line(rows, shares):
     torch.testing.assert_close(found, policy.lm.model.norm.weight.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("share", [None, 0.3])
-def test_training_rewards_the_vectors_of_its_checkpoints_encoder(rows, tiny_folder, tmp_path, process_group, share):
+@pytest.mark.parametrize("mix", [{}, {"text_share": 0.3}, {"text_share": 0.2, "no_rationale_weight": 0.6}], ids=str)
+def test_training_rewards_the_vectors_of_its_checkpoints_encoder(rows, tiny_folder, tmp_path, process_group, mix):
     text = {"data_source": "", "reward_model": None, "extra_info": None}
     table = [{**text, "prompt": rationale_messages(t)} for t in TEXTS]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "train.parquet")
     renderer = PromptRenderer(tiny_tokenizer())
     config = DataConfig(train_mode="unsupervised")
     dataset = PromptDataset([str(tmp_path / "train.parquet")], config, ("positive",), renderer)
-    manager = CheckedRewardManager(HiddenRewardManager(text_share=share), "hidden")
+    manager = CheckedRewardManager(HiddenRewardManager(**mix), "hidden")
     collate = build_collate(RunConfig(), dataset, renderer, manager)
     prompts = collate([dataset[i] for i in range(3)])
-    assert collate.settings.text_share == share and ("text_share" in prompts.batch.keys()) is (share is not None)
+    assert collate.settings.mix == Mix(**mix) and set(prompts.batch.keys()) & {*Mix._fields} == mix.keys()
     width = max(len(ids) for _, ids, _ in rows)
     responses = {
         "responses": torch.tensor([ids + [0] * (width - len(ids)) for _, ids, _ in rows]),
         "response_length": torch.tensor([len(ids) for _, ids, _ in rows]),
     }
     # What the driver sends to the workers.
-    remote = remote_call(ActorRolloutRefWorker.compute_log_prob, Dispatch.DP_COMPUTE_PROTO)
+    remote = remote_call(ActorRolloutRefWorker.score, Dispatch.DP_COMPUTE_PROTO)
     batch = prompts.union(DataProto.from_dict(responses)).only((*remote.columns, *remote.optional_columns))
     policy = PolicyModel(load_causal_lm(str(tiny_folder)))
     scored = score(policy, batch, MicroBatchLimit(None, 2), TEMPERATURE, embed=True, entropy=False)
@@ -170,11 +170,12 @@ def test_training_rewards_the_vectors_of_its_checkpoints_encoder(rows, tiny_fold
     np.testing.assert_allclose(scored.batch["embeddings"].numpy(), encoder.encode(TEXTS, **GREEDY), atol=1e-5)
 
 
-def test_a_reward_manager_that_knows_no_share_has_none():
+def test_a_reward_manager_that_knows_no_mix_has_none():
     class Own:
         needs_embeddings = exclude_system_prompt = True
 
-    assert CheckedRewardManager(Own(), "own.py:Own").text_share is None
+    manager = CheckedRewardManager(Own(), "own.py:Own")
+    assert (manager.text_share, manager.no_rationale_weight) == NO_MIX
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     (f"{ACTOR}.embedding_grad_share", 0.5, {"reward_model.reward_manager": "mine.py:Mine"}),
     (f"{ACTOR}.embedding_grad_every", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.contrastive_warmup_steps", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
+    ("trainer.contrastive_steps_between", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
     (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
@@ -78,7 +79,7 @@ def test_a_setting_without_effect_is_an_error_and_with_its_companion_it_is_none(
 
 
 def test_every_key_of_the_table_has_a_case_here_and_exists():
-    assert {key for reader in READERS for key in reader.keys} == {key for key, _, _ in CASES}
+    assert {key for reader in READERS for key in reader.keys} == {key for key, _, _ in CASES} | set(ADDED_TO_POLICY)
     assert {key for key, _, _ in CASES} <= dict(walk_fields(RunConfig)).keys()
     assert {key for reader in REWARD_READERS for key in reader.keys} <= HiddenRewardConfig.model_fields.keys()
 
@@ -123,6 +124,58 @@ def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():
     assert len(list(unread_settings(config_of(settings)))) == 2
     for kwargs in ({"contrastive_weight": 0.1}, {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5}):
         assert list(unread_settings(config_of({**settings, "reward_model.reward_kwargs": kwargs}))) == []
+
+
+ADDED_TO_POLICY = [f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff", "algorithm.use_kl_in_reward"]
+WITHOUT_POLICY = {f"{ACTOR}.embedding_grad_share": 1, "reward_model.reward_kwargs": {"contrastive_weight": 0.1}}
+
+
+@pytest.mark.parametrize("key", ADDED_TO_POLICY)
+def test_without_a_policy_gradient_nothing_reads_what_is_added_to_it(key):
+    (line,) = unread_settings(config_of({**WITHOUT_POLICY, key: 1}))
+    assert line.startswith(f"{key}=") and f"{ACTOR}.embedding_grad_share below 1" in line
+
+
+def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group_may_be_of_one():
+    given = {**WITHOUT_POLICY, f"{ACTOR}.clip_ratio": 0.3, "actor_rollout_ref.rollout.n": 1}
+    given |= {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0}
+    config = config_of(given)
+    assert list(unread_settings(config)) == []
+    assert ("no effect without a policy gradient", f"{ACTOR}.clip_ratio") in list(start_notes(config, "cpu"))
+    for share, refused in ((1, False), (0.5, True)):
+        with pytest.raises(UserError) as caught:
+            build_config(nested({**given, f"{ACTOR}.embedding_grad_share": share}))
+        assert ("a group of one has no advantage" in str(caught.value)) is refused
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "beginning"),
+    [
+        (
+            {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5},
+            "reward_model.reward_kwargs.contrastive_weight=0 with",
+        ),
+        (
+            {"contrastive_weight": 1.0, "contrastive_first_weight": 0, "contrastive_first_steps": 5},
+            "reward_model.reward_kwargs.contrastive_first_weight=0 with",
+        ),
+        ({}, f"{ACTOR}.embedding_grad_share=1.0 has no effect: it is read with reward_model.reward_kwargs.contrastive"),
+    ],
+)
+def test_without_a_policy_gradient_every_step_needs_the_contrastive_loss(kwargs, beginning):
+    with pytest.raises(UserError) as caught:
+        build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": kwargs}))
+    assert any(line.startswith(beginning) for line in str(caught.value).splitlines()), caught.value
+
+
+def test_steps_between_need_the_contrastive_loss_after_the_first_steps_too():
+    given = {"trainer.contrastive_steps_between": 2}
+    for kwargs, refused in (({}, True), ({"contrastive_weight": 0.1}, False)):
+        kwargs = {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5, **kwargs}
+        with pytest.raises(UserError) as caught:
+            build_config(nested({**given, "reward_model.reward_kwargs": kwargs}))
+        wrong = "contrastive_weight=0 with trainer.contrastive_steps_between=2: these steps train nothing"
+        assert (wrong in str(caught.value)) is refused
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ class GradientBalance:
     knows: so a weight that changes meanwhile does not change the share.
 
     Args:
-        share: s in |scaled embedding gradient| = s * (|scaled embedding gradient| + |policy gradient|); None = the
-            embedding gradient as it comes.
+        share: s in |scaled embedding gradient| = s * (|scaled embedding gradient| + |policy gradient|); None, and 1,
+            with which there is no policy gradient = the embedding gradient as it comes.
         every: updates from one measurement to the next.
     """
 
@@ -42,9 +42,10 @@ class GradientBalance:
         return self.scale(size)
 
     def scale(self, size: float) -> float:
-        """What to multiply the embedding gradient of an update by, from the last measurement; 1 before the first."""
+        """What to multiply the embedding gradient of an update by, from the last measurement; 1 before the first, and
+        for a gradient of 0."""
         self._updates += 1
-        if self.share is None or self._policy_norm is None:
+        if self.share in (None, 1) or self._policy_norm is None or not size:
             return 1.0
         return self.share / (1 - self.share) * self._policy_norm / (self._gain * size)
 

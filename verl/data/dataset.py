@@ -226,8 +226,11 @@ class PromptCollator:
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
             "pool_start": torch.tensor([self.settings.pool_start(prompt, has_rationale=True) for prompt in prompts]),
         }
-        if (share := self.settings.text_share) is not None:
+        share, weight = self.settings.mix
+        if share is not None:
             tensors["text_share"] = torch.full((len(prompts),), share, dtype=torch.float64)
+        if weight:
+            tensors["no_rationale_weight"] = torch.full((len(prompts),), weight, dtype=torch.float64)
         columns = {
             "uid": [sample["uid"] for sample, _ in owners],
             "role": [role for _, role in owners],

@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 
 from verl.checkpoint.model_card import put_scores
+from verl.checkpoint.model_folder import model_folder
+from verl.embedding.centre import FILE_NAME as CENTRE_FILE
 from verl.embedding.settings import EmbedderSettings, why_this_prompt
 from verl.encoder.arguments import check_options
 from verl.encoder.grace_encoder import GraceEncoder
@@ -225,13 +227,13 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     A task that fails there only lacks its difference.
 
     Raises:
-        UserError: the base model could not be evaluated at all.
+        UserError: the base model could not be evaluated at all, or has no centre where the settings want one.
     """
     if name_of(args.base_model) == (args.model_name or name_of(args.model_path)):
         raise UserError(
             f"--base_model {args.base_model} has the name of --model_path {args.model_path}; give --model_name"
         )
-    drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path"}
+    drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path", "embedder_config"}
     command = [sys.executable, str(_CHECKOUT / "eval_mteb.py"), "--model_path", args.base_model]
     for name, value in vars(args).items():
         # `is`, because a temperature of 0 equals False.
@@ -239,14 +241,27 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
             continue
         values = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
         command += [f"--{name}", *values]
-    if not args.embedder_config and Path(args.model_path).is_dir():
-        command += ["--embedder_config", args.model_path]
+    if settings := args.embedder_config or (Path(args.model_path).is_dir() and Path(args.model_path)):
+        _check_centre_of_base(args, settings)
+        command += ["--embedder_config", str(settings)]
     console.print(f"first the base model {args.base_model}", markup=False)
     code = subprocess.run(command, check=False).returncode
     summary = Summary.read(summary_folder(args.output_dir, name_of(args.base_model), args.no_thinking))
     if code not in (0, EXIT_TASK_FAILED) or summary is None:
         raise UserError(f"--base_model {args.base_model} could not be evaluated (exit code {code}, see above)")
     return summary
+
+
+def _check_centre_of_base(args: argparse.Namespace, settings: Path) -> None:
+    """Raise `UserError` if the base model has no centre and the settings, those of the other model, want one."""
+    if args.no_centre or not EmbedderSettings.read(settings).centre:
+        return
+    if not (model_folder(args.base_model) / CENTRE_FILE).is_file():
+        raise UserError(
+            f"--base_model {args.base_model} is scored by the settings of {settings}, which take the mean vector out "
+            f"(centre), and has none; compare both without it (--no_centre), or make one with python3 -m verl.centre "
+            f"--model {args.base_model} --input FILE --output FOLDER, and give --base_model FOLDER"
+        )
 
 
 def report(evaluation: Evaluation, base: Summary | None) -> None:

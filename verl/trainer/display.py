@@ -1,7 +1,8 @@
 """What a person sees of a run: a bar for the steps, a bar for the rationales, one line per step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -58,6 +59,22 @@ class RunDisplay:
             self.say(step_line(step, self.total_steps, metrics))
 
 
+def model_lines(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the workers loaded.
+
+    Args:
+        facts: of `ActorRolloutRefWorker.init_model`.
+    """
+    reference = "loaded" if facts["reference"] else "not needed (no KL term has weight)"
+    yield (
+        f"{path}: {facts['parameters'] / 1e6:.1f}M parameters, {facts['device']}, {facts['attention']}, "
+        f"reference model {reference}"
+    )
+    if facts["dropout"]:
+        dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
+        yield f"trained without the dropout of the model's config ({dropout})"
+
+
 def step_line(step: int, total: int, m: dict[str, float]) -> str:
     """One step in one line: what is learned first, the loss last (near 0 is normal on policy)."""
     if "reward/mean" not in m:
@@ -74,8 +91,8 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
         + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
         + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
-        + f"  {_times(m)}  loss {m['actor/pg_loss']:+.4f}"
-        + nothing_learned(m)
+        + f"  {_times(m)}"
+        + (f"  loss {m['actor/pg_loss']:+.4f}{nothing_learned(m)}" if "actor/pg_loss" in m else "")
     )
 
 
@@ -92,7 +109,7 @@ def _times(m: dict[str, float]) -> str:
 
 
 def nothing_learned(m: dict[str, float]) -> str:
-    """Why the step's gradient was exactly 0, where it was; else nothing."""
+    """Why the gradient of a step that trains the policy was exactly 0, where it was; else nothing."""
     if m["actor/grad_norm"] != 0:
         return ""
     if m["rationale/positive_truncated"] == 1:

@@ -112,6 +112,7 @@ def build_collate(
         template_date=renderer.template_date,
         pool_system_prompt=not reward_manager.exclude_system_prompt,
         text_share=reward_manager.text_share,
+        no_rationale_weight=reward_manager.no_rationale_weight,
         max_prompt_length=data.max_prompt_length,
         max_new_tokens=data.max_response_length,
         # An encoder that stops at a long text is of no use.

@@ -74,7 +74,7 @@ class Actor:
         )
         self.optimizer = build_optimizer(policy, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, total_steps)
-        # The same on every rank, also on one that has no rows to compute them from.
+        # Of the policy loss; the same on every rank, also on one that has no rows to compute them from.
         self.metric_names = ["pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl"]
         self.metric_names += ["kl_loss"] if self._has_kl_loss else []
         self.metric_names += ["entropy_loss"] if config.entropy_coeff != 0 else []
@@ -85,16 +85,19 @@ class Actor:
     def _has_kl_loss(self) -> bool:
         return self.config.use_kl_loss and self.config.kl_loss_coef != 0
 
-    def score(self, rows: DataProto, limit: MicroBatchLimit, embed: bool, train_anchors: bool = False) -> DataProto:
-        """As `scoring.score` with entropies, on rows that will be trained next; its forward is kept where it can be.
+    def score(
+        self, rows: DataProto, limit: MicroBatchLimit, embed: bool, log_probs: bool = True, train_anchors: bool = False
+    ) -> DataProto:
+        """As `scoring.score`, on rows that will be trained next; its forward is kept where it can be.
 
         Args:
+            log_probs: the update will follow the policy gradient; entropies are computed too.
             train_anchors: the update will have the anchors too.
         """
         only = only_micro_batch(self.policy, rows, self.limit, train_anchors) if self._one_update else None
         if only is None:
-            return score(self.policy, rows, limit, self.temperature, embed=embed, entropy=True)
-        return score_and_keep(self.policy, rows, only, limit, self.temperature, embed, self._kept)
+            return score(self.policy, rows, limit, self.temperature, embed, entropy=log_probs, log_probs=log_probs)
+        return score_and_keep(self.policy, rows, only, limit, self.temperature, embed, log_probs, self._kept)
 
     def update(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Train on the rows of one training step, and advance the learning-rate schedule.
@@ -103,7 +106,8 @@ class Actor:
 
         Args:
             rows: the rank's trained rows, with `mini_batch` 0..num_mini_batches-1; and anchors that are trained by
-                `embedding_grad`, a column that not every step has.
+                `embedding_grad`, a column that not every step has. It alone is followed where no trained row has a
+                rationale, and with embedding_grad_share=1.
 
         Raises:
             FloatingPointError: the gradient was not finite in three steps in a row.
@@ -126,27 +130,29 @@ class Actor:
         total = _totals(rows)
         self.optimizer.zero_grad()
         norms: dict[str, float] = {}
-        if not total.embedding_grad:
+        trains_policy = self.config.trains_policy and total.tokens > 0
+        if trains_policy and not total.embedding_grad:
             sums = self._backward(rows, total)
-        elif total.tokens and self.balance.is_due:
+        elif trains_policy and self.balance.is_due:
             sums, norms = self._backward_apart(rows, total)
         else:
-            sums = self._backward(rows, total, embedding=self.balance.scale(total.embedding_grad))
+            sums = self._backward(rows, total, trains_policy, self.balance.scale(total.embedding_grad))
         grad_norm = clip_gradient(self.policy, self.config.grad_clip)
         self._apply(grad_norm)
-        reduced = sum_over_ranks(torch.stack(list(sums.values())))
+        reduced = sum_over_ranks(torch.tensor([float(value) for value in sums.values()]))
         metrics = dict(zip(sums, reduced.tolist(), strict=True))
         return {**metrics, **norms, "grad_norm": grad_norm, "skipped_steps": float(not math.isfinite(grad_norm))}
 
     def _backward(
-        self, rows: DataProto, total: _Totals, policy: float = 1.0, embedding: float = 0.0
+        self, rows: DataProto, total: _Totals, policy: bool = True, embedding: float = 0.0
     ) -> dict[str, Tensor]:
         """Add the gradient of the mini-batch's loss; return this rank's share of the metrics.
 
         Args:
-            policy, embedding: what the policy loss and the loss on the embeddings are multiplied by.
+            policy: whether the policy loss is part of it.
+            embedding: what the loss on the embeddings is multiplied by.
         """
-        sums = {name: torch.zeros(()) for name in self.metric_names}
+        sums = {name: torch.zeros(()) for name in self.metric_names if policy}
         for micro in micro_batches(rows, self.limit, self.policy):
             loss, parts = self._loss(rows[micro.rows], micro.packed, total, policy, embedding)
             # FSDP averages gradients over ranks; the loss is a sum over them.
@@ -160,7 +166,7 @@ class Actor:
         sums = self._backward(rows, total)
         policy_norm = clip_gradient(self.policy, math.inf)
         policy_gradient = take_gradient(self.policy)
-        self._backward(rows, total, policy=0.0, embedding=1.0)
+        self._backward(rows, total, policy=False, embedding=1.0)
         embedding_norm = clip_gradient(self.policy, math.inf)
         scale = self.balance.measure(policy_norm, embedding_norm, total.embedding_grad)
         combine_gradient(self.policy, scale, policy_gradient)
@@ -185,18 +191,19 @@ class Actor:
             )
 
     def _loss(
-        self, rows: DataProto, packed: PackedBatch, total: _Totals, policy: float, embedding: float
+        self, rows: DataProto, packed: PackedBatch, total: _Totals, policy: bool, embedding: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
         out = self._kept.take(packed) or self.policy(
-            packed, self.temperature, entropy=self.config.entropy_coeff != 0, embeddings=embedding != 0
-        )
-        assert out.log_probs is not None
+            packed, self.temperature, log_probs=policy, entropy=policy and self.config.entropy_coeff != 0,
+            embeddings=embedding != 0,
+        )  # fmt: skip
         if not len(rows):
-            return out.log_probs.sum(), {}
-        # Rows without rationales have no log-probs, and their sum is 0.
-        loss, parts = self._policy_loss(rows, packed, out, total) if total.tokens else (out.log_probs.sum(), {})
-        loss = policy * loss
+            computed = out.log_probs if policy else out.embeddings
+            assert computed is not None
+            return 0 * computed.sum(), {}
+        nothing: dict[str, Tensor] = {}
+        loss, parts = self._policy_loss(rows, packed, out, total) if policy else (torch.zeros(()), nothing)
         if embedding:
             assert out.embeddings is not None
             # Its gradient at the weights of the scoring is that of the loss whose gradient by the vectors this is.

@@ -42,7 +42,7 @@ from verl.workers.weight_sync import CANARY, WeightSync
 # What a packed forward needs, and what generation needs.
 _ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "role")
 # Pooling that some runs have.
-_OWN_POOLING = ("text_share",)
+_OWN_POOLING = ("text_share", "no_rationale_weight")
 _PROMPT = ("prompts", "prompt_length", "temperature")
 
 
@@ -135,23 +135,24 @@ class ActorRolloutRefWorker(Worker):
         yield columns if rank_in_engine == 0 else columns[:0]
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=_OWN_POOLING)
-    def compute_log_prob(
-        self, rows: DataProto, embed: bool, for_update: bool, train_anchors: bool = False
+    def score(
+        self, rows: DataProto, log_probs: bool, embed: bool, for_update: bool, train_anchors: bool = False
     ) -> DataProto:
-        """One forward: `log_probs` of the trained rows, and `embeddings` where asked for.
+        """One forward: `log_probs` of the trained rows, and `embeddings`, where asked for.
 
         Args:
-            for_update: the rows will be trained next; adds `entropy`.
+            for_update: the rows will be trained next; adds `entropy` to log-probs.
             train_anchors: anchors will be in that update too.
         """
         self._load_params()
         with self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."):
             if for_update:
-                columns = self.actor.score(rows, self._score_limit(), embed, train_anchors)
+                columns = self.actor.score(rows, self._score_limit(), embed, log_probs, train_anchors)
             else:
                 columns = score(
-                    self.actor.policy, rows, self._score_limit(), self.actor.temperature, embed=embed, entropy=False
-                )
+                    self.actor.policy, rows, self._score_limit(), self.actor.temperature, embed, entropy=False,
+                    log_probs=log_probs,
+                )  # fmt: skip
         self._offload_params()
         return columns
 
@@ -174,8 +175,8 @@ class ActorRolloutRefWorker(Worker):
 
     @register(
         Dispatch.DP_COMPUTE_PROTO,
-        columns=(*_ROW, "old_log_probs", "advantages", "mini_batch"),
-        optional_columns=("ref_log_prob", "embedding_grad", *_OWN_POOLING),
+        columns=(*_ROW, "mini_batch"),
+        optional_columns=("old_log_probs", "advantages", "ref_log_prob", "embedding_grad", *_OWN_POOLING),
     )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""

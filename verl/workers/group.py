@@ -55,13 +55,13 @@ class ActorRolloutRefGroup:
         )
         return restore_order(results[::size], parts)
 
-    def compute_log_prob(
-        self, rows: DataProto, embed: bool, for_update: bool, train_anchors: bool = False
+    def score(
+        self, rows: DataProto, log_probs: bool, embed: bool, for_update: bool, train_anchors: bool = False
     ) -> DataProto:
-        return self._score(ActorRolloutRefWorker.compute_log_prob, rows, embed, for_update, train_anchors)
+        return self._by_tokens(ActorRolloutRefWorker.score, rows, log_probs, embed, for_update, train_anchors)
 
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
-        return self._score(ActorRolloutRefWorker.compute_ref_log_prob, rows)
+        return self._by_tokens(ActorRolloutRefWorker.compute_ref_log_prob, rows)
 
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Each mini-batch (column `mini_batch`) is spread over all ranks by its tokens."""
@@ -87,7 +87,7 @@ class ActorRolloutRefGroup:
     def shutdown(self) -> None:
         self._group.shutdown()
 
-    def _score(self, method: Callable[..., Any], rows: DataProto, *args: Any) -> DataProto:
+    def _by_tokens(self, method: Callable[..., Any], rows: DataProto, *args: Any) -> DataProto:
         parts = self._partition(rows)
         return restore_order(self._group.map_rows(method, rows, parts, *args), parts)
 

@@ -40,21 +40,21 @@ class KeptForward:
 
 def score_and_keep(
     policy: PolicyModel, rows: DataProto, updated: MicroBatch, limit: MicroBatchLimit, temperature: float, embed: bool,
-    kept: KeptForward,
+    log_probs: bool, kept: KeptForward,
 ) -> DataProto:  # fmt: skip
-    """As `scoring.score` with entropies; the forward over the rows of the update is kept.
+    """As `scoring.score`, with the entropies of log-probs; the forward over the rows of the update is kept.
 
     Args:
         updated: all rows of the update in one micro-batch, see `only_micro_batch`.
         limit: of the other rows' micro-batches.
     """
-    columns = ScoreColumns(rows, policy, embed, entropy=True)
+    columns = ScoreColumns(rows, policy, embed, log_probs, log_probs)
     policy.eval()
     for micro in _others(policy, rows, updated, limit) if embed else ():
         with torch.no_grad():
             columns.fill(micro, policy(micro.packed, log_probs=False, embeddings=True))
     policy.train()
-    out = policy(updated.packed, temperature, entropy=True, embeddings=embed)
+    out = policy(updated.packed, temperature, log_probs, log_probs, embed)
     columns.fill(updated, out)
     kept.keep(updated.packed, out)
     return columns.to_rows()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from verl.embedding.settings import Mix
+from verl.embedding.settings import NO_MIX, Mix
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained, prompt_ids, response_ids
@@ -32,11 +32,14 @@ class MicroBatch:
 
 def token_rows(rows: DataProto) -> list[Row]:
     """The unpadded token ids of each row; log-probs are wanted for trained rows."""
-    shares = rows.batch["text_share"].tolist() if "text_share" in rows.batch.keys() else [None] * len(rows)
+    given = [
+        rows.batch[name].tolist() if name in rows.batch.keys() else [default] * len(rows)
+        for name, default in NO_MIX._asdict().items()
+    ]
     return [
-        Row(tuple(prompt), tuple(response), start, scored, Mix(share))
-        for prompt, response, start, scored, share in zip(
-            prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(), shares,
+        Row(tuple(prompt), tuple(response), start, scored, Mix(*mix))
+        for prompt, response, start, scored, *mix in zip(
+            prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(), *given,
             strict=True,
         )
     ]  # fmt: skip

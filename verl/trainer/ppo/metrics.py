@@ -23,18 +23,23 @@ def prefixed(**parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput, config: RunConfig) -> dict[str, float]:
-    """Figures of a step's rows.
+    """Figures of a step's rows, of what was computed of them.
 
     Args:
         rows: all N rows.
         batch: the trained ones, in the order of the reward.
     """
-    metrics = {
-        **reward_metrics(reward.scores, groups_of(batch), reward.metrics),
-        "group/duplicate_share": duplicate_share(batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]),
-        "actor/entropy": mean_entropy(batch, config),
-        **length_metrics(rows, rows.meta_info["num_shortened"]),
-    }
+    metrics = prefixed(reward=reward.metrics)
+    if rows.batch["response_length"].any():
+        metrics |= {
+            **reward_metrics(reward.scores, groups_of(batch)),
+            "group/duplicate_share": duplicate_share(
+                batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]
+            ),
+            **length_metrics(rows, rows.meta_info["num_shortened"]),
+        }
+    if "entropy" in batch.batch.keys():
+        metrics["actor/entropy"] = mean_entropy(batch, config)
     if "embeddings" in rows.batch.keys():
         metrics |= prefixed(embedding=spread_report(rows.batch["embeddings"]))
     return metrics
@@ -50,8 +55,8 @@ def mean_entropy(batch: DataProto, config: RunConfig) -> float:
     return float((batch.batch["entropy"].repeat_interleave(lengths) * weights).sum())
 
 
-def reward_metrics(rewards: Tensor, group: Tensor, parts: Mapping[str, float]) -> dict[str, float]:
-    """Rewards [B] of the trained rows, the reward manager's own metrics, and how the groups [B] spread."""
+def reward_metrics(rewards: Tensor, group: Tensor) -> dict[str, float]:
+    """Rewards [B] of the trained rows, and how the groups [B] spread."""
     _, std = group_mean_std(rewards, group)
     first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
     spread = std[first_of_group]
@@ -59,7 +64,6 @@ def reward_metrics(rewards: Tensor, group: Tensor, parts: Mapping[str, float]) -
         "reward/mean": float(rewards.mean()),
         "reward/max": float(rewards.max()),
         "reward/min": float(rewards.min()),
-        **{f"reward/{name}": value for name, value in parts.items()},
         "group/std_median": float(spread.median()),
         "group/flat_share": float((spread < _FLAT_GROUP_STD).float().mean()),
     }

@@ -18,10 +18,9 @@ from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.resume import ResumePoint
 from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
-from verl.embedding.metrics import spread_report
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
-from verl.trainer.display import RunDisplay
+from verl.trainer.display import RunDisplay, model_lines
 from verl.trainer.ppo import step_rows
 from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
@@ -80,29 +79,27 @@ class RayPPOTrainer:
         with self.saving_when_stopped():
             self.start()
             for step, prompts in self.steps():
-                if step <= self.config.trainer.contrastive_warmup_steps:
-                    self.log(step, self.warm_up(prompts, step))
-                    self.finish(step)
-                    continue
-                with self.phase("sync"):
-                    sync = self.workers.sync_rollout_weights()
-                with self.phase("gen"):
-                    rows = self.generate(step_rows.expand(prompts, self.config.actor_rollout_ref.rollout), step)
+                found: dict[str, dict[str, float]] = {}
+                writes = self.plan.writes_rationales(step)
+                trains_policy = writes and self.config.actor_rollout_ref.actor.trains_policy
+                if writes:
+                    with self.phase("sync"):
+                        found["sync"] = self.workers.sync_rollout_weights()
+                    with self.phase("gen"):
+                        rows = self.generate(step_rows.expand(prompts, self.config.actor_rollout_ref.rollout), step)
+                else:
+                    rows = step_rows.without_rationales(prompts)
                 with self.phase("score"):
-                    rows = self.add_embeddings_and_log_probs(rows)
-                mismatch = self.compare_engine(rows)
-                if self.config.needs_reference:
-                    with self.phase("ref"):
-                        rows = self.add_reference_log_probs(rows)
+                    rows = self.add_embeddings_and_log_probs(rows, trains_policy)
+                if trains_policy:
+                    found["rollout"] = self.compare_engine(rows)
+                    rows = self.add_reference_log_probs(rows)
                 with self.phase("reward"):
-                    reward = self.reward_manager(rows)
-                    batch, kl = self.add_advantages(rows, reward)
+                    reward = self.reward(rows, trains_policy)
+                    batch, found["reward"] = self.add_advantages(rows, reward, trains_policy)
                 with self.phase("update"):
-                    actor = self.update(batch, rows, reward, step)
-                metrics = step_metrics(rows, batch, reward, self.config)
-                metrics |= prefixed(sync=sync, rollout=mismatch, reward=kl, actor=actor, memory=self.workers.memory())
-                self.log(step, metrics | self.cost(step, rows))
-                self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
+                    found["actor"] = self.update(batch, rows, reward, step)
+                self.report(step, rows, batch, reward, found)
                 self.finish(step)
         self.stop()
 
@@ -112,14 +109,8 @@ class RayPPOTrainer:
         for line in self.run.folder.remove_leftovers():
             self.display.say(line)
         facts = self.workers.init_model()
-        self.display.say(
-            f"{self.config.actor_rollout_ref.model.path}: {facts['parameters'] / 1e6:.1f}M parameters, "
-            f"{facts['device']}, {facts['attention']}, "
-            f"reference model {'loaded' if facts['reference'] else 'not needed (no KL term has weight)'}"
-        )
-        if facts["dropout"]:
-            dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
-            self.display.say(f"trained without the dropout of the model's config ({dropout})")
+        for line in model_lines(f"{self.config.actor_rollout_ref.model.path}", facts):
+            self.display.say(line)
         if self.config.trainer.save_freq != 0:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:
@@ -207,11 +198,11 @@ class RayPPOTrainer:
         rows.non_tensor_batch["rationale"] = object_array(texts)
         return rows
 
-    def add_embeddings_and_log_probs(self, rows: DataProto) -> DataProto:
-        """Add embeddings of all rows and old log-probs of the trained ones: one forward for both."""
+    def add_embeddings_and_log_probs(self, rows: DataProto, log_probs: bool) -> DataProto:
+        """Add embeddings of all rows, and old log-probs of the trained ones where wanted: one forward for both."""
         manager = self.reward_manager
-        columns = self.workers.compute_log_prob(
-            rows, embed=manager.needs_embeddings, for_update=True, train_anchors=manager.trains_anchors
+        columns = self.workers.score(
+            rows, log_probs, embed=manager.needs_embeddings, for_update=True, train_anchors=manager.trains_anchors
         )
         return rows.union(columns.renamed("log_probs", "old_log_probs"))
 
@@ -223,22 +214,44 @@ class RayPPOTrainer:
         return metrics
 
     def add_reference_log_probs(self, rows: DataProto) -> DataProto:
-        """Add the reference model's log-probs of the trained rows."""
+        """Add the reference model's log-probs of the trained rows, if there is a reference."""
+        if not self.config.needs_reference:
+            return rows
         trained = is_trained(rows)
         log_probs = torch.zeros_like(rows.batch["old_log_probs"])
-        log_probs[torch.from_numpy(trained)] = self.workers.compute_ref_log_prob(rows[trained]).batch["log_probs"]
+        with self.phase("ref"):
+            log_probs[torch.from_numpy(trained)] = self.workers.compute_ref_log_prob(rows[trained]).batch["log_probs"]
         return rows.with_tensors(ref_log_prob=log_probs)
 
-    def add_advantages(self, rows: DataProto, reward: RewardOutput) -> tuple[DataProto, dict[str, float]]:
-        """The trained rows with their advantages, and metrics of the KL in the reward."""
-        return step_rows.add_advantages(
-            rows[is_trained(rows)], reward.scores, self.config.algorithm, self.kl_controller
-        )
+    def reward(self, rows: DataProto, trains_policy: bool) -> RewardOutput:
+        """Reward the step's rows.
+
+        Raises:
+            RewardError: see `CheckedRewardManager`; or there is nothing to train by.
+        """
+        reward = self.reward_manager(rows)
+        if not trains_policy and reward.embedding_grad is None:
+            raise RewardError(
+                f"step {rows.meta_info['step']} trains nothing: it follows no policy gradient "
+                "(trainer.contrastive_warmup_steps, trainer.contrastive_steps_between, "
+                "actor_rollout_ref.actor.embedding_grad_share=1), and the reward manager gave no embedding_grad"
+            )
+        return reward
+
+    def add_advantages(
+        self, rows: DataProto, reward: RewardOutput, trains_policy: bool
+    ) -> tuple[DataProto, dict[str, float]]:
+        """The trained rows, with advantages if their policy is trained, and metrics of the KL in the reward."""
+        batch = rows[is_trained(rows)]
+        if not trains_policy:
+            return batch, {}
+        return step_rows.add_advantages(batch, reward.scores, self.config.algorithm, self.kl_controller)
 
     def update(self, batch: DataProto, rows: DataProto, reward: RewardOutput, step: int) -> dict[str, float]:
         """Optimizer steps on mini-batches of whole groups, weighed by what engine and trainer disagree on.
 
-        They follow the policy gradient, and the gradient on the embeddings where the reward manager gives one.
+        They follow the policy gradient where there are advantages, and the gradient on the embeddings where the reward
+        manager gives one.
         """
         actor, data = self.config.actor_rollout_ref.actor, self.config.data
         num_mini_batches = data.train_batch_size // actor.ppo_mini_batch_size
@@ -249,22 +262,6 @@ class RayPPOTrainer:
         batch = step_rows.assign_mini_batches(batch, actor.ppo_mini_batch_size, seed)
         batch = step_rows.weigh_by_importance(batch, self.config.importance_cap)
         return self.workers.update_actor(batch, num_mini_batches)
-
-    def warm_up(self, prompts: DataProto, step: int) -> dict[str, float]:
-        """A step on the texts alone: nothing is generated, and only the gradient on the embeddings trains."""
-        with self.phase("score"):
-            rows = self.add_embeddings_and_log_probs(step_rows.without_rationales(prompts))
-        with self.phase("reward"):
-            reward = self.reward_manager(rows)
-            if reward.embedding_grad is None:
-                raise RewardError(
-                    f"step {step} trains nothing: it is one of trainer.contrastive_warmup_steps="
-                    f"{self.config.trainer.contrastive_warmup_steps}, and the reward manager gave no embedding_grad"
-                )
-        with self.phase("update"):
-            actor = self.update(rows[is_trained(rows)], rows, reward, step)
-        found = prefixed(reward=reward.metrics, embedding=spread_report(rows.batch["embeddings"]), actor=actor)
-        return found | self.cost(step, rows)
 
     def finish(self, step: int) -> None:
         """What follows a step that is trained and logged: validation and a checkpoint, where they are due."""
@@ -281,10 +278,16 @@ class RayPPOTrainer:
         moved = self.workers.take_bytes_moved()
         return time_metrics(seconds, rows, moved) | {"training/epoch": (step - 1) // self.plan.steps_per_epoch}
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def report(
+        self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput, found: dict[str, dict[str, float]]
+    ) -> None:
         """Log a finished step, before its checkpoint: a run that is killed in between drops the line and repeats it."""
+        metrics = step_metrics(rows, batch, reward, self.config)
+        metrics |= prefixed(**found, memory=self.workers.memory()) | self.cost(step, rows)
         self.tracking.log(metrics, step)
         self.display.step_done(step, metrics)
+        if self.plan.writes_rationales(step):
+            self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
 
     def validation_is_due(self, step: int) -> bool:
         frequency = self.config.trainer.test_freq
@@ -319,7 +322,7 @@ class RayPPOTrainer:
         """Prompt rows with one rationale each, drawn with the same seeds in every validation, and embeddings."""
         self.workers.sync_rollout_weights()
         rows = self.generate(prompts, step=0)
-        return rows.union(self.workers.compute_log_prob(rows, embed=True, for_update=False))
+        return rows.union(self.workers.score(rows, log_probs=False, embed=True, for_update=False))
 
     def save(self, step: int, best_value: float | None = None) -> None:
         """Save the step.

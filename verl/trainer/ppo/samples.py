@@ -11,7 +11,7 @@ def step_samples(rows: DataProto, batch: DataProto, reward: RewardOutput, num_sa
 
     Args:
         rows: all N rows of the step.
-        batch: its trained rows [B], with advantages, in the order of the reward.
+        batch: its trained rows [B], with advantages where their policy is trained, in the order of the reward.
     """
     chosen = set(list(dict.fromkeys(rows.non_tensor_batch["uid"]))[:num_samples])
     trained_rows = iter(range(len(batch)))
@@ -29,7 +29,8 @@ def step_samples(rows: DataProto, batch: DataProto, reward: RewardOutput, num_sa
         if place is not None:
             line["reward"] = float(reward.scores[place])
             line["reward_parts"] = {name: float(part[place]) for name, part in reward.columns.items()}
-            # One advantage per row, but for estimators that give every token its own: then the first token's.
-            line["advantage"] = float(batch.batch["advantages"][place, 0])
+            if "advantages" in batch.batch.keys():
+                # One per row, but for estimators that give every token its own: then the first token's.
+                line["advantage"] = float(batch.batch["advantages"][place, 0])
         lines.append(line)
     return lines

@@ -25,12 +25,10 @@ def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
 def without_rationales(prompts: DataProto) -> DataProto:
     """Prompt rows as rows of a step whose rationales are empty, so that their embeddings are those of the texts."""
     count = len(prompts)
-    per_token = {name: torch.zeros(count, 0) for name in ("rollout_log_probs", "advantages")}
     rows = prompts.with_tensors(
         responses=torch.zeros(count, 0, dtype=torch.int64),
         response_length=torch.zeros(count, dtype=torch.int64),
         truncated=torch.zeros(count, dtype=torch.bool),
-        **per_token,
     )
     rationales = {"rationale": object_array([""] * count)}
     return DataProto(rows.batch, {**rows.non_tensor_batch, **rationales}, rows.meta_info)
@@ -73,7 +71,7 @@ def add_embedding_grad(
     does not depend on the number of mini-batches, each one's part of the gradient stands for the whole.
 
     Args:
-        batch: the trained rows [B], with advantages.
+        batch: the trained rows [B], with advantages where their policy is trained.
         rows: all rows [N] of the step.
         grad: [N,H] by their embeddings; None = no such loss.
         train_anchors: anchors are rows of the update too; they have neither log-probs nor advantages.
@@ -83,9 +81,12 @@ def add_embedding_grad(
     grad, trained = grad * num_mini_batches, torch.from_numpy(is_trained(rows))
     if not train_anchors:
         return batch.with_tensors(embedding_grad=grad[trained])
+    rows = rows.with_tensors(embedding_grad=grad)
+    if "advantages" not in batch.batch.keys():
+        return rows
     advantages = torch.zeros(len(rows), batch.batch["advantages"].shape[1])
     advantages[trained] = batch.batch["advantages"]
-    return rows.with_tensors(advantages=advantages, embedding_grad=grad)
+    return rows.with_tensors(advantages=advantages)
 
 
 def assign_mini_batches(batch: DataProto, mini_batch_size: int, shuffle_seed: int | None) -> DataProto:
@@ -103,12 +104,12 @@ def assign_mini_batches(batch: DataProto, mini_batch_size: int, shuffle_seed: in
 
 
 def weigh_by_importance(batch: DataProto, cap: float | None) -> DataProto:
-    """The rows with advantages multiplied by min(p_trainer / p_engine, cap); None = as they are.
+    """The rows with their advantages, if any, multiplied by min(p_trainer / p_engine, cap); None = as they are.
 
     Every term of the clipped loss is proportional to its advantage, so this weighs the loss; see
     `truncated_importance_weights` for the source.
     """
-    if cap is None:
+    if cap is None or "advantages" not in batch.batch.keys():
         return batch
     old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
     weights = truncated_importance_weights(old, engine, cap)

@@ -36,6 +36,8 @@ class RewardManager(Protocol):
     used. A manager without this attribute trains no anchors."""
     text_share: float | None
     """Share of the text in the embeddings, see `EmbedderSettings`; a manager without it says None."""
+    no_rationale_weight: float
+    """Weight of the vector without the rationale in the embeddings, see there; a manager without it says 0."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows of a step.

@@ -29,7 +29,8 @@ class CheckedRewardManager:
         self.needs_embeddings = manager.needs_embeddings
         self.exclude_system_prompt = manager.exclude_system_prompt
         self.trains_anchors: bool = getattr(manager, "trains_anchors", False)
-        self.text_share = getattr(manager, "text_share", None)
+        self.text_share: float | None = getattr(manager, "text_share", None)
+        self.no_rationale_weight: float = getattr(manager, "no_rationale_weight", 0.0)
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows.

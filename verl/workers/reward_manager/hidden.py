@@ -165,6 +165,7 @@ class HiddenRewardManager:
         self.config = build_reward_kwargs(reward_kwargs)
         self.exclude_system_prompt = self.config.exclude_system_prompt
         self.text_share = self.config.text_share
+        self.no_rationale_weight = self.config.no_rationale_weight
         self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
