@@ -3,10 +3,12 @@
 #
 #   bash train.sh                      the paper's recipe on the visible GPUs; without a GPU the CPU recipe
 #   MODE=unsupervised bash train.sh    plain texts instead of triplets
+#   RECIPE=joint bash train.sh         a contrastive loss on the embeddings too, see docs/objectives.md
 #   bash train.sh --doctor             whether this machine can do that: every line OK, or what to do
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
 #
-# From the environment: MODE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON. Several files: data.train_files=[a.parquet,b.parquet].
+# From the environment: MODE, RECIPE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON. Several files:
+# data.train_files=[a.parquet,b.parquet].
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -21,15 +23,34 @@ if [[ "$MODE" != supervised && "$MODE" != unsupervised ]]; then
     echo "train.sh: MODE=$MODE; use supervised or unsupervised" >&2
     exit 2
 fi
+RECIPE=${RECIPE:-paper}
+case "$RECIPE" in
+    paper)
+        NAME=$MODE
+        OBJECTIVE=()
+        ;;
+    joint)
+        # A run of its own beside the paper's.
+        NAME=${MODE}_joint
+        OBJECTIVE=(
+            +reward_model.reward_kwargs.contrastive_weight=1
+            actor_rollout_ref.actor.embedding_grad_share=0.5
+        )
+        ;;
+    *)
+        echo "train.sh: RECIPE=$RECIPE; use paper or joint" >&2
+        exit 2
+        ;;
+esac
 GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
 
 if (( GPUS > 0 )); then
-    echo "train.sh: the paper's recipe, $MODE, on $GPUS visible GPU(s)"
+    echo "train.sh: the $RECIPE recipe, $MODE, on $GPUS visible GPU(s)"
     MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
     DATA=data/${MODE}_filtered_overlong
     TRAIN_FILE=${TRAIN_FILE:-$DATA/train.parquet}
     VAL_FILE=${VAL_FILE:-$DATA/test.parquet}
-    RECIPE=(
+    SETTINGS=(
         data.train_batch_size=64
         data.max_prompt_length=1024
         data.max_response_length=2048
@@ -46,10 +67,10 @@ if (( GPUS > 0 )); then
         trainer.logger='["console","wandb"]'
         trainer.save_freq=50
         trainer.total_epochs=2
-        trainer.experiment_name="$MODE"
+        trainer.experiment_name="$NAME"
     )
 else
-    echo "train.sh: no GPU is visible; the CPU recipe, $MODE: SmolLM2-135M, short rationales"
+    echo "train.sh: no GPU is visible; the $RECIPE recipe for CPUs, $MODE: SmolLM2-135M, short rationales"
     MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
     if [[ "$MODEL" == models/SmolLM2-135M-Instruct ]]; then
         "$PYTHON" -m verl.get_demo_model
@@ -63,7 +84,7 @@ else
     fi
     VAL_FILE=${VAL_FILE:-null}
     # Rationales end at 32 tokens here by intent, so there is no penalty for reaching the limit.
-    RECIPE=(
+    SETTINGS=(
         data.train_batch_size=6
         data.max_prompt_length=160
         data.max_response_length=32
@@ -75,7 +96,7 @@ else
         +reward_model.reward_kwargs.enable_length_penalty=False
         trainer.logger='["console"]'
         trainer.total_training_steps=40
-        trainer.experiment_name="cpu_$MODE"
+        trainer.experiment_name="cpu_$NAME"
     )
 fi
 
@@ -99,5 +120,6 @@ exec "$PYTHON" -m "$PROGRAM" \
     +reward_model.reward_kwargs.clustering_weight=0.2 \
     +reward_model.reward_kwargs.cross_group_weight=0.2 \
     trainer.project_name=GRACE \
-    "${RECIPE[@]}" \
+    "${SETTINGS[@]}" \
+    ${OBJECTIVE[@]+"${OBJECTIVE[@]}"} \
     "$@"

@@ -89,8 +89,8 @@ def test_which_steps_write_rationales(first, between, expected):
 
 
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
-@pytest.mark.parametrize("gpus", [0, 1, 4])
-def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus, monkeypatch, capsys):
+@pytest.mark.parametrize(("gpus", "recipe"), [(0, "paper"), (0, "joint"), (1, "paper"), (4, "paper"), (4, "joint")])
+def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus, recipe, monkeypatch, capsys):
     python = tmp_path / "python"
     # What a shell can name and hydra's grammar cannot read.
     data = tmp_path / "Übung (1) #&=~,{a}'\"\\ $x ${y} [z]"
@@ -104,7 +104,7 @@ if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/comman
 """
     )
     python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "MODEL": f"{data}/model"}
+    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "RECIPE": recipe, "MODEL": f"{data}/model"}
     env |= {"TRAIN_FILE": f"{data}/train.parquet", "VAL_FILE": f"{data}/test.parquet"}
     command = ["bash", str(repo / "train.sh"), "actor_rollout_ref.rollout.seed=77", "--print-config"]
     # On the command line ${ begins a reference.
@@ -128,6 +128,17 @@ if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/comman
     assert config["trainer"]["experiment_name"] == "20251128"
     assert config["actor_rollout_ref"]["rollout"]["seed"] == 77
     assert config["actor_rollout_ref"]["rollout"]["tensor_model_parallel_size"] == (2 if gpus == 4 else 1)
+    rewards, actor = config["reward_model"]["reward_kwargs"], config["actor_rollout_ref"]["actor"]
+    found = (rewards.get("contrastive_weight", 0), actor["embedding_grad_share"])
+    assert found == ((0, None) if recipe == "paper" else (1, 0.5))
+
+
+@pytest.mark.parametrize("wrong", [{"MODE": "triplets"}, {"RECIPE": "best"}])
+def test_train_sh_refuses_a_mode_and_a_recipe_that_there_are_not(repo, wrong):
+    command = ["bash", str(repo / "train.sh")]
+    out = subprocess.run(command, env={**os.environ, **wrong}, capture_output=True, text=True, check=False)
+    ((name, value),) = wrong.items()
+    assert out.returncode == 2 and out.stderr.startswith(f"train.sh: {name}={value}; use ")
 
 
 def test_the_yaml_is_that_of_the_classes(repo):
