@@ -18,30 +18,34 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import MODEL, REPO, markdown, write_json
+from common import MODEL, REPO, get_model, markdown, write_json
 
-# Before torch is loaded: every row is trained and scored on the CPU, as the baseline is.
+from verl.utils.cpus import let_waiting_threads_sleep
+
+# Both before torch is loaded. Every row is trained and scored on the CPU, as the baseline is.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+let_waiting_threads_sleep()
 
-from comparison.baseline import Setting  # noqa: E402
-from comparison.data import Data, PartSize, Sizes, load  # noqa: E402
-from comparison.pictures import draw  # noqa: E402
-from comparison.plan import Line, plan  # noqa: E402
-from comparison.report import Found, as_json, choose, summary  # noqa: E402
-from comparison.rows import RECIPES, ROWS  # noqa: E402
-from comparison.scoring import WITH, choices, mean_of_main  # noqa: E402
-from comparison.states import WITHOUT  # noqa: E402
-from comparison.study import BASE, CONTRASTIVE, Shape, Study  # noqa: E402
-from comparison.training import TrainingError  # noqa: E402
+from comparison.baseline import Setting
+from comparison.data import Data, PartSize, Sizes, load
+from comparison.pictures import draw
+from comparison.plan import Line, plan
+from comparison.report import Found, as_json, choose, summary
+from comparison.rows import RECIPES, ROWS
+from comparison.scoring import WITH, choices, mean_of_main
+from comparison.states import WITHOUT
+from comparison.study import BASE, CONTRASTIVE, Shape, Study
+from comparison.training import TrainingError
 
-from verl.encoder.arguments import whole_number  # noqa: E402
-from verl.errors import UserError  # noqa: E402
-from verl.get_demo_model import main as get_demo_model  # noqa: E402
-from verl.utils.logging import quiet_libraries  # noqa: E402
+from verl.encoder.arguments import whole_number
+from verl.errors import UserError
+from verl.utils.logging import quiet_libraries
 
 SIZES = {
     "short": Sizes(PartSize(20, 20, 10, 20, 8, 3, 2), PartSize(80, 80, 40, 40, 16, 4, 3), centre=40, answers=24),
-    "full": Sizes(PartSize(100, 80, 60, 120, 20, 5, 3), PartSize(500, 170, 400, 240, 77, 8, 5), centre=300, answers=200),
+    "full": Sizes(
+        PartSize(100, 80, 60, 120, 20, 5, 3), PartSize(500, 170, 400, 240, 77, 8, 5), centre=300, answers=200
+    ),
 }
 SHAPES = {
     "short": Shape(100, (0.5, 1.0), seeds=1, grid=(Setting(2e-5, 32), Setting(5e-5, 32))),
@@ -84,14 +88,20 @@ def run(args: argparse.Namespace) -> None:
     recipes = _recipes(args.recipes)
     data = load(args.data, SIZES[form])
     lines = plan(data, shape, recipes)
-    show_plan(data, [line for line in lines if not recipes or line.row in (BASE, *(f"recipe {name}" for name in recipes))])
+    show_plan(
+        data, [line for line in lines if not recipes or line.row in (BASE, *(f"recipe {name}" for name in recipes))]
+    )
     if args.plan:
         return
-    get_demo_model([])
+    get_model()
     out = args.out or REPO / "bench_results" / ("worth_short" if args.short else "worth")
     started = time.monotonic()
     study = Study(
-        REPO / MODEL, data, shape, out, lambda title: print(f"[{(time.monotonic() - started) / 60:5.1f} min] {title}", flush=True)
+        REPO / MODEL,
+        data,
+        shape,
+        out,
+        lambda title: print(f"[{(time.monotonic() - started) / 60:5.1f} min] {title}", flush=True),
     )
     if recipes:
         compare_recipes(study, recipes)

@@ -28,6 +28,8 @@ _EPOCHS = 1000
 # Most tokens of a training text; the prompts of train.sh may have as many.
 _TRAINED_LENGTH = 160
 _TEXTS_AT_ONCE = 64
+# By default sentence-transformers puts a text into the model's chat template, with its own system prompt.
+_BARE_TEXT: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class _Budgets(TrainerCallback):
 
 def load(folder: Path, max_length: int) -> SentenceTransformer:
     """The model of a folder in float32 on the CPU, with mean pooling of at most `max_length` tokens of bare texts."""
-    transformer = Transformer(str(folder), max_seq_length=max_length, model_kwargs={"dtype": torch.float32})
+    transformer = Transformer(
+        str(folder), max_seq_length=max_length, model_kwargs={"dtype": torch.float32},
+        modality_config=_BARE_TEXT, module_output_name="token_embeddings",
+    )  # fmt: skip
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
@@ -92,13 +97,13 @@ def train(
         batch_sampler=BatchSamplers.NO_DUPLICATES, max_grad_norm=1.0, use_cpu=True, save_strategy="no",
         report_to="none", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
-    columns = zip(*triplets, strict=True)
+    anchors, positives, negatives = (list(column) for column in zip(*triplets, strict=True))
+    dataset = datasets.Dataset.from_dict({"anchor": anchors, "positive": positives, "negative": negatives})
     watch = _Budgets(model, budgets, setting.batch)
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     SentenceTransformerTrainer(
-        model=model, args=arguments, callbacks=[watch], loss=MultipleNegativesRankingLoss(model),
-        train_dataset=datasets.Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), map(list, columns), strict=True))),
-    ).train()  # fmt: skip
+        model=model, args=arguments, callbacks=[watch], loss=MultipleNegativesRankingLoss(model), train_dataset=dataset
+    ).train()
     return watch.costs
 
 

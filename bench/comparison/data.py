@@ -118,7 +118,9 @@ def _pairs(name: str, file: Path, sizes: Sizes, seed: int) -> list[tuple[str, Ta
     # A third for dev, so that a small file has enough left to test on.
     counts = (min(sizes.dev.pairs, len(rows) // 3), sizes.test.pairs)
     drawn, _ = split_by_text([row[:2] for row in rows], counts, seed)
-    return [(part, Pairs(name, [rows[i] for i in own])) for part, own in zip(("dev", "test"), drawn, strict=True) if own]
+    return [
+        (part, Pairs(name, [rows[i] for i in own])) for part, own in zip(("dev", "test"), drawn, strict=True) if own
+    ]
 
 
 def _xquad(folder: Path, sizes: Sizes, seed: int) -> list[tuple[str, Task]]:
@@ -140,7 +142,9 @@ def _retrieval(
     queries = _shuffled(queries, seed)
     dev = min(sizes.dev.queries, len(queries) // 3)
     own = {"dev": (queries[:dev], sizes.dev), "test": (queries[dev:][: sizes.test.queries], sizes.test)}
-    return [(part, _searched(name, some, documents, size.documents, seed)) for part, (some, size) in own.items() if some]
+    return [
+        (part, _searched(name, some, documents, size.documents, seed)) for part, (some, size) in own.items() if some
+    ]
 
 
 def _searched(

@@ -68,9 +68,7 @@ def interval(runs: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Int
     return _interval(_mean([run.figure for run in runs]), drawn[0])
 
 
-def difference(
-    first: Sequence[Measured], second: Sequence[Measured], draws: int = DRAWS, seed: int = 0
-) -> Interval:
+def difference(first: Sequence[Measured], second: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Interval:
     """How much higher the mean figure of the first S runs is than that of the second ones.
 
     Paired bootstrap: each draw takes N items with replacement, the same ones for all runs, and of each side S of its

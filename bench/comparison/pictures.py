@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from comparison.report import Found
 from comparison.scoring import SHARES, SHUFFLED, WITH, Scores, mean_of_main
 from comparison.states import WITHOUT, Variant
 from comparison.study import BASE, CONTRASTIVE, Point
 from verl.embedding.settings import Mix
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend without a display
 
 _YLABEL = "mean of the main metrics, dev"
 
@@ -25,7 +22,8 @@ def draw(found: Found, folder: Path) -> list[Path]:
 
 
 def _seconds(found: Found, file: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for model, seeds in found.points.items():
         for variant in (WITHOUT.name,) if model == CONTRASTIVE else (WITH, SHUFFLED, WITHOUT.name):
             # The baseline's bare texts are not what the untrained model is scored with.
@@ -35,7 +33,8 @@ def _seconds(found: Found, file: Path) -> Path:
 
 
 def _shares(found: Found, file: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for model, runs in found.dev.items():
         if model != CONTRASTIVE:
             scores = [mean_of_main(runs, Variant("rationale", Mix(share)).name) for share in SHARES]
@@ -56,17 +55,15 @@ def curve(
 
 
 def _style(model: str, variant: str) -> dict[str, Any]:
-    colours = dict(zip((CONTRASTIVE, "embedding", "grace", "joint"), plt.rcParams["axes.prop_cycle"].by_key()["color"]))
+    colours = {CONTRASTIVE: "C0", "embedding": "C1", "grace": "C2", "joint": "C3"}
     dashes = {WITH: "-", SHUFFLED: ":", WITHOUT.name: "--"}
     return {"color": colours[model], "linestyle": dashes[variant], "marker": "."}
 
 
-def _save(figure: Any, axes: Any, xlabel: str, file: Path) -> Path:
+def _save(figure: Figure, axes: Axes, xlabel: str, file: Path) -> Path:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(_YLABEL)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(file, dpi=150)
-    plt.close(figure)
     return file

@@ -8,7 +8,7 @@ from comparison.data import Data
 from comparison.study import BASE, CONTRASTIVE, Shape
 from comparison.tasks import Task
 
-# Seconds on 2 CPU cores with SmolLM2-135M, by which the plan is estimated; docs/experiments.md says how they were measured.
+# Seconds on 2 CPU cores with SmolLM2-135M and rationales of 32 tokens.
 _START = 25.0
 """Of a training run until its first step, and of saving it."""
 _LOAD = 8.0
@@ -32,7 +32,7 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
     lines = [
         Line(BASE, f"{dev} texts of dev, {test} of test", 2 * _LOAD + _WITH_RATIONALE * (dev + test) * 1.3 + answers),
         Line(
-            CONTRASTIVE, f"{grid} runs of {shape.seconds:g} s ({len(shape.grid)} settings), {points} points on dev each",
+            CONTRASTIVE, f"{grid} runs of {shape.seconds:g} s, {len(shape.grid)} settings, {points} points on dev each",
             grid * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test + answers),
         ),
     ]  # fmt: skip

@@ -58,7 +58,8 @@ def table_rows() -> list[Row]:
 
 
 DECIDING = (
-    ("H", "A", "1: above the base without rationales"), ("H", "A'", "1: the same, centred"), ("H", "G", "1: above GRACE"),
+    ("H", "A", "1: above the base without rationales"), ("H", "A'", "1: the same, centred"),
+    ("H", "G", "1: above GRACE"),
     ("H*", "E*", "2: against contrastive fine-tuning"), ("H", "E", "2: the same, rationales against none"),
     ("H", "F", "3: the policy gradient"), ("H*", "F*", "3: the same, best vectors"),
     ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
@@ -142,7 +143,9 @@ def verdicts(made: Sequence[Mapping[str, Any]]) -> str:
     head = ["difference", "decides", *(f"{task} {metric}" for task, metric in over)]
     lines: dict[tuple[str, str, str], list[str]] = {}
     for line in made:
-        cell = f"{100 * line['difference']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}] {line['verdict']}"
+        cell = (
+            f"{100 * line['difference']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}] {line['verdict']}"
+        )
         lines.setdefault((line["first"], line["second"], line["decides"]), []).append(cell)
     return markdown(head, [[f"{first} - {second}", what, *cells] for (first, second, what), cells in lines.items()])
 

@@ -40,7 +40,9 @@ ROWS = {
 
 RECIPES = {
     **{
-        f"weight {weight:g}{' anchors' if anchors else ''}": Trained("gradients as they come", _joint(weight, None, anchors))
+        f"weight {weight:g}{' anchors' if anchors else ''}": Trained(
+            "gradients as they come", _joint(weight, None, anchors)
+        )
         for weight in (0.1, 1.0)
         for anchors in (False, True)
     },
@@ -51,7 +53,9 @@ RECIPES = {
         for share in (0.3, 0.5, 0.7)
     },
     **{f"{tokens} tokens": Trained("shorter rationales", _joint(tokens=tokens)) for tokens in (8, 16)},
-    "warm start": Trained("20 steps without rationales first", (*_joint(anchors=True), "trainer.contrastive_warmup_steps=20")),
+    "warm start": Trained(
+        "20 steps without rationales first", (*_joint(anchors=True), "trainer.contrastive_warmup_steps=20")
+    ),
     "unsupervised": Trained("texts alone", _joint(), "unsupervised"),
 }
 """Tried by --recipes on the dev part."""

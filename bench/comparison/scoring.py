@@ -101,7 +101,9 @@ def to_json(scores: Scores) -> dict[str, Any]:
 
 def from_json(found: Mapping[str, Any]) -> Scores:
     return {
-        variant: {task: {metric: Measured.from_json(m) for metric, m in metrics.items()} for task, metrics in by.items()}
+        variant: {
+            task: {metric: Measured.from_json(m) for metric, m in metrics.items()} for task, metrics in by.items()
+        }
         for variant, by in found.items()
     }
 

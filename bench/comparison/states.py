@@ -132,7 +132,9 @@ def vectors_of(states: States, variant: Variant, centre_texts: States | None = N
     if variant.answer is not None:
         answer, (share, weight) = states.answers[variant.answer], variant.mix
         # By length every token counts the same.
-        text = states.tokens / (states.tokens + answer.tokens) if share is None else torch.full_like(answer.tokens, share)
+        text = (
+            states.tokens / (states.tokens + answer.tokens) if share is None else torch.full_like(answer.tokens, share)
+        )
         vectors = text.unsqueeze(1) * states.means + (1 - text).unsqueeze(1) * answer.means
         if weight:
             vectors = average(vectors, states.means, torch.full_like(answer.tokens, weight).unsqueeze(1))
@@ -156,4 +158,6 @@ def _answered(
         Row(tuple(prompt.ids), answer, start, False, _ANSWER_ALONE)
         for prompt, start, answer in zip(prompts, starts, answers, strict=True)
     ]
-    return Answers(torch.from_numpy(encoder.backend.embed(rows, _BATCH)), torch.tensor([len(a) for a in answers]).float())
+    return Answers(
+        torch.from_numpy(encoder.backend.embed(rows, _BATCH)), torch.tensor([len(a) for a in answers]).float()
+    )
