@@ -15,6 +15,7 @@ _LOAD = 8.0
 _WITH_RATIONALE = 0.16
 """A text with its rationale, another one's, and alone."""
 _ALONE = 0.02
+_ECHO = 1.3
 _ANSWER = 0.3
 
 
@@ -25,25 +26,28 @@ class Line(NamedTuple):
 
 
 def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
-    """A line for each model. Parts that are kept already take no time; they are not looked at here."""
+    """A line for each model: those of the rows, or those of recipes where there are some.
+
+    What is kept already takes no time; it is not looked at here.
+    """
     dev, test = (_texts(data.parts[part]) + len(data.centre) for part in ("dev", "test"))
+    on_dev, on_test = (_LOAD + _WITH_RATIONALE * texts for texts in (dev, test))
+    # The untrained model is also given each text again in place of a rationale.
+    base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
+    if recipes:
+        seconds = shape.seconds + _START + on_dev
+        return [base, *(Line(name, f"a run, dev alone: {rows.RECIPES[name].title}", seconds) for name in recipes)]
     answers = _ANSWER * len(data.answers) + _LOAD
-    points, grid = len(shape.shares), len(shape.grid) + shape.seeds - 1
-    lines = [
-        Line(BASE, f"{dev} texts of dev, {test} of test", 2 * _LOAD + _WITH_RATIONALE * (dev + test) * 1.3 + answers),
-        Line(
-            CONTRASTIVE, f"{grid} runs of {shape.seconds:g} s, {len(shape.grid)} settings, {points} points on dev each",
-            grid * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test + answers),
-        ),
-    ]  # fmt: skip
-    for name, trained in rows.ROWS.items():
-        seconds = shape.seconds + points * (_START + _LOAD + _WITH_RATIONALE * dev) + _LOAD + _WITH_RATIONALE * test
-        what = f"{shape.seeds} runs of {shape.seconds:g} s, {points} points on dev each: {trained.title}"
-        lines.append(Line(name, what, shape.seeds * (seconds + answers)))
-    for name in recipes:
-        seconds = shape.seconds + _START + _LOAD + _WITH_RATIONALE * dev
-        lines.append(Line(f"recipe {name}", f"a run, dev alone: {rows.RECIPES[name].title}", seconds))
-    return lines
+    points, runs = len(shape.shares), len(shape.grid) + shape.seeds - 1
+    contrastive = runs * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test)
+    each = shape.seconds + points * (_START + on_dev) + on_test + answers
+    what = f"{runs} runs of {shape.seconds:g} s, {len(shape.grid)} settings, each scored {points} times on dev"
+    trained = f"runs: {shape.seeds}, of {shape.seconds:g} s, each scored {points} times on dev:"
+    return [
+        base,
+        Line(CONTRASTIVE, what, contrastive + shape.seeds * answers),
+        *(Line(name, f"{trained} {row.title}", shape.seeds * each) for name, row in rows.ROWS.items()),
+    ]
 
 
 def _texts(tasks: Sequence[Task]) -> int:

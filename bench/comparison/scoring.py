@@ -66,8 +66,7 @@ def score_encoder(
     ) as encoder:  # fmt: skip
         own = encoder.settings.mix
         # By task, so that a rationale is shuffled to a text of its own task.
-        states = [read_states(encoder, _different(task.texts), answers) for task in tasks]
-        middle = read_states(encoder, centre, answers)
+        *states, middle = read_states(encoder, [*(_different(task.texts) for task in tasks), centre], answers)
     scores = _score(tasks, states, middle, variants(own, answers))
     return {"scores": to_json(scores), "generated": sum(found.generated for found in states)}
 

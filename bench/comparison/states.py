@@ -9,6 +9,7 @@ Letters: N texts, H hidden size.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,16 @@ class States:
     """[N] float32, how many states that is; the end of the prompt is among them."""
     answers: dict[str, Answers]
     """By name: `rationale`, `shuffled` (that of another text), `echo` (the text itself)."""
-    generated: int = 0
-    """Tokens generated."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated."""
+        return int(self.answers["rationale"].tokens.sum()) if "rationale" in self.answers else 0
+
+    def part(self, rows: slice) -> "States":
+        """Those of some of the texts."""
+        answers = {name: Answers(means[rows], tokens[rows]) for name, (means, tokens) in self.answers.items()}
+        return States(self.texts[rows], self.means[rows], self.tokens[rows], answers)
 
 
 class Variant(NamedTuple):
@@ -73,39 +82,37 @@ class Variant(NamedTuple):
 WITHOUT = Variant()
 
 
-def read_states(encoder: GraceEncoder, texts: Sequence[str], answers: Sequence[str], seed: int = 0) -> States:
-    """The states of N different texts.
+def read_states(
+    encoder: GraceEncoder, groups: Sequence[Sequence[str]], answers: Sequence[str], seed: int = 0
+) -> list[States]:
+    """The states of the texts of each group.
 
     Args:
         encoder: of whose settings the prompt and the length and temperature of rationales are used.
+        groups: of different texts; rationales are shuffled inside of each.
         answers: names of what to put after the prompts, see `States`.
         seed: of the rationales, and of the texts that they are shuffled to.
     """
     settings = encoder.settings
+    texts = [text for group in groups for text in group]
     prompts = encoder.renderer.render([rationale_messages(text, settings.system_prompt) for text in texts])
     starts = [settings.pool_start(prompt, has_rationale=False) for prompt in prompts]
-    rows = [Row(tuple(prompt.ids), (), start, False) for prompt, start in zip(prompts, starts, strict=True)]
-    means = torch.from_numpy(encoder.backend.embed(rows, _BATCH))
-    tokens = torch.tensor([len(prompt.ids) - start for prompt, start in zip(prompts, starts, strict=True)])
-    made: dict[str, Answers] = {}
-    generated = 0
-    if "rationale" in answers or "shuffled" in answers:
-        generation = encoder.backend.generate(
-            [prompt.ids for prompt in prompts], settings.temperature, settings.max_new_tokens,
-            [row_seed(seed, prompt.ids) for prompt in prompts], _BATCH,
-        )  # fmt: skip
-        written = [tuple(response.ids) for response in finish(generation)]
-        generated = sum(map(len, written))
-        made["rationale"] = _answered(encoder, prompts, starts, written)
-        others = [written[other] for other in another_each(len(texts), seed)]
-        made["shuffled"] = _answered(encoder, prompts, starts, others)
+    tokens = torch.tensor([len(prompt.ids) - start for prompt, start in zip(prompts, starts, strict=True)]).float()
+    means = _embed(encoder, prompts, starts, [()] * len(texts))
+    put: dict[str, list[tuple[int, ...]]] = {}
+    if "rationale" in answers:
+        put["rationale"] = _write(encoder, prompts, seed)
+    if "shuffled" in answers:
+        put["shuffled"] = [put["rationale"][other] for other in _others(groups, seed)]
     if "echo" in answers:
-        repeated = [
-            tuple(encoder.tokenizer(prompt.text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-            for prompt in prompts
-        ]
-        made["echo"] = _answered(encoder, prompts, starts, repeated)
-    return States(list(texts), means, tokens.float(), made, generated)
+        put["echo"] = [_repeated(encoder, prompt) for prompt in prompts]
+    made = {
+        name: Answers(_embed(encoder, prompts, starts, ids), torch.tensor([len(own) for own in ids]).float())
+        for name, ids in put.items()
+    }
+    ends = list(accumulate(map(len, groups), initial=0))
+    whole = States(texts, means, tokens, made)
+    return [whole.part(slice(start, end)) for start, end in pairwise(ends)]
 
 
 def another_each(count: int, seed: int) -> list[int]:
@@ -151,13 +158,34 @@ def lookup(texts: Sequence[str], vectors: np.ndarray) -> Callable[[Sequence[str]
     return lambda wanted: vectors[[position[text] for text in wanted]]
 
 
-def _answered(
+def _write(encoder: GraceEncoder, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, ...]]:
+    """Rationales, each from a seed of its own, as the encoder draws them."""
+    settings = encoder.settings
+    generation = encoder.backend.generate(
+        [prompt.ids for prompt in prompts], settings.temperature, settings.max_new_tokens,
+        [row_seed(seed, prompt.ids) for prompt in prompts], _BATCH,
+    )  # fmt: skip
+    return [tuple(response.ids) for response in finish(generation)]
+
+
+def _others(groups: Sequence[Sequence[str]], seed: int) -> list[int]:
+    """For each text the position of another one of its group."""
+    starts = accumulate(map(len, groups), initial=0)
+    return [
+        start + other for start, group in zip(starts, groups, strict=False) for other in another_each(len(group), seed)
+    ]
+
+
+def _repeated(encoder: GraceEncoder, prompt: Prompt) -> tuple[int, ...]:
+    return tuple(encoder.tokenizer(prompt.text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _embed(
     encoder: GraceEncoder, prompts: Sequence[Prompt], starts: Sequence[int], answers: Sequence[tuple[int, ...]]
-) -> Answers:
+) -> torch.Tensor:
+    """[N,H]: the means over the answers, or over the texts where the answer is empty."""
     rows = [
         Row(tuple(prompt.ids), answer, start, False, _ANSWER_ALONE)
         for prompt, start, answer in zip(prompts, starts, answers, strict=True)
     ]
-    return Answers(
-        torch.from_numpy(encoder.backend.embed(rows, _BATCH)), torch.tensor([len(a) for a in answers]).float()
-    )
+    return torch.from_numpy(encoder.backend.embed(rows, _BATCH))

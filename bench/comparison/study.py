@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import REPO
 
@@ -41,8 +41,7 @@ class Shape:
     """Of a rationale of the base model."""
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A model at a point of its training."""
 
     cost: Cost

@@ -20,7 +20,8 @@ _NEIGHBOURS = 5
 
 
 class Task(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def texts(self) -> list[str]:
