@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from comparison.states import States
 from comparison.training import Cost
@@ -60,7 +60,7 @@ class _Budgets(TrainerCallback):
         spent, steps = sum(self.seconds), len(self.seconds)
         while self.left and spent + self.seconds[-1] / 2 >= self.left[0][1]:
             folder, _budget = self.left.pop(0)
-            self.model.save(str(folder))
+            self.model.save(str(folder), create_model_card=False)
             median = sorted(self.seconds)[steps // 2]
             self.costs[folder] = Cost(spent, steps, steps * self.batch, 0, median)
         control.should_training_stop = not self.left
@@ -101,9 +101,11 @@ def train(
     dataset = datasets.Dataset.from_dict({"anchor": anchors, "positive": positives, "negative": negatives})
     watch = _Budgets(model, budgets, setting.batch)
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    SentenceTransformerTrainer(
+    trainer = SentenceTransformerTrainer(
         model=model, args=arguments, callbacks=[watch], loss=MultipleNegativesRankingLoss(model), train_dataset=dataset
-    ).train()
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return watch.costs
 
 

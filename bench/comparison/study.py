@@ -76,7 +76,9 @@ class Study:
     def row(self, name: str, seed: int) -> list[Point]:
         """Train a row of `rows.ROWS`, and score it on dev at every share of the seconds."""
         run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
-        return self._train(name, seed, run, settings, self.shape.shares)
+        points = self._train(name, seed, run, settings, self.shape.shares)
+        run.finish()
+        return points
 
     def recipe(self, name: str) -> Point:
         """Train a recipe for all of the seconds, and score it on dev. Its model is not kept."""
@@ -172,7 +174,6 @@ class Study:
 
             title = f"{name}, seed {seed}: training until {seconds:g} s, and dev"
             points.append(_point(self._part(f"{name}-s{seed}", {**settings, "share": share}, title, make)))
-        run.finish()
         return points
 
     def _train_file(self, mode: str) -> Path:
