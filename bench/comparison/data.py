@@ -21,7 +21,7 @@ from comparison.tasks import Labels, Pairs, Retrieval, Task, Triplets
 from verl.errors import UserError
 
 TRIPLETS = ("nli_triplets.jsonl", "triplets.jsonl")
-# STS17 en-en is made of SNLI's sentences, and so are the triplets that are trained on.
+# STS17 en-en is made of SNLI's sentences, and so are nli_triplets.jsonl.
 IN_DOMAIN = ("triplets", "STS17")
 # Of a small file, the most that is held out for a part.
 _MOST_OF_TRIPLETS = {"dev": 0.1, "test": 0.25}

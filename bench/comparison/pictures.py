@@ -64,6 +64,6 @@ def _save(figure: Figure, axes: Axes, xlabel: str, file: Path) -> Path:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(_YLABEL)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, handlelength=4)
     figure.savefig(file, dpi=150)
     return file
