@@ -85,9 +85,14 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def get_model() -> None:
+    """Download the demo model, unless that is done already."""
+    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+
+
 def prepare_data(folder: Path) -> Path:
     """The demo model, and the example triplets as parquet; returns the training file."""
-    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+    get_model()
     prepare = ["process_data.py", "--mode", "supervised", "--input_file", "examples/triplets.jsonl"]
     subprocess.run(
         [sys.executable, *prepare, "--local_dir", str(folder)], check=True, cwd=REPO, stdout=subprocess.DEVNULL

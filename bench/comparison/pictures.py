@@ -1,0 +1,69 @@
+"""Two pictures of the dev part: scores against seconds of training, and against the share of the text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from comparison.report import Found
+from comparison.scoring import SHARES, SHUFFLED, WITH, Scores, mean_of_main
+from comparison.states import WITHOUT, Variant
+from comparison.study import BASE, CONTRASTIVE, Point
+from verl.embedding.settings import Mix
+
+_YLABEL = "mean of the main metrics, dev"
+
+
+def draw(found: Found, folder: Path) -> list[Path]:
+    """Write the pictures; returns their files."""
+    return [_seconds(found, folder / "seconds.png"), _shares(found, folder / "shares.png")]
+
+
+def _seconds(found: Found, file: Path) -> Path:
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
+    for model, seeds in found.points.items():
+        for variant in (WITHOUT.name,) if model == CONTRASTIVE else (WITH, SHUFFLED, WITHOUT.name):
+            # The baseline's bare texts are not what the untrained model is scored with.
+            start = None if model == CONTRASTIVE else found.dev[BASE]
+            axes.plot(*curve(seeds, start, variant), label=f"{model}, {variant}", **_style(model, variant))
+    return _save(figure, axes, "seconds of training steps", file)
+
+
+def _shares(found: Found, file: Path) -> Path:
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
+    for model, runs in found.dev.items():
+        if model != CONTRASTIVE:
+            scores = [mean_of_main(runs, Variant("rationale", Mix(share)).name) for share in SHARES]
+            axes.plot(SHARES, scores, marker=".", label=model)
+    return _save(figure, axes, "share w of the text", file)
+
+
+def curve(
+    seeds: Sequence[Sequence[Point]], start: Sequence[Scores] | None, variant: str
+) -> tuple[list[float], list[float]]:
+    """Seconds and mean scores on dev of a model's points, after those of the untrained model where they are given."""
+    points = list(zip(*seeds, strict=True))
+    seconds = [sum(point.cost.seconds for point in own) / len(own) for own in points]
+    scores = [mean_of_main([point.scores for point in own], variant) for own in points]
+    if start is None:
+        return seconds, scores
+    return [0.0, *seconds], [mean_of_main(start, variant), *scores]
+
+
+def _style(model: str, variant: str) -> dict[str, Any]:
+    colours = {CONTRASTIVE: "C0", "embedding": "C1", "grace": "C2", "joint": "C3"}
+    dashes = {WITH: "-", SHUFFLED: ":", WITHOUT.name: "--"}
+    return {"color": colours[model], "linestyle": dashes[variant], "marker": "."}
+
+
+def _save(figure: Figure, axes: Axes, xlabel: str, file: Path) -> Path:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(_YLABEL)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, handlelength=4)
+    figure.savefig(file, dpi=150)
+    return file

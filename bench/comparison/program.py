@@ -1,0 +1,155 @@
+"""The program: what is done in which form, in which order, and what is shown."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from common import MODEL, REPO, get_model, markdown, write_json
+
+from comparison.baseline import Setting
+from comparison.data import Data, PartSize, Sizes, load
+from comparison.pictures import draw
+from comparison.plan import Line, plan
+from comparison.report import Found, as_json, choose, summary
+from comparison.rows import RECIPES, ROWS
+from comparison.scoring import WITH, choices, mean_of_main
+from comparison.states import WITHOUT
+from comparison.study import BASE, CONTRASTIVE, Point, Shape, Study
+from comparison.training import Cost, TrainingError
+from verl.encoder.arguments import whole_number
+from verl.errors import UserError
+from verl.trainer.signals import exit_code
+from verl.utils.locks import HeldError, NoLocksError, hold
+from verl.utils.logging import quiet_libraries
+
+SIZES = {
+    "short": Sizes(PartSize(20, 20, 10, 20, 8, 3, 2), PartSize(80, 80, 40, 40, 16, 4, 3), centre=40, answers=24),
+    "full": Sizes(
+        PartSize(100, 80, 60, 120, 20, 5, 3), PartSize(500, 170, 400, 240, 77, 8, 5), centre=300, answers=200
+    ),
+}
+SHAPES = {
+    "short": Shape(100, (0.5, 1.0), seeds=1, grid=(Setting(2e-5, 32), Setting(5e-5, 32))),
+    "full": Shape(
+        1200, (0.25, 0.5, 1.0), seeds=3,
+        grid=tuple(Setting(lr, batch) for lr in (2e-5, 5e-5, 1e-4) for batch in (16, 32, 64)),
+    ),
+}  # fmt: skip
+
+
+def run_program(args: argparse.Namespace) -> int:
+    """Compare as the arguments of `worth.py` ask for; the exit code."""
+    quiet_libraries()
+    try:
+        run(args)
+    except (UserError, TrainingError) as error:
+        sys.stderr.write(f"worth: {error}\n")
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("worth: stopped; the same command goes on\n")
+        return exit_code(signal.SIGINT)
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    form = "short" if args.short else "full"
+    shape = _shape(args, SHAPES[form])
+    recipes = _recipes(args.recipes)
+    data = load(args.data, SIZES[form])
+    show_plan(data, plan(data, shape, recipes))
+    if args.plan:
+        return
+    get_model()
+    out = args.out or REPO / "bench_results" / ("worth_short" if args.short else "worth")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    def say(title: str) -> None:
+        print(f"[{(time.monotonic() - started) / 60:5.1f} min] {title}", flush=True)
+
+    with _alone(out):
+        study = Study(REPO / MODEL, data, shape, out, say)
+        if recipes:
+            compare_recipes(study, recipes)
+        else:
+            compare(study, out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes out of the folder.
+
+    Raises:
+        UserError: another one is in it.
+    """
+    try:
+        with hold(out / ".lock"):
+            yield
+    except HeldError as error:
+        raise UserError(f"--out={out} is in use ({error}); wait for it, or give another folder") from None
+    except NoLocksError as error:
+        raise UserError(f"--out={out}: {error}; give a folder on another file system") from None
+
+
+def compare(study: Study, out: Path) -> None:
+    """The rows: everything on dev first, then test once."""
+    seeds = range(study.shape.seeds)
+    dev = {BASE: [study.base("dev")]}
+    points = {CONTRASTIVE: [study.contrastive(study.chosen, seed) for seed in seeds]}
+    points |= {name: [study.row(name, seed) for seed in seeds] for name in ROWS}
+    dev |= {name: [seed[-1].scores for seed in own] for name, own in points.items()}
+    test = {BASE: [study.base("test")], CONTRASTIVE: [study.test_contrastive(seed) for seed in seeds]}
+    test |= {name: [study.test_row(name, seed) for seed in seeds] for name in ROWS}
+    kept = {name: [study.likelihood(name, seed) for seed in range(len(runs))] for name, runs in test.items()}
+    answers = {name: [found for found in runs if found is not None] for name, runs in kept.items()}
+    found = Found(points, dev, test, {name: runs for name, runs in answers.items() if runs})
+    shown = choose(found)
+    text = summary(found, shown, len(seeds))
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "result.json", {"contrastive": study.chosen.name, **as_json(found, shown)})
+    pictures = draw(found, out)
+    print(f"\n{text}\n\n{', '.join(map(str, (out / 'table.md', out / 'result.json', *pictures)))}")
+
+
+def compare_recipes(study: Study, names: Sequence[str]) -> None:
+    """Recipes on dev: with rationales, without, and the best vector of each."""
+    untrained = Point(Cost(0, 0, 0, 0, 0), study.base("dev"))
+    lines = []
+    for name, (cost, scores) in {BASE: untrained, **{name: study.recipe(name) for name in names}}.items():
+        means = {variant: mean_of_main([scores], variant) for variant in choices()}
+        best = max(means, key=lambda variant: means[variant])
+        figures = [f"{100 * means[variant]:.1f}" for variant in (WITH, WITHOUT.name, best)]
+        lines.append([name, *figures, best, f"{cost.seconds:.0f}", cost.tokens, cost.samples])
+    print("\nMean of the main metrics on dev x 100, one seed:\n")
+    print(markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines))
+
+
+def show_plan(data: Data, lines: Sequence[Line]) -> None:
+    tasks = {part: ", ".join(task.name for task in tasks) for part, tasks in data.parts.items()}
+    print(f"{len(data.train)} triplets to train on ({data.dropped} left out: they share a text with a task)")
+    print(f"dev: {tasks['dev']}; test: {tasks['test']}; {len(data.answers)} answers\n")
+    table = [[line.row, line.what, f"{line.seconds / 60:.0f}"] for line in lines]
+    total = sum(line.seconds for line in lines) / 60
+    print(markdown(["row", "what", "minutes"], [*table, ["all", "estimated for 2 cores", f"{total:.0f}"]]), flush=True)
+
+
+def _shape(args: argparse.Namespace, shape: Shape) -> Shape:
+    seconds = shape.seconds if args.seconds is None else args.seconds
+    if seconds <= 0:
+        raise UserError(f"--seconds={seconds:g} must be above 0")
+    seeds = shape.seeds if args.seeds is None else whole_number("--seeds", args.seeds, 1)
+    return replace(shape, seconds=seconds, seeds=seeds)
+
+
+def _recipes(names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return []
+    wanted = list(RECIPES) if list(names) in ([], ["all"]) else list(names)
+    if unknown := [name for name in wanted if name not in RECIPES]:
+        raise UserError(f"--recipes: there is no {unknown[0]!r}; there are {', '.join(map(repr, RECIPES))}")
+    return wanted

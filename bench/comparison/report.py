@@ -1,0 +1,222 @@
+"""What the scores say: the rows of the table, and the differences that decide, each with its interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from common import markdown
+
+from comparison import scoring
+from comparison.answers import METRIC
+from comparison.data import IN_DOMAIN
+from comparison.measured import Interval, Measured, difference, interval
+from comparison.scoring import SHUFFLED, WITH, Scores, mean_of_main
+from comparison.states import WITHOUT, Variant
+from comparison.study import BASE, CONTRASTIVE, Point
+from comparison.tasks import MAIN
+from verl.embedding.settings import Mix
+
+# Below the untrained model's, by at most this share of it.
+_KEPT = 0.02
+_BEST = "best"
+_ECHO = (Variant("echo").name, Variant("echo", Mix(text_share=0.0)).name)
+
+
+class Row(NamedTuple):
+    """A row of the table: a model and the vectors that it is asked for."""
+
+    key: str
+    title: str
+    model: str
+    candidates: tuple[str, ...]
+    """Names of variants, of which the best on dev is shown."""
+
+
+def table_rows() -> list[Row]:
+    """The rows, in the order of the table."""
+    served = tuple(scoring.choices())
+    centred = f"{WITHOUT.name} + centre"
+    return [
+        Row("A", "base, no rationale", BASE, (WITHOUT.name,)),
+        Row("A'", "base, no rationale, centred", BASE, (centred,)),
+        Row("C", "base, the text repeated", BASE, _ECHO),
+        Row("D", "base, rationales", BASE, (WITH,)),
+        Row("D'", "base, shuffled rationales", BASE, (SHUFFLED,)),
+        Row("D*", "base, best vector", BASE, served),
+        Row("E", "contrastive, no rationale", CONTRASTIVE, (WITHOUT.name,)),
+        Row("E*", "contrastive, best vector", CONTRASTIVE, (WITHOUT.name, centred)),
+        Row("F", "embedding gradient alone, rationales", "embedding", (WITH,)),
+        Row("F*", "embedding gradient alone, best vector", "embedding", served),
+        Row("G", "GRACE, rationales", "grace", (WITH,)),
+        Row("G*", "GRACE, best vector", "grace", served),
+        Row("H", "joint, rationales", "joint", (WITH,)),
+        Row("H-", "joint, no rationale", "joint", (WITHOUT.name,)),
+        Row("H'", "joint, shuffled rationales", "joint", (SHUFFLED,)),
+        Row("H*", "joint, best vector", "joint", served),
+        Row("H*'", "joint, the same vector, shuffled rationales", "joint", ()),
+    ]
+
+
+DECIDING = (
+    ("H", "A", "1: above the base without rationales"), ("H", "A'", "1: the same, centred"),
+    ("H", "G", "1: above GRACE"),
+    ("H*", "E*", "2: against contrastive fine-tuning"), ("H", "E", "2: the same, rationales against none"),
+    ("H", "F", "3: the policy gradient"), ("H*", "F*", "3: the same, best vectors"),
+    ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
+    ("H*", "H*'", "4: the best vector, rationales of the text itself"), ("D", "D'", "the untrained model's rationales"),
+)  # fmt: skip
+"""First row, second row, and what the difference decides: the number is that of a bar of docs/experiments.md."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that was measured."""
+
+    points: Mapping[str, list[list[Point]]]
+    """Of each trained model, of each seed, the points of its training."""
+    dev: Mapping[str, list[Scores]]
+    """By model, of each seed, at the end of training."""
+    test: Mapping[str, list[Scores]]
+    answers: Mapping[str, list[Measured]]
+    """Empty where there are none."""
+
+
+class Shown(NamedTuple):
+    row: Row
+    variant: str
+    """The one chosen on dev."""
+    runs: list[dict[str, dict[str, Measured]]]
+    """On test, of each seed, by task and metric."""
+
+
+def choose(found: Found) -> dict[str, Shown]:
+    """The rows with the variant that is best on dev, and its scores on test, by key."""
+    shown: dict[str, Shown] = {}
+    for row in table_rows():
+        if row.key == "H*'":
+            variant = scoring.choices()[shown["H*"].variant]
+        else:
+            variant = max(row.candidates, key=lambda name: mean_of_main(found.dev[row.model], name))
+        shown[row.key] = Shown(row, variant, [run[variant] for run in found.test[row.model]])
+    return shown
+
+
+def columns(shown: Mapping[str, Shown]) -> list[tuple[str, str]]:
+    """Task and metric of each column: the main metrics, and R@1 of the triplets."""
+    (run, *_) = next(iter(shown.values())).runs
+    return [
+        (task, metric)
+        for task, metrics in run.items()
+        for metric in metrics
+        if metric in MAIN or (task == "triplets" and metric == "R@1")
+    ]
+
+
+def table(found: Found, shown: Mapping[str, Shown]) -> str:
+    """The table of all rows: figures x 100 with the half width of their interval."""
+    over = columns(shown)
+    head = ["row", "vector", *(f"{task} {metric}" for task, metric in over), METRIC, "seconds", "tokens", "samples"]
+    lines = []
+    for row, variant, runs in shown.values():
+        cells = [_figure(interval([run[task][metric] for run in runs])) for task, metric in over]
+        kept = found.answers.get(row.model)
+        likelihood = f"{interval(kept).value:.3f}" if kept else "-"
+        lines.append([f"{row.key} {row.title}", variant, *cells, likelihood, *_cost(found.points.get(row.model))])
+    return markdown(head, lines)
+
+
+def differences(shown: Mapping[str, Shown]) -> list[dict[str, Any]]:
+    """Every deciding difference on every column."""
+    made = []
+    for first, second, what in DECIDING:
+        for task, metric in columns(shown):
+            one, other = ([run[task][metric] for run in shown[key].runs] for key in (first, second))
+            by = difference(one, other)
+            made.append({"first": first, "second": second, "decides": what, "task": task, "metric": metric,
+                         "difference": by.value, "low": by.low, "high": by.high, "verdict": by.verdict})  # fmt: skip
+    return made
+
+
+def verdicts(made: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a line for each pair of rows: differences x 100 with their intervals."""
+    over = list(dict.fromkeys((line["task"], line["metric"]) for line in made))
+    head = ["difference", "decides", *(f"{task} {metric}" for task, metric in over)]
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for line in made:
+        cell = (
+            f"{100 * line['difference']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}] {line['verdict']}"
+        )
+        lines.setdefault((line["first"], line["second"], line["decides"]), []).append(cell)
+    return markdown(head, [[f"{first} - {second}", what, *cells] for (first, second, what), cells in lines.items()])
+
+
+def generation_kept(found: Found) -> list[dict[str, Any]]:
+    """How much the log-likelihood of answers differs from the base model's, of each trained model."""
+    made = []
+    for model, runs in found.answers.items():
+        if model == BASE:
+            continue
+        base = found.answers[BASE]
+        by, of = difference(runs, base), abs(base[0].figure)
+        made.append({"model": model, "difference": by.value, "low": by.low, "high": by.high,
+                     "share": by.value / of, "kept": by.value >= -_KEPT * of})  # fmt: skip
+    return made
+
+
+def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
+    """Everything that is printed at the end."""
+    lines = [table(found, shown), "", verdicts(differences(shown)), ""]
+    for line in generation_kept(found):
+        lines.append(
+            f"generation, {line['model']}: log-likelihood of an answer's token {line['difference']:+.3f} nats "
+            f"({line['share']:+.1%} of the base's), {'kept' if line['kept'] else 'NOT kept'} within {_KEPT:.0%}"
+        )
+    step = {name: found.points[name][0][-1].cost.step_seconds for name in ("joint", "grace")}
+    lines += [
+        f"cost: a joint step takes {step['joint']:.2f} s, {step['joint'] / step['grace']:.2f}x one of GRACE",
+        *_in_domain(shown),
+        f"{seeds} training seed(s). Figures x 100 with half of their 95 % interval (bootstrap over items, paired in "
+        "differences, and over seeds). A vector is chosen on dev; * = the best one.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _in_domain(shown: Mapping[str, Shown]) -> list[str]:
+    tasks = [task for task in IN_DOMAIN if task in dict(columns(shown))]
+    return [f"in-domain, of the kind of text that is trained on: {', '.join(tasks)}"]
+
+
+def as_json(found: Found, shown: Mapping[str, Shown]) -> dict[str, Any]:
+    """All figures with their intervals."""
+    rows = {
+        key: {
+            "title": row.title, "model": row.model, "vector": variant,
+            "test": {
+                f"{task} {metric}": interval([run[task][metric] for run in runs])._asdict()
+                for task, metrics in runs[0].items()
+                for metric in metrics
+            },
+        }
+        for key, (row, variant, runs) in shown.items()
+    }  # fmt: skip
+    costs = {
+        model: [[point.cost.as_json() for point in seed] for seed in seeds] for model, seeds in found.points.items()
+    }
+    answers = {model: [run.figure for run in runs] for model, runs in found.answers.items()}
+    return {
+        "rows": rows, "differences": differences(shown), "generation": generation_kept(found), "costs": costs,
+        "answers": answers,
+    }  # fmt: skip
+
+
+def _figure(found: Interval) -> str:
+    return f"{100 * found.value:.1f} ±{50 * (found.high - found.low):.1f}"
+
+
+def _cost(seeds: Sequence[Sequence[Point]] | None) -> list[str]:
+    """Mean seconds, tokens and samples over the seeds."""
+    if not seeds:
+        return ["0", "0", "0"]
+    ends = [seed[-1].cost for seed in seeds]
+    sums = (sum(end.seconds for end in ends), sum(end.tokens for end in ends), sum(end.samples for end in ends))
+    return [f"{total / len(ends):,.0f}" for total in sums]

@@ -1,0 +1,220 @@
+"""The comparison from its data to its scores; every finished part is kept and not done again."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import REPO
+
+from comparison import answers, baseline, rows, scoring
+from comparison.baseline import Setting
+from comparison.data import Data
+from comparison.kept import Kept, clear, key_of
+from comparison.measured import Measured
+from comparison.scoring import MAX_LENGTH, Scores, from_json, mean_of_main
+from comparison.states import WITHOUT
+from comparison.training import Cost, Run
+from verl.checkpoint.model_folder import weights_revision
+
+BASE, CONTRASTIVE = "base", "contrastive"
+# Raised when parts that were kept are no longer what this code computes.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much is done."""
+
+    seconds: float
+    """Of training steps, for every row."""
+    shares: tuple[float, ...]
+    """Of the seconds, at which a row is scored on dev; ends with 1."""
+    seeds: int
+    grid: tuple[Setting, ...]
+    """Settings that the contrastive baseline is chosen from."""
+    tokens: int = 32
+    """Of a rationale of the base model."""
+
+
+class Point(NamedTuple):
+    """A model at a point of its training."""
+
+    cost: Cost
+    scores: Scores
+
+
+class Study:
+    """Trains and scores models: `base`, `contrastive`, those of `rows.ROWS`, and recipes.
+
+    Args:
+        model: folder of the untrained model.
+        out: folder of everything that is made.
+        say: shows what is begun; a part that was kept is not begun.
+    """
+
+    def __init__(self, model: Path, data: Data, shape: Shape, out: Path, say: Callable[[str], None]) -> None:
+        self.model, self.data, self.shape, self.out, self.say = model, data, shape, out, say
+        self.kept = Kept(out / "parts")
+        # Whatever the row, its result depends on these.
+        self._common = {"version": _VERSION, "model": weights_revision(model), "max_length": MAX_LENGTH}
+
+    def base(self, part: str) -> Scores:
+        """The scores of the untrained model on dev or test."""
+        settings = {**self._common, **self._scored_on(part), "tokens": self.shape.tokens}
+
+        def make(_: Path) -> dict[str, Any]:
+            tasks = self.data.parts[part]
+            return scoring.score_encoder(self.model, tasks, self.data.centre, self.shape.tokens, echo=True)
+
+        return from_json(self._part(f"{BASE}-{part}", settings, f"{BASE}: {part}", make)["scores"])
+
+    def row(self, name: str, seed: int) -> list[Point]:
+        """Train a row of `rows.ROWS`, and score it on dev at every share of the seconds."""
+        run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+        points = self._train(name, seed, run, settings, self.shape.shares)
+        run.finish()
+        return points
+
+    def recipe(self, name: str) -> Point:
+        """Train a recipe for all of the seconds, and score it on dev. Its model is not kept."""
+        label = name.replace(" ", "-")
+        run, settings = self._run(label, rows.RECIPES[name], 0, (1.0,))
+        (point,) = self._train(label, 0, run, settings, (1.0,))
+        clear(run.folder)
+        return point
+
+    def test_row(self, name: str, seed: int) -> Scores:
+        """The scores on test of a row that `row` has trained."""
+        run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+
+        def make(_: Path) -> dict[str, Any]:
+            return scoring.score_encoder(run.trained_model, self.data.parts["test"], self.data.centre, None)
+
+        return self._test(name, seed, settings, make)
+
+    def contrastive(self, setting: Setting, seed: int) -> list[Point]:
+        """Train the contrastive baseline, and score it on dev at every share of the seconds."""
+        settings = self._baseline_settings(setting, seed)
+
+        def make(folder: Path) -> dict[str, Any]:
+            budgets = {folder / f"{share:g}": share * self.shape.seconds for share in self.shape.shares}
+            costs = baseline.train(self.model, self.data.train, setting, budgets, seed, folder / "trainer")
+            points = []
+            for at in budgets:
+                scores = scoring.score_baseline(at, self.data.parts["dev"], self.data.centre)
+                points.append({"cost": costs[at].as_json(), **scores})
+            for at in list(budgets)[:-1]:
+                clear(at)
+            return {"points": points}
+
+        title = f"{CONTRASTIVE}, {setting.name}, seed {seed}: {self.shape.seconds:g} s of training, and dev"
+        made = self._part(f"{CONTRASTIVE}-s{seed}", settings, title, make)
+        return [_point(point) for point in made["points"]]
+
+    @cached_property
+    def chosen(self) -> Setting:
+        """The setting of the baseline that is best on dev, with the first seed."""
+        ends = {setting: self.contrastive(setting, 0)[-1].scores for setting in self.shape.grid}
+        return max(ends, key=lambda setting: mean_of_main([ends[setting]], WITHOUT.name))
+
+    def test_contrastive(self, seed: int) -> Scores:
+        """The scores on test of the baseline by the chosen setting."""
+
+        def make(_: Path) -> dict[str, Any]:
+            return scoring.score_baseline(self._baseline_model(seed), self.data.parts["test"], self.data.centre)
+
+        return self._test(CONTRASTIVE, seed, self._baseline_settings(self.chosen, seed), make)
+
+    def likelihood(self, name: str, seed: int) -> Measured | None:
+        """The log-likelihood of the answers by a trained or the untrained model; None where there are no answers."""
+        if not self.data.answers:
+            return None
+        if name == BASE:
+            folder, settings = self.model, self._common
+        elif name == CONTRASTIVE:
+            folder, settings = self._baseline_model(seed), self._baseline_settings(self.chosen, seed)
+        else:
+            run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+            folder = run.trained_model
+        described = {**settings, "answers": key_of(self.data.answers)}
+        made = self._part(
+            f"{name}-s{seed}-answers", described, f"{name}, seed {seed}: likelihood of answers",
+            lambda _: answers.likelihood(folder, self.data.answers).as_json(),
+        )  # fmt: skip
+        return Measured.from_json(made)
+
+    def _run(
+        self, name: str, trained: rows.Trained, seed: int, shares: tuple[float, ...]
+    ) -> tuple[Run, dict[str, Any]]:
+        """A row's training run, and what its results on dev depend on."""
+        overrides = [*trained.overrides, f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
+        settings = {
+            **self._common, **self._scored_on("dev"), "overrides": overrides, "mode": trained.mode,
+            "train": key_of(self.data.train), "seconds": self.shape.seconds, "shares": list(shares),
+        }  # fmt: skip
+        folder = self.out / "runs" / f"{name}-s{seed}-{key_of(settings)}"
+        return Run(folder, str(self.model), self._train_file(trained.mode), trained.mode, overrides), settings
+
+    def _train(
+        self, name: str, seed: int, run: Run, settings: dict[str, Any], shares: tuple[float, ...]
+    ) -> list[Point]:
+        points = []
+        for share in shares:
+            seconds = share * self.shape.seconds
+
+            def make(_: Path, seconds: float = seconds) -> dict[str, Any]:
+                cost = run.train_until(seconds)
+                scores = scoring.score_encoder(run.trained_model, self.data.parts["dev"], self.data.centre, None)
+                return {"cost": cost.as_json(), **scores}
+
+            title = f"{name}, seed {seed}: training until {seconds:g} s, and dev"
+            points.append(_point(self._part(f"{name}-s{seed}", {**settings, "share": share}, title, make)))
+        return points
+
+    def _train_file(self, mode: str) -> Path:
+        """The training triplets, or their queries and positives as plain texts, as train.sh reads them."""
+        triplets = self.data.train
+        samples: list[dict[str, str]] = [
+            {"query": query, "positive": positive, "negative": negative} for query, positive, negative in triplets
+        ]
+        if mode == "unsupervised":
+            texts = dict.fromkeys(text for query, positive, _ in triplets for text in (query, positive))
+            samples = [{"text": text} for text in texts]
+        folder = self.out / "data" / f"{mode}-{key_of(triplets)}"
+        if not (folder / "train.parquet").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "texts.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+            command = [sys.executable, "process_data.py", "--mode", mode, "--test_ratio", "0"]
+            files = ["--input_file", str(folder / "texts.jsonl"), "--local_dir", str(folder)]
+            subprocess.run([*command, *files], check=True, cwd=REPO, stdout=subprocess.DEVNULL)
+        return folder / "train.parquet"
+
+    def _baseline_settings(self, setting: Setting, seed: int) -> dict[str, Any]:
+        return {
+            **self._common, **self._scored_on("dev"), **asdict(setting), "seed": seed,
+            "train": key_of(self.data.train), "seconds": self.shape.seconds, "shares": self.shape.shares,
+        }  # fmt: skip
+
+    def _baseline_model(self, seed: int) -> Path:
+        return self.kept.folder(f"{CONTRASTIVE}-s{seed}", self._baseline_settings(self.chosen, seed)) / "1"
+
+    def _test(self, name: str, seed: int, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Scores:
+        described = {**settings, "test": self._scored_on("test")}
+        return from_json(self._part(f"{name}-s{seed}-test", described, f"{name}, seed {seed}: test", make)["scores"])
+
+    def _scored_on(self, part: str) -> dict[str, Any]:
+        return {"tasks": scoring.hash_of(self.data.parts[part], self.data.centre)}
+
+    def _part(self, name: str, settings: Any, title: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        if self.kept.find(name, settings) is None:
+            self.say(title)
+        return self.kept.get(name, settings, make)
+
+
+def _point(made: dict[str, Any]) -> Point:
+    return Point(Cost(**made["cost"]), from_json(made["scores"]))
