@@ -19,15 +19,15 @@ RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
 PICTURE = REPO / "docs/performance.svg"
 SHORT = {
-    "step_vs_trl": ["--rounds", "1", "--steps", "2", "--shapes", "small"],
-    "step": ["--steps", "3"],
-    "scaling": ["--steps", "1"],
+    "step_vs_trl": ["--rounds", "1", "--steps", "1", "--shapes", "small"],
+    "step": ["--steps", "2"],
+    "scaling": ["--steps", "1", "--shapes", "4x4x48", "4x8x48", "4x4x96"],
     "memory": [],
     "reward": [],
     "data": ["--lines", "200000"],
     "start": ["--rounds", "1"],
     "encode": ["--rounds", "1"],
-    "busy": ["--busy", "0", "2", "--what", "encoding", "--rounds", "3"],
+    "busy": ["--busy", "0", "2", "--what", "encoding", "--rounds", "2"],
 }
 
 

@@ -5,13 +5,18 @@ Attention is left out, which is below 2 % of the arithmetic at the lengths measu
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from common import MODEL, REPO
 from transformers import AutoConfig
 
+from verl.config import DataConfig
+from verl.data.dataset import PromptDataset
+from verl.embedding.prompts import PromptRenderer
 from verl.models.packing import Row, pack
 from verl.utils.cpus import usable_cpus
+from verl.utils.tokenizer import load_tokenizer
 
 
 def peak_rate() -> float:
@@ -38,3 +43,27 @@ def distinct_tokens(prompts: Sequence[Sequence[int]], new_tokens: int = 0) -> in
     """Tokens of rows of `new_tokens` responses, where what prompts have in common is counted once."""
     answer = (0,) * new_tokens
     return pack([Row(tuple(p), answer, 0, False) for p in prompts], share_prompts=True).input_ids.shape[1]
+
+
+def step_flop(train_file: Path, shape: tuple[int, int, int]) -> dict[str, float]:
+    """FLOP of each phase's matrix products in a training step of `common.train`."""
+    triplets, n, new = shape
+    body, head = flop_of_a_token()
+    roles = ("positive", "query", "negative")
+    renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
+    samples = PromptDataset([str(train_file)], DataConfig(), roles, renderer)
+    chats = [samples[i]["chats"] for i in range(triplets)]
+    prompts = {role: [tuple(p.ids) for p in renderer.render([chat[role] for chat in chats])] for role in roles}
+
+    def packed_tokens(kinds: tuple[str, ...], response: int) -> int:
+        rows = [p for k in kinds for p in prompts[k] for _ in range(n if k == "positive" else 1)]
+        return distinct_tokens(rows, response)
+
+    trained = triplets * n * new
+    generated = triplets * (n + 2) * new
+    return {
+        "gen": packed_tokens(roles, 0) * body + generated * (body + head),
+        "score": packed_tokens(roles, new) * body + trained * head,
+        # Two products in the backward; the head's logits are not kept but computed again.
+        "update": 2 * packed_tokens(("positive",), new) * body + 3 * trained * head,
+    }

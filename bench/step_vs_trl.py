@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from common import MODEL, REPO, Comparison, markdown, prepare_data, spread, train, write_json
+from floor import peak_rate, step_flop
 
 from verl.utils.cpus import usable_cpus
 
@@ -91,7 +92,8 @@ def main() -> None:
             rival_s = statistics.median(walls["trl"])
             size = "{} triplets x {} x {} tokens".format(*SHAPES[shape])
             ours_s = statistics.median(walls[args.engines[0]])
-            comparisons.append(Comparison(f"a training step, {size}", ours_s, "TRL", rival_s, bar=BAR))
+            floor = sum(step_flop(train_file, SHAPES[shape]).values()) / peak_rate()
+            comparisons.append(Comparison(f"a training step, {size}", ours_s, "TRL", rival_s, floor, BAR))
             for side, values in walls.items():
                 share = statistics.median(values) / rival_s
                 table.append([size, side, len(values), spread(values, 1), f"{share:.3f}"])
