@@ -111,15 +111,15 @@ def measure_before(checkout: Path, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def floor_seconds(count: int, new_tokens: int) -> float:
-    """The least seconds of encoding example sentences: their distinct tokens' matrix products."""
+def flop(count: int, new_tokens: int) -> float:
+    """FLOP of the matrix products of encoding example sentences: of their distinct tokens."""
     from verl.embedding.prompts import PromptRenderer, rationale_messages
     from verl.utils.tokenizer import load_tokenizer
 
     renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
     prompts = [prompt.ids for prompt in renderer.render([rationale_messages(text) for text in sentences(count)])]
     body, head = flop_of_a_token()
-    return (distinct_tokens(prompts, new_tokens) * body + count * new_tokens * head) / peak_rate()
+    return distinct_tokens(prompts, new_tokens) * body + count * new_tokens * head
 
 
 class PlainEncoder:
@@ -186,7 +186,8 @@ def main() -> None:
         found[thinking_texts] |= in_own_process(engine, args.texts, args.rounds)
     if args.before:
         found[f"{THINKING_TEXTS} texts in turns"] = measure_before(args.before.resolve(), args.rounds)
-    floors = {plain_texts: floor_seconds(PLAIN_TEXTS, 0), thinking_texts: floor_seconds(args.texts, NEW_TOKENS)}
+    rate = peak_rate()
+    floors = {plain_texts: flop(PLAIN_TEXTS, 0) / rate, thinking_texts: flop(args.texts, NEW_TOKENS) / rate}
     table, comparisons = [], []
     for what, sides in found.items():
         medians = {who: statistics.median(spent) for who, spent in sides.items()}
