@@ -29,8 +29,8 @@ def waiting_environment() -> dict[str, str]:
     """Environment variables that decide how a thread waits for others: as the user has set, else asleep very soon.
 
     OpenMP's default is to spin for milliseconds. Where the thread that is waited for is not scheduled, as beside other
-    programs or in a container with a part of a CPU, that takes the very CPU that it needs. A thousand turns are some ten
-    microseconds; docs/performance.md has figures. GNU's runtime reads the second, others the first.
+    programs or in a container with a part of a CPU, that takes the very CPU that it needs. A thousand turns are some
+    ten microseconds; docs/performance.md has figures. GNU's runtime reads the second, others the first.
     """
     said = {name: os.environ[name] for name in _WAITING if name in os.environ}
     return said or {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
