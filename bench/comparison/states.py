@@ -23,7 +23,7 @@ from verl.encoder.call import row_seed
 from verl.models.packing import Row
 from verl.workers.rollout.base import finish
 
-# Pools what comes after the prompt alone.
+# Pools what comes after the prompt alone, or the text where nothing does.
 _ANSWER_ALONE = Mix(text_share=0.0)
 _BATCH = 64
 
@@ -98,7 +98,6 @@ def read_states(
     prompts = encoder.renderer.render([rationale_messages(text, settings.system_prompt) for text in texts])
     starts = [settings.pool_start(prompt, has_rationale=False) for prompt in prompts]
     tokens = torch.tensor([len(prompt.ids) - start for prompt, start in zip(prompts, starts, strict=True)]).float()
-    means = _embed(encoder, prompts, starts, [()] * len(texts))
     put: dict[str, list[tuple[int, ...]]] = {}
     if "rationale" in answers:
         put["rationale"] = _write(encoder, prompts, seed)
@@ -106,9 +105,18 @@ def read_states(
         put["shuffled"] = [put["rationale"][other] for other in _others(groups, seed)]
     if "echo" in answers:
         put["echo"] = [_repeated(encoder, prompt) for prompt in prompts]
+    # In one call, which computes a prompt once for all that follow it.
+    nothing: tuple[int, ...] = ()
+    kinds = [[nothing] * len(texts), *put.values()]
+    rows = [
+        Row(tuple(prompt.ids), answer, start, False, _ANSWER_ALONE)
+        for kind in kinds
+        for prompt, start, answer in zip(prompts, starts, kind, strict=True)
+    ]
+    means, *of_answers = torch.from_numpy(encoder.backend.embed(rows, _BATCH)).split(len(texts))
     made = {
-        name: Answers(_embed(encoder, prompts, starts, ids), torch.tensor([len(own) for own in ids]).float())
-        for name, ids in put.items()
+        name: Answers(vectors, torch.tensor([len(own) for own in put[name]]).float())
+        for name, vectors in zip(put, of_answers, strict=True)
     }
     ends = list(accumulate(map(len, groups), initial=0))
     whole = States(texts, means, tokens, made)
@@ -178,14 +186,3 @@ def _others(groups: Sequence[Sequence[str]], seed: int) -> list[int]:
 
 def _repeated(encoder: GraceEncoder, prompt: Prompt) -> tuple[int, ...]:
     return tuple(encoder.tokenizer(prompt.text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
-def _embed(
-    encoder: GraceEncoder, prompts: Sequence[Prompt], starts: Sequence[int], answers: Sequence[tuple[int, ...]]
-) -> torch.Tensor:
-    """[N,H]: the means over the answers, or over the texts where the answer is empty."""
-    rows = [
-        Row(tuple(prompt.ids), answer, start, False, _ANSWER_ALONE)
-        for prompt, start, answer in zip(prompts, starts, answers, strict=True)
-    ]
-    return torch.from_numpy(encoder.backend.embed(rows, _BATCH))
