@@ -1,7 +1,7 @@
 """Does it pay? Rationales and GRACE's policy gradient against no rationale, plain contrastive fine-tuning and others.
 
     python3 bench/worth.py --plan [--short]                  what would be done, and how long it takes
-    python3 bench/worth.py --short                           one seed, small tasks, a minute of training a row
+    python3 bench/worth.py --short                           one seed, small tasks, two minutes of training a row
     python3 bench/worth.py --data DIR                        the full form, hours
     python3 bench/worth.py --data DIR --recipes all          the recipes of bench/comparison/rows.py, on dev alone
 

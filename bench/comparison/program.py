@@ -28,18 +28,15 @@ from verl.utils.locks import HeldError, NoLocksError, hold
 from verl.utils.logging import quiet_libraries
 
 SIZES = {
-    "short": Sizes(PartSize(10, 10, 6, 10, 6, 3, 2), PartSize(30, 30, 16, 16, 10, 4, 2), centre=20, answers=16),
-    "full": Sizes(
-        PartSize(100, 80, 60, 120, 20, 5, 3), PartSize(500, 170, 400, 240, 77, 8, 5), centre=300, answers=200
-    ),
+    "short": Sizes(PartSize(30, 20, 10, 12, 6, 2, 1), PartSize(80, 50, 20, 24, 12, 3, 2), centre=24, answers=32),
+    "full": Sizes(PartSize(100, 80, 40, 60, 20, 3, 2), PartSize(500, 170, 80, 120, 40, 4, 3), centre=100, answers=200),
 }
 SHAPES = {
-    "short": Shape(60, (1.0,), seeds=1, grid=(Setting(2e-5, 32), Setting(5e-5, 32))),
+    "short": Shape(120, (1.0,), seeds=1, grid=(Setting(5e-5, 16), Setting(1e-4, 16))),
     "full": Shape(
-        1200, (0.25, 0.5, 1.0), seeds=3,
-        grid=tuple(Setting(lr, batch) for lr in (2e-5, 5e-5, 1e-4) for batch in (16, 32, 64)),
+        600, (0.5, 1.0), seeds=3, grid=tuple(Setting(lr, batch) for lr in (2e-5, 5e-5, 1e-4) for batch in (16, 32))
     ),
-}  # fmt: skip
+}
 
 
 def run_program(args: argparse.Namespace) -> int:

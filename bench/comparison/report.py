@@ -45,8 +45,10 @@ def table_rows() -> list[Row]:
         Row("D*", "base, best vector", BASE, served),
         Row("E", "contrastive, no rationale", CONTRASTIVE, (WITHOUT.name,)),
         Row("E*", "contrastive, best vector", CONTRASTIVE, (WITHOUT.name, centred)),
-        Row("F", "embedding gradient alone, rationales", "embedding", (WITH,)),
-        Row("F*", "embedding gradient alone, best vector", "embedding", served),
+        Row("P", "contrastive by this code, no rationale", "plain", (WITHOUT.name,)),
+        Row("P*", "contrastive by this code, best vector", "plain", served),
+        Row("F", "no policy gradient, rationales", "embedding", (WITH,)),
+        Row("F*", "no policy gradient, best vector", "embedding", served),
         Row("G", "GRACE, rationales", "grace", (WITH,)),
         Row("G*", "GRACE, best vector", "grace", served),
         Row("H", "joint, rationales", "joint", (WITH,)),
@@ -61,6 +63,7 @@ DECIDING = (
     ("H", "A", "1: above the base without rationales"), ("H", "A'", "1: the same, centred"),
     ("H", "G", "1: above GRACE"),
     ("H*", "E*", "2: against contrastive fine-tuning"), ("H", "E", "2: the same, rationales against none"),
+    ("H*", "P*", "2: against no rationale in training"), ("H", "P", "2: the same, rationales against none"),
     ("H", "F", "3: the policy gradient"), ("H*", "F*", "3: the same, best vectors"),
     ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
     ("H*", "H*'", "4: the best vector, rationales of the text itself"), ("D", "D'", "the untrained model's rationales"),
@@ -171,9 +174,7 @@ def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
             f"generation, {line['model']}: log-likelihood of an answer's token {line['difference']:+.3f} nats "
             f"({line['share']:+.1%} of the base's), {'kept' if line['kept'] else 'NOT kept'} within {_KEPT:.0%}"
         )
-    step = {name: found.points[name][0][-1].cost.step_seconds for name in ("joint", "grace")}
     lines += [
-        f"cost: a joint step takes {step['joint']:.2f} s, {step['joint'] / step['grace']:.2f}x one of GRACE",
         *_in_domain(shown),
         f"{seeds} training seed(s). Figures x 100 with half of their 95 % interval (bootstrap over items, paired in "
         "differences, and over seeds). A vector is chosen on dev; * = the best one.",

@@ -6,19 +6,41 @@ Everything that a row is defined by is in its overrides, so that a changed defau
 from typing import NamedTuple
 
 _REWARDS, _ACTOR = "+reward_model.reward_kwargs", "actor_rollout_ref.actor"
+# More steps than any run here makes.
+_ALWAYS = 1_000_000
 
 
-def _joint(weight: float = 1.0, share: float | None = 0.5, anchors: bool = False, tokens: int = 32) -> tuple[str, ...]:
+def _shape(samples: int = 12, rationales: int = 2, tokens: int = 16, lr: float = 5e-5) -> tuple[str, ...]:
+    """Triplets of a step, rationales of each, most tokens of one, and the learning rate."""
+    return (
+        f"data.train_batch_size={samples}", f"{_ACTOR}.ppo_mini_batch_size={samples}",
+        f"actor_rollout_ref.rollout.n={rationales}", f"data.max_response_length={tokens}", f"{_ACTOR}.optim.lr={lr}",
+    )  # fmt: skip
+
+
+_USUAL = _shape()
+
+
+def _joint(
+    shape: tuple[str, ...] = _USUAL, weight: float = 1.0, share: float | None = 0.5, anchors: bool = True,
+    between: int = 8, warm_up: int = 0,
+) -> tuple[str, ...]:  # fmt: skip
     """The policy gradient beside that of the contrastive loss; docs/objectives.md has the settings.
 
     Args:
         share: of the embedding gradient; None = both as they come. With a share the weight has no effect but for 0.
-        tokens: most tokens of a rationale.
+        between: steps without rationales after each one with them.
+        warm_up: first steps without rationales.
     """
     return (
-        f"{_REWARDS}.contrastive_weight={weight}", f"{_REWARDS}.contrastive_anchors={anchors}",
-        f"{_ACTOR}.embedding_grad_share={'null' if share is None else share}", f"data.max_response_length={tokens}",
+        *shape, f"{_REWARDS}.contrastive_weight={weight}", f"{_REWARDS}.contrastive_anchors={anchors}",
+        f"{_ACTOR}.embedding_grad_share={'null' if share is None else share}",
+        f"trainer.contrastive_steps_between={between}", f"trainer.contrastive_warmup_steps={warm_up}",
     )  # fmt: skip
+
+
+def _grace(lr: float) -> tuple[str, ...]:
+    return (*_shape(6, 4, 16, lr), f"{_REWARDS}.contrastive_weight=0")
 
 
 class Trained(NamedTuple):
@@ -28,31 +50,35 @@ class Trained(NamedTuple):
 
 
 ROWS = {
-    "embedding": Trained("the contrastive gradient on rationale embeddings, no policy gradient", _joint(share=1)),
-    "grace": Trained(
-        "GRACE, the policy gradient alone", (f"{_REWARDS}.contrastive_weight=0", "data.max_response_length=32")
-    ),
-    "joint": Trained("both gradients, half of the step each", _joint()),
+    "plain": Trained("the contrastive loss on texts alone, no rationale in training", _joint(warm_up=_ALWAYS)),
+    "embedding": Trained("the contrastive loss on texts and rationales, no policy gradient", _joint(share=1)),
+    "grace": Trained("GRACE, the policy gradient alone", _grace(lr=5e-5)),
+    "joint": Trained("both: in steps with rationales, half of the gradient each", _joint()),
 }
 
 RECIPES = {
+    "plain": ROWS["plain"],
+    "joint": ROWS["joint"],
+    **{f"joint, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr))) for lr in (1e-5, 2e-5, 1e-4)},
+    **{f"plain, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr), warm_up=_ALWAYS)) for lr in (2e-5, 1e-4)},
+    **{f"grace, lr {lr:g}": Trained("another rate", _grace(lr)) for lr in (1e-5, 2e-5, 1e-4)},
     **{
-        f"weight {weight:g}{' anchors' if anchors else ''}": Trained(
-            "gradients as they come", _joint(weight, None, anchors)
+        f"weight {weight:g}{'' if anchors else ', anchors constant'}": Trained(
+            "gradients as they come", _joint(weight=weight, share=None, anchors=anchors)
         )
         for weight in (0.1, 1.0)
-        for anchors in (False, True)
+        for anchors in (True, False)
     },
-    **{f"share {share:g}": Trained("another share", _joint(share=share)) for share in (0.2, 0.8)},
-    "anchors": Trained("queries and negatives trained too", _joint(anchors=True)),
+    **{f"share {share:g}": Trained("another share", _joint(share=share)) for share in (0.2, 0.8, 0.9)},
+    "anchors constant": Trained("queries and negatives not trained", _joint(anchors=False)),
+    **{f"{k} between": Trained("more or fewer steps with rationales", _joint(between=k)) for k in (0, 2, 4, 16)},
     **{
         f"text {share:g}": Trained("a fixed share of the text", (*_joint(), f"{_REWARDS}.text_share={share}"))
         for share in (0.3, 0.5, 0.7)
     },
-    **{f"{tokens} tokens": Trained("shorter rationales", _joint(tokens=tokens)) for tokens in (8, 16)},
-    "warm start": Trained(
-        "20 steps without rationales first", (*_joint(anchors=True), "trainer.contrastive_warmup_steps=20")
-    ),
-    "unsupervised": Trained("texts alone", _joint(), "unsupervised"),
+    **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
+    "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
+    "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
+    "unsupervised": Trained("texts alone", _joint(between=0), "unsupervised"),
 }
 """Tried by --recipes on the dev part."""

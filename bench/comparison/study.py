@@ -37,7 +37,7 @@ class Shape:
     seeds: int
     grid: tuple[Setting, ...]
     """Settings that the contrastive baseline is chosen from."""
-    tokens: int = 32
+    tokens: int = 16
     """Of a rationale of the base model."""
 
 
