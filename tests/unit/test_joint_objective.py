@@ -14,8 +14,10 @@ from verl.models.attention import ATTENTION
 from verl.models.fsdp import full_weights
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained
+from verl.single_controller.dispatch import Dispatch, remote_call
 from verl.trainer.ppo.step_rows import add_embedding_grad
 from verl.workers.actor import Actor
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.scoring import score
@@ -254,7 +256,10 @@ class TestTheUpdate:
         rows = whole_step().with_tensors(no_rationale_weight=weights)
         actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL, **ALONE)
         scored = actor.score(rows, WHOLE, embed=True, log_probs=False, train_anchors=True)
-        (found,), _ = gradients_of(actor, with_grad(rows.union(scored), anchors=True))
+        # What the driver sends to the workers.
+        remote = remote_call(ActorRolloutRefWorker.update_actor, Dispatch.DP_COMPUTE_PROTO)
+        sent = with_grad(rows.union(scored), anchors=True).only((*remote.columns, *remote.optional_columns))
+        (found,), _ = gradients_of(actor, sent)
         assert_same_gradient(found, plain_gradient(rows, anchors=True))
         assert norm(found) > 0.1
 
