@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from verl.config import RunConfig
 from verl.errors import UserError
+from verl.step_schedule import StepSchedule
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    num_samples: int
-    """Samples in the training file."""
+    schedule: StepSchedule
     world_size: int
-    samples_per_step: int
     trained_rows_per_step: int
     anchor_rows_per_step: int
     updates_per_step: int
@@ -23,11 +22,6 @@ class BatchPlan:
     trained_rows_per_update: int
     micro_batch: str
     """Limit of one forward, in words."""
-    warm_up_steps: int
-    """First steps without rationales."""
-    steps_between: int
-    """Steps without rationales after each one with them."""
-    steps_per_epoch: int
     total_steps: int
     decided_by: str
     """The setting that total_steps follows from."""
@@ -35,11 +29,6 @@ class BatchPlan:
     @property
     def rows_per_step(self) -> int:
         return self.trained_rows_per_step + self.anchor_rows_per_step
-
-    def writes_rationales(self, step: int) -> bool:
-        """Whether a step, of which 1 is the first, writes rationales; it follows from its number alone."""
-        later = step - self.warm_up_steps - 1
-        return later >= 0 and later % (1 + self.steps_between) == 0
 
     @classmethod
     def from_config(cls, config: RunConfig, num_samples: int, num_anchors: int, world_size: int) -> "BatchPlan":
@@ -52,11 +41,13 @@ class BatchPlan:
             UserError: the file is smaller than one step, or an update has fewer rows than there are workers.
         """
         data, actor, n = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
-        if num_samples < data.train_batch_size:
-            raise UserError(
-                f"data.train_batch_size={data.train_batch_size} but data.train_files has {num_samples} samples; "
-                f"set data.train_batch_size to {num_samples} or less."
-            )
+        sizes = {"train_batch_size": data.train_batch_size, "contrastive_batch_size": data.contrastive_size}
+        for name, size in sizes.items():
+            if num_samples < size:
+                raise UserError(
+                    f"data.{name}={size} but data.train_files has {num_samples} samples; set data.{name} to "
+                    f"{num_samples} or less."
+                )
         rows_per_update = actor.ppo_mini_batch_size * n
         if rows_per_update < world_size:
             raise UserError(
@@ -64,31 +55,31 @@ class BatchPlan:
                 f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
                 f"{-(-world_size // n)} or more."
             )
-        steps_per_epoch = num_samples // data.train_batch_size
+        schedule = StepSchedule(
+            num_samples, data.train_batch_size, data.contrastive_size, config.trainer.contrastive_warmup_steps,
+            config.trainer.contrastive_steps_between,
+        )  # fmt: skip
         tokens, rows = actor.update_limit
         steps, epochs = config.trainer.total_training_steps, config.trainer.total_epochs
         return cls(
-            num_samples=num_samples,
+            schedule=schedule,
             world_size=world_size,
-            samples_per_step=data.train_batch_size,
             trained_rows_per_step=data.train_batch_size * n,
             anchor_rows_per_step=data.train_batch_size * num_anchors,
-            updates_per_step=data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs,
+            updates_per_step=config.num_mini_batches * actor.ppo_epochs,
             trained_rows_per_update=rows_per_update,
             micro_batch=f"{tokens} tokens" if tokens else f"{rows} rows",
-            warm_up_steps=config.trainer.contrastive_warmup_steps,
-            steps_between=config.trainer.contrastive_steps_between,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=steps or steps_per_epoch * epochs,
+            total_steps=steps or schedule.steps_of(epochs),
             decided_by="trainer.total_training_steps" if steps else f"trainer.total_epochs={epochs}",
         )
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan as (what, how much) lines."""
         per_rank = self.trained_rows_per_update / self.world_size
+        per_epoch = "per epoch" if self.schedule.has_one_size else "in the first epoch"
         return [
-            ("samples in the training file", f"{self.num_samples}"),
-            ("samples per step", f"{self.samples_per_step}"),
+            ("samples in the training file", f"{self.schedule.num_samples}"),
+            ("samples per step", f"{self.schedule.samples}"),
             (
                 "rationales per step",
                 f"{self.trained_rows_per_step} trained + {self.anchor_rows_per_step} anchors",
@@ -96,13 +87,15 @@ class BatchPlan:
             ("updates per step", f"{self.updates_per_step} of {self.trained_rows_per_update} rationales"),
             ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
             ("one forward takes at most", f"{self.micro_batch} per worker"),
-            ("steps", f"{self.total_steps} by {self.decided_by} ({self.steps_per_epoch} per epoch)"),
+            ("steps", f"{self.total_steps} by {self.decided_by} ({self.schedule.steps_of(1)} {per_epoch})"),
             *self._lines_without_rationales(),
         ]
 
     def _lines_without_rationales(self) -> Iterator[tuple[str, str]]:
-        first = [f"the first {self.warm_up_steps}"] if self.warm_up_steps else []
-        between = [f"{self.steps_between} after each one with them"] if self.steps_between else []
+        schedule = self.schedule
+        first = [f"the first {schedule.warm_up_steps}"] if schedule.warm_up_steps else []
+        between = [f"{schedule.steps_between} after each one with them"] if schedule.steps_between else []
         if first or between:
-            count = sum(not self.writes_rationales(step) for step in range(1, self.total_steps + 1))
-            yield "without rationales", f"{count} of them: {', '.join(first + between)}"
+            size = "" if schedule.has_one_size else f", with {schedule.contrastive_samples} samples each"
+            count = self.total_steps - schedule.steps_with_rationales(self.total_steps)
+            yield "without rationales", f"{count} of them: {', '.join(first + between)}{size}"

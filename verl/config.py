@@ -72,6 +72,9 @@ class DataConfig(_Section):
     """Column that names the rule by which the naive reward manager rewards a row."""
     train_batch_size: PositiveInt = 64
     """Samples (prompts) per training step."""
+    contrastive_batch_size: PositiveInt | None = None
+    """Samples of a step without rationales (trainer.contrastive_warmup_steps, contrastive_steps_between); null =
+    train_batch_size. The step has as many mini-batches as others."""
     val_batch_size: PositiveInt | None = None
     """Samples per validation step; null = data.train_batch_size."""
     val_max_samples: PositiveInt = 200
@@ -93,6 +96,10 @@ class DataConfig(_Section):
     """Seed of the shuffling."""
     dataloader_num_workers: NonNegativeInt = 0
     """Processes that render prompts; 0 = in the driver."""
+
+    @property
+    def contrastive_size(self) -> int:
+        return self.contrastive_batch_size or self.train_batch_size
 
     @property
     def sts_path(self) -> Path | None:
@@ -488,6 +495,11 @@ class RunConfig(_Section):
     def run_dir(self) -> Path:
         trainer = self.trainer
         return Path(trainer.default_local_dir or f"checkpoints/{trainer.project_name}/{trainer.experiment_name}")
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Of every step."""
+        return self.data.train_batch_size // self.actor_rollout_ref.actor.ppo_mini_batch_size
 
     def with_engine(self, name: str) -> "RunConfig":
         """This config with `rollout.name` resolved."""

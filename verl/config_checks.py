@@ -182,6 +182,13 @@ def _check_batch_sizes(config: RunConfig) -> Iterator[str]:
             f"(both count prompts). Nearest: train_batch_size {multiples_near(size, mini)}, "
             f"or ppo_mini_batch_size {', '.join(map(str, sorted(near)))}."
         )
+    elif config.data.contrastive_size % config.num_mini_batches:
+        contrastive, updates = config.data.contrastive_size, config.num_mini_batches
+        yield (
+            f"data.contrastive_batch_size={contrastive} is not a multiple of the {updates} mini-batches of a step "
+            f"(data.train_batch_size={size} / actor_rollout_ref.actor.ppo_mini_batch_size={mini}). Nearest: "
+            f"{multiples_near(contrastive, updates)}."
+        )
 
 
 def _check_micro_batches(config: RunConfig) -> Iterator[str]:
@@ -288,12 +295,13 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
         yield from str(error).split("\n")
         return
     yield from unread_reward_kwargs(rewards)
-    if rewards.contrastive and config.train_mode == "unsupervised" and config.data.train_batch_size == 1:
-        yield (
-            "data.train_batch_size=1 with reward_model.reward_kwargs.contrastive_weight="
-            f"{rewards.contrastive_weight}: a step of one text has nothing to contrast it with. Set "
-            "train_batch_size to 2 or more."
-        )
+    if rewards.contrastive and config.train_mode == "unsupervised":
+        for name in ("train_batch_size", "contrastive_batch_size"):
+            if getattr(config.data, name) == 1:
+                yield (
+                    f"data.{name}=1 with reward_model.reward_kwargs.contrastive_weight={rewards.contrastive_weight}: "
+                    f"a step of one text has nothing to contrast it with. Set {name} to 2 or more."
+                )
     yield from _check_contrastive_weights(config, rewards)
 
 

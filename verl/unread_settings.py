@@ -159,6 +159,10 @@ READERS = (
         "reward_model.reward_kwargs.contrastive_weight above 0, or a reward manager of your own", _may_train_embeddings,
     ),
     Reader(
+        ("data.contrastive_batch_size",), "trainer.contrastive_warmup_steps or contrastive_steps_between above 0",
+        lambda c: c.trainer.contrastive_warmup_steps > 0 or c.trainer.contrastive_steps_between > 0,
+    ),
+    Reader(
         (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward"), f"{_ACTOR}.embedding_grad_share below 1",
         lambda c: _actor(c).trains_policy or not c.needs_reference,
     ),
@@ -262,5 +266,5 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], st
         yield [key for key in changed if key in _POLICY_ONLY], "without a policy gradient"
     if not config.trainer.use_ray:
         yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
-    if config.data.train_batch_size == section.actor.ppo_mini_batch_size:
+    if config.num_mini_batches == 1:
         yield [key for key in changed if key == f"{_ACTOR}.shuffle"], "with one mini-batch a step"

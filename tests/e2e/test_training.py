@@ -227,17 +227,20 @@ def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_pa
         *(f"+reward_model.reward_kwargs.contrastive_{name}={value}" for name, value in kwargs.items()),
         "actor_rollout_ref.actor.embedding_grad_share=0.4", "actor_rollout_ref.actor.embedding_grad_every=5",
         "trainer.contrastive_warmup_steps=1", "trainer.contrastive_steps_between=1", "trainer.total_training_steps=6",
-        "trainer.save_freq=3", GOLDEN_LR,
+        "trainer.save_freq=3", GOLDEN_LR, "data.contrastive_batch_size=10",
         "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.tis_imp_ratio_cap=2",
     ]  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train_here(*recipe(tiny_folder, triplets, whole), *joint)
     assert done.returncode == 0, done.stderr
     table = " ".join(done.stdout.split())  # its cells are wrapped
-    assert "without rationales 3 of them: the first 1, 1 after each one with them" in table
+    assert "without rationales 3 of them: the first 1, 1 after each one with them, with 10 samples each" in table
     assert "step 1/6  without rationales  contrastive" in done.stdout
     steps = [m for m in read_metrics(whole) if "actor/grad_norm" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
+    # Two steps of 10 and 4 of the 20 triplets are a pass: the next 10 are not left.
+    assert [m["training/epoch"] for m in steps] == [0, 0, 1, 1, 2, 2]
+    assert json.loads((whole / "global_step_6" / "trainer_state.json").read_text())["samples_seen"] == 3 * 10 + 3 * 4
     for alone in steps[::2]:
         assert "reward/mean" not in alone and "time/gen_s" not in alone and alone["actor/grad_norm"] > 0
         assert alone["perf/generated_tokens"] == 0 and "actor/pg_loss" not in alone and "rollout/kl" not in alone

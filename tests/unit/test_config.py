@@ -83,9 +83,25 @@ def test_which_steps_write_rationales(first, between, expected):
     trainer = {"contrastive_warmup_steps": first, "contrastive_steps_between": between, "total_training_steps": 7}
     config = RunConfig.model_validate({"trainer": trainer})
     plan = BatchPlan.from_config(config, num_samples=64, num_anchors=2, world_size=1)
-    assert "".join("-R"[plan.writes_rationales(step)] for step in range(1, 8)) == expected
+    assert "".join("-R"[plan.schedule.writes_rationales(step)] for step in range(1, 8)) == expected
     told = dict(plan.lines()).get("without rationales", "0")
     assert told.split()[0] == str(expected.count("-"))
+
+
+def test_the_plan_of_steps_of_two_sizes():
+    config = RunConfig.model_validate(
+        {
+            "data": {"train_batch_size": 2, "contrastive_batch_size": 6},
+            "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}, "rollout": {"n": 3}},
+            "trainer": {"contrastive_warmup_steps": 1, "contrastive_steps_between": 1, "total_epochs": 2},
+        }
+    )
+    plan = BatchPlan.from_config(config, num_samples=20, num_anchors=2, world_size=1)
+    # 6 2 6 2, and the 4 samples that are left are too few for the next 6.
+    assert (plan.total_steps, plan.trained_rows_per_step, plan.updates_per_step) == (8, 6, 1)
+    lines = dict(plan.lines())
+    assert lines["steps"] == "8 by trainer.total_epochs=2 (4 in the first epoch)"
+    assert lines["without rationales"] == "4 of them: the first 1, 1 after each one with them, with 6 samples each"
 
 
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
@@ -155,6 +171,10 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("critic.optim.lr=1", "no counterpart here: GRPO has no critic"),
         ("actor_rollout_ref.model.lora_rank=8", "no counterpart here: full weights are trained"),
         ("data.train_batch_size=50", "Nearest: train_batch_size 48 or 64, or ppo_mini_batch_size 5, 10, 25"),
+        (
+            "data.contrastive_batch_size=30",
+            "contrastive_batch_size=30 is not a multiple of the 4 mini-batches of a step .*Nearest: 28 or 32",
+        ),
         ("data.train_batch_size=many", r"data\.train_batch_size='many'"),
         ("data.max_prompt_length=0", r"data\.max_prompt_length=0 must be above 0"),
         ("actor_rollout_ref.rollout.n=1", r"rollout\.n=1 with algorithm\.adv_estimator=grpo.*2 or more"),
@@ -352,6 +372,9 @@ def test_the_plan_rejects_too_few_samples_and_rows(tiny_folder, files):
     config = tiny_run(tiny_folder, files)
     with pytest.raises(UserError, match="set data.train_batch_size to 3 or less"):
         BatchPlan.from_config(config, num_samples=3, num_anchors=2, world_size=1)
+    config = RunConfig.model_validate({"data": {"train_batch_size": 2, "contrastive_batch_size": 9}})
+    with pytest.raises(UserError, match="data.contrastive_batch_size=9 .* set data.contrastive_batch_size to 8 or"):
+        BatchPlan.from_config(config, num_samples=8, num_anchors=2, world_size=1)
     config = tiny_run(
         tiny_folder, files, "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=1"
     )

@@ -14,8 +14,10 @@ from verl.models.attention import ATTENTION
 from verl.models.fsdp import full_weights
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained
-from verl.trainer.ppo.step_rows import add_embedding_grad
+from verl.single_controller.dispatch import Dispatch, remote_call
+from verl.trainer.ppo.step_rows import add_embedding_grad, without_rationales
 from verl.workers.actor import Actor
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.scoring import score
@@ -106,6 +108,9 @@ def test_a_step_whose_rows_all_find_their_queries_says_so():
     assert found == 1 and loss < 1e-6
     loss, found = symmetric_infonce(vectors.roll(1, 0), vectors, None, torch.arange(3), groups, 0.05)
     assert found == 0 and loss == pytest.approx(20, rel=1e-6)
+    groups = [Group(f"q{i}", f"p{i}", f"n{i}") for i in range(3)]
+    _, found = symmetric_infonce(vectors, 0.9 * vectors, vectors, torch.arange(3), groups, 0.05)
+    assert found == 0, "a negative was nearer than the query"
 
 
 def test_a_step_without_any_other_text_has_a_loss_and_a_gradient_of_zero():
@@ -122,13 +127,14 @@ def test_the_weight_follows_the_number_of_the_step():
     rows = whole_step()
     rows = rows.with_tensors(embeddings=torch.nn.functional.normalize(torch.randn(len(rows), 8), dim=1))
     settings = {"contrastive_weight": 0.1, "contrastive_first_weight": 2.0, "contrastive_first_steps": 2}
-    plain = HiddenRewardManager(contrastive_weight=1.0)(rows).embedding_grad
+    plain = HiddenRewardManager(contrastive_weight=1.0)(rows)
     weights = {}
     for step in (1, 2, 3, 500):
         rows.meta_info["step"] = step
         output = HiddenRewardManager(**settings)(rows)
         weights[step] = output.metrics["contrastive/weight"]
-        torch.testing.assert_close(output.embedding_grad, weights[step] * plain)
+        torch.testing.assert_close(output.embedding_grad, weights[step] * plain.embedding_grad)
+        assert output.metrics["contrastive/loss"] == plain.metrics["contrastive/loss"], "it is reported without weight"
     assert weights == {1: 2.0, 2: 2.0, 3: 0.1, 500: 0.1}
     rows.meta_info["step"] = 3
     none = HiddenRewardManager(**{**settings, "contrastive_weight": 0.0})
@@ -254,7 +260,10 @@ class TestTheUpdate:
         rows = whole_step().with_tensors(no_rationale_weight=weights)
         actor = build_actor(tiny_policy(), ppo_max_token_len_per_gpu=limit, **STILL, **ALONE)
         scored = actor.score(rows, WHOLE, embed=True, log_probs=False, train_anchors=True)
-        (found,), _ = gradients_of(actor, with_grad(rows.union(scored), anchors=True))
+        # What the driver sends to the workers.
+        remote = remote_call(ActorRolloutRefWorker.update_actor, Dispatch.DP_COMPUTE_PROTO)
+        sent = with_grad(rows.union(scored), anchors=True).only((*remote.columns, *remote.optional_columns))
+        (found,), _ = gradients_of(actor, sent)
         assert_same_gradient(found, plain_gradient(rows, anchors=True))
         assert norm(found) > 0.1
 
@@ -286,6 +295,23 @@ class TestTheUpdate:
         for gradient in found:
             assert_same_gradient(gradient, expected, share=1e-4)
         assert metrics[4]["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+
+    def test_a_step_without_rationales_is_as_strong_as_the_last_measurement_says(self):
+        rows = scored_step()
+        (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
+        actor, batch = build_actor(tiny_policy(), embedding_grad_share=0.3, **STILL), with_grad(rows, anchors=False)
+        actor.update(batch, 1)
+        bare = without_rationales(whole_step(n=1))
+        bare = bare.union(score(tiny_policy(), bare, WHOLE, TEMPERATURE, embed=True, entropy=False, log_probs=False))
+        alone = with_grad(bare, anchors=True)
+        (found,), _ = gradients_of(actor, alone)
+        # At the parameters it counts in proportion to the gradient by the vectors.
+        sizes = [float(of.batch["embedding_grad"].norm()) for of in (batch, alone)]
+        norm_of_loss = norm(plain_gradient(rows, anchors=False)) * sizes[1] / sizes[0]
+        scale = 0.3 / 0.7 * norm(policy) / norm_of_loss
+        expected = {name: scale * gradient for name, gradient in plain_gradient(bare, anchors=True).items()}
+        assert_same_gradient(found, expected, share=1e-4)
+        assert abs(scale - 1) > 0.1
 
     def test_a_step_without_a_policy_gradient_is_not_taken_for_a_measurement(self):
         """Groups of equal rewards: the share of nothing would switch the embedding gradient off for ten updates."""

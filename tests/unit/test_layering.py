@@ -29,6 +29,7 @@ LAYERS: list[list[str]] = [
         "verl.config_fields",
         "verl.unread_settings",
         "verl.config_checks",
+        "verl.step_schedule",
         "verl.batch_plan",
     ],
     ["verl.protocol", "verl.utils"],

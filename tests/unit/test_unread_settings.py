@@ -49,6 +49,11 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     (f"{ACTOR}.embedding_grad_every", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.contrastive_warmup_steps", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
     ("trainer.contrastive_steps_between", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
+    (
+        "data.contrastive_batch_size",
+        32,
+        {"trainer.contrastive_steps_between": 1, "reward_model.reward_manager": "mine.py:Mine"},
+    ),
     ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
     (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
@@ -179,13 +184,17 @@ def test_steps_between_need_the_contrastive_loss_after_the_first_steps_too():
 
 
 @pytest.mark.parametrize(
-    ("mode", "size", "refused"), [("unsupervised", 1, True), ("unsupervised", 2, False), ("supervised", 1, False)]
-)
-def test_a_step_of_one_text_has_nothing_to_contrast_it_with(mode, size, refused):
+    ("mode", "sizes", "refused"),
+    [
+        ("unsupervised", (1, None), True), ("unsupervised", (2, None), False), ("supervised", (1, None), False),
+        ("unsupervised", (2, 1), True), ("unsupervised", (1, 2), True), ("supervised", (2, 1), False),
+    ],
+)  # fmt: skip
+def test_a_step_of_one_text_has_nothing_to_contrast_it_with(mode, sizes, refused):
     with pytest.raises(UserError) as caught:
         build_config(
             {
-                "data": {"train_mode": mode, "train_batch_size": size},
+                "data": {"train_mode": mode, "train_batch_size": sizes[0], "contrastive_batch_size": sizes[1]},
                 "reward_model": {"reward_kwargs": {"contrastive_weight": 0.1}},
             }
         )

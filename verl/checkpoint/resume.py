@@ -16,6 +16,7 @@ _SAME_RUN = (
     "actor_rollout_ref.rollout.n",
     "data.train_mode",
     "data.train_batch_size",
+    "data.contrastive_batch_size",
     "data.prompt_key",
     "data.system_prompt",
     "data.system_prompt_in",

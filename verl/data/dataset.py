@@ -6,6 +6,7 @@ without any saved loader state, on any number of workers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError, WorkerError
 from verl.protocol import DataProto, left_padded
+from verl.step_schedule import StepSchedule
 from verl.utils.files import sha256_of_all
 
 Sample = dict[str, Any]
@@ -180,25 +182,20 @@ def _check_columns(names: Sequence[str], wanted: Sequence[str], file: str) -> No
 
 
 class StepBatches:
-    """The dataset positions of every remaining step: a new shuffled pass for each epoch."""
+    """The dataset positions of every step after `first_step` steps: a new shuffled pass for each epoch."""
 
-    def __init__(self, num_samples: int, batch_size: int, first_step: int, num_steps: int, seed: int | None) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
+    def __init__(self, schedule: StepSchedule, first_step: int, num_steps: int, seed: int | None) -> None:
+        self.schedule = schedule
         self.steps = range(first_step, num_steps)
         self.seed = seed
-        self.steps_per_epoch = num_samples // batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, list(range(self.num_samples))
-        for step in self.steps:
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                if self.seed is not None:
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
-                    order = torch.randperm(self.num_samples, generator=generator).tolist()
-            start = (step % self.steps_per_epoch) * self.batch_size
-            yield order[start : start + self.batch_size]
+        shuffled, order = -1, list(range(self.schedule.num_samples))
+        for epoch, start, size in islice(self.schedule.places(), self.steps.start, self.steps.stop):
+            if self.seed is not None and epoch != shuffled:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                shuffled, order = epoch, torch.randperm(len(order), generator=generator).tolist()
+            yield order[start : start + size]
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -82,7 +82,7 @@ class ActorRolloutRefWorker(Worker):
         self.actor = Actor(
             policy, self.config.actor, self.config.rollout.temperature,
             self.run_config.data.max_response_length, self.plan.total_steps,
-            one_update=self.run_config.data.train_batch_size == self.config.actor.ppo_mini_batch_size,
+            one_update=self.run_config.num_mini_batches == 1,
         )  # fmt: skip
         self._offload_params()
         parameters = sum(p.numel() for p in policy.parameters())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class RayPPOTrainer:
             self.start()
             for step, prompts in self.steps():
                 found: dict[str, dict[str, float]] = {}
-                writes = self.plan.writes_rationales(step)
+                writes = self.plan.schedule.writes_rationales(step)
                 trains_policy = writes and self.config.actor_rollout_ref.actor.trains_policy
                 if writes:
                     with self.phase("sync"):
@@ -176,17 +177,15 @@ class RayPPOTrainer:
 
     def steps(self) -> Iterator[tuple[int, DataProto]]:
         """The number and the prompt rows of every remaining step."""
-        data, total = self.config.data, self.plan.total_steps
-        order = StepBatches(
-            len(self.run.dataset), data.train_batch_size, self.first_step, total, data.seed if data.shuffle else None
-        )
+        data, schedule, total = self.config.data, self.plan.schedule, self.plan.total_steps
+        order = StepBatches(schedule, self.first_step, total, data.seed if data.shuffle else None)
         batches = prompt_batches(
             self.run.dataset, order, self.run.collate, data.dataloader_num_workers, self.config.trainer.phase_timeout_s
         )
-        for step in range(self.first_step + 1, total + 1):
+        for step, place in enumerate(islice(schedule.places(), self.first_step, total), self.first_step + 1):
             with self.phase("data"):
                 prompts = next(batches)
-            prompts.meta_info["step"] = step
+            prompts.meta_info |= {"step": step, "epoch": place.epoch}
             yield step, prompts
 
     def generate(self, rows: DataProto, step: int) -> DataProto:
@@ -253,13 +252,12 @@ class RayPPOTrainer:
         They follow the policy gradient where there are advantages, and the gradient on the embeddings where the reward
         manager gives one.
         """
-        actor, data = self.config.actor_rollout_ref.actor, self.config.data
-        num_mini_batches = data.train_batch_size // actor.ppo_mini_batch_size
+        num_mini_batches = self.config.num_mini_batches
         batch = step_rows.add_embedding_grad(
             batch, rows, reward.embedding_grad, self.reward_manager.trains_anchors, num_mini_batches
         )
-        seed = data.seed + step if actor.shuffle else None
-        batch = step_rows.assign_mini_batches(batch, actor.ppo_mini_batch_size, seed)
+        seed = self.config.data.seed + step if self.config.actor_rollout_ref.actor.shuffle else None
+        batch = step_rows.assign_mini_batches(batch, num_mini_batches, seed)
         batch = step_rows.weigh_by_importance(batch, self.config.importance_cap)
         return self.workers.update_actor(batch, num_mini_batches)
 
@@ -276,7 +274,7 @@ class RayPPOTrainer:
         seconds, self.seconds = self.seconds, {}
         self.step_seconds = sum(seconds.values())
         moved = self.workers.take_bytes_moved()
-        return time_metrics(seconds, rows, moved) | {"training/epoch": (step - 1) // self.plan.steps_per_epoch}
+        return time_metrics(seconds, rows, moved) | {"training/epoch": rows.meta_info["epoch"]}
 
     def report(
         self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput, found: dict[str, dict[str, float]]
@@ -286,7 +284,7 @@ class RayPPOTrainer:
         metrics |= prefixed(**found, memory=self.workers.memory()) | self.cost(step, rows)
         self.tracking.log(metrics, step)
         self.display.step_done(step, metrics)
-        if self.plan.writes_rationales(step):
+        if self.plan.schedule.writes_rationales(step):
             self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
 
     def validation_is_due(self, step: int) -> bool:
@@ -349,7 +347,7 @@ class RayPPOTrainer:
         )
         return {
             "step": step,
-            "samples_seen": step * self.config.data.train_batch_size,
+            "samples_seen": self.plan.schedule.samples_seen(step),
             "world_size": self.workers.world_size,
             "data_sha256": run.dataset.sha256,
             "kl_coef": self.kl_controller.coef,

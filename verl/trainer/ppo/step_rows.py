@@ -89,18 +89,18 @@ def add_embedding_grad(
     return rows.with_tensors(advantages=advantages)
 
 
-def assign_mini_batches(batch: DataProto, mini_batch_size: int, shuffle_seed: int | None) -> DataProto:
+def assign_mini_batches(batch: DataProto, num_mini_batches: int, shuffle_seed: int | None) -> DataProto:
     """The rows with `mini_batch` [B] int64, so that whole groups are trained together.
 
     Args:
-        mini_batch_size: groups per mini-batch.
+        num_mini_batches: divides the number of groups.
         shuffle_seed: draws which groups are together; None = the order of the rows.
     """
     group = groups_of(batch)
     order = torch.arange(int(group.max()) + 1)
     if shuffle_seed is not None:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
-    return batch.with_tensors(mini_batch=order[group] // mini_batch_size)
+    return batch.with_tensors(mini_batch=order[group] // (len(order) // num_mini_batches))
 
 
 def weigh_by_importance(batch: DataProto, cap: float | None) -> DataProto:
