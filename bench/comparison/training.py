@@ -107,8 +107,9 @@ class Run:
             "trainer.max_actor_ckpt_to_keep=1", "trainer.samples_per_step=0",
         ]  # fmt: skip
         environment = {
-            **os.environ, "PYTHON": sys.executable, "MODE": self.mode, "MODEL": self.model, "VAL_FILE": "null",
-            "TRAIN_FILE": str(self.train_file.absolute()), "CUDA_VISIBLE_DEVICES": "",
+            **os.environ, "PYTHON": sys.executable, "MODE": self.mode, "RECIPE": "paper", "MODEL": self.model,
+            "VAL_FILE": "null", "TRAIN_FILE": str(self.train_file.absolute()),
+            "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         with (self.folder / _LOG).open("a") as log:
             # In a session of its own, so that Ctrl-C here is one signal there: a second one ends a run without saving.
