@@ -1,10 +1,11 @@
-"""Run the short form of every benchmark and put the tables and the picture into docs/performance.md.
+"""Run the benchmarks and put their tables and the picture into docs/performance.md.
 
-    python3 bench/all.py [--only NAME ...]
+    python3 bench/all.py [--only NAME ...]            the short form: in some 15 minutes what others are compared with
+    python3 bench/all.py --full [--only NAME ...]     every benchmark, with more repetitions: hours
 
-A table is between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to bench_results/. The
-first table and the picture are made of the comparisons in all JSON files there: a benchmark that did not run again
-keeps its own.
+A table is between `<!-- NAME -->` and `<!-- end NAME -->`, under the command that made it. Each benchmark's JSON goes
+to bench_results/. The first table and the picture are made of the comparisons in all JSON files there: a benchmark
+that did not run again keeps its own.
 """
 
 import argparse
@@ -12,28 +13,42 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from common import REPO, Comparison, machine, markdown
 
 RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
 PICTURE = REPO / "docs/performance.svg"
+# Arguments by benchmark. What the short form leaves out are larger shapes, repetitions, phases that the same steps have
+# beside TRL, and whole steps beside busy processes: each takes minutes.
 SHORT = {
-    "step_vs_trl": ["--rounds", "1", "--steps", "1", "--shapes", "small"],
-    "step": ["--steps", "2"],
-    "scaling": ["--steps", "1", "--shapes", "4x4x48", "4x8x48", "4x4x96"],
-    "memory": [],
     "reward": [],
     "data": ["--lines", "200000"],
     "start": ["--rounds", "1"],
-    "encode": ["--rounds", "1"],
-    "busy": ["--busy", "0", "2", "--what", "encoding", "--rounds", "2"],
+    "encode": ["--rounds", "1", "--engines", "hf"],
+    "busy": [
+        "--busy", "0", "2", "--what", "encoding", "--engines", "hf", "--waiting", "GOMP_SPINCOUNT=300000", "own",
+        "--rounds", "2",
+    ],
+    "step_vs_trl": ["--rounds", "1", "--steps", "1", "--shapes", "small"],
+}  # fmt: skip
+FULL = {
+    "reward": [],
+    "data": ["--lines", "200000"],
+    "start": [],
+    "encode": [],
+    "busy": ["--waiting", "GOMP_SPINCOUNT=300000", "own", "--rounds", "1"],
+    "step_vs_trl": [],
+    "step": [],
+    "scaling": ["--steps", "1"],
+    "memory": [],
 }
 
 
-def run(name: str) -> str:
+def run(name: str, arguments: Sequence[str]) -> str:
     """Run one benchmark; return its command, its table and what it printed after the table."""
-    command = [sys.executable, f"bench/{name}.py", *SHORT[name], "--json", str(RESULTS / f"{name}.json")]
+    command = [sys.executable, f"bench/{name}.py", *arguments, "--json", str(RESULTS / f"{name}.json")]
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode or "|" not in done.stdout:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout}")
@@ -51,7 +66,7 @@ def replace(name: str, text: str) -> None:
 
 def comparisons() -> list[Comparison]:
     """Those of every benchmark that has run, in the order in which they run."""
-    files = [RESULTS / f"{name}.json" for name in SHORT]
+    files = [RESULTS / f"{name}.json" for name in FULL]
     return [
         Comparison(**found) for file in files if file.is_file() for found in json.loads(file.read_text())["comparisons"]
     ]
@@ -97,12 +112,17 @@ def draw(found: list[Comparison]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SHORT, default=list(SHORT))
+    parser.add_argument("--full", action="store_true", help="every benchmark, with more repetitions")
+    parser.add_argument("--only", nargs="+", choices=FULL, metavar="NAME", help=f"some of {', '.join(FULL)}")
     args = parser.parse_args()
+    form = FULL if args.full else SHORT
+    names = args.only or list(form)
+    if missing := [name for name in names if name not in form]:
+        parser.error(f"--only {' '.join(missing)}: the short form leaves it out; add --full")
     start = time.monotonic()
-    for i, name in enumerate(args.only):
-        print(f"{i + 1} of {len(args.only)}: {name}, {(time.monotonic() - start) / 60:.0f} min so far", flush=True)
-        text = run(name)
+    for i, name in enumerate(names):
+        print(f"{i + 1} of {len(names)}: {name}, {(time.monotonic() - start) / 60:.0f} min so far", flush=True)
+        text = run(name, form[name])
         print(text + "\n", flush=True)
         replace(name, text)
     replace("summary", summary(comparisons()))
