@@ -1,7 +1,7 @@
 """Run the benchmarks and put their tables and the picture into docs/performance.md.
 
-    python3 bench/all.py [--only NAME ...]            the short form: in some 15 minutes what others are compared with
-    python3 bench/all.py --full [--only NAME ...]     every benchmark, with more repetitions: hours
+    python3 bench/all.py [--only NAME ...]            the short form: what others are compared with, and the bars
+    python3 bench/all.py --full [--only NAME ...]     every benchmark, with more repetitions
 
 A table is between `<!-- NAME -->` and `<!-- end NAME -->`, under the command that made it. Each benchmark's JSON goes
 to bench_results/. The first table and the picture are made of the comparisons in all JSON files there: a benchmark
@@ -121,10 +121,11 @@ def main() -> None:
         parser.error(f"--only {' '.join(missing)}: the short form leaves it out; add --full")
     start = time.monotonic()
     for i, name in enumerate(names):
-        print(f"{i + 1} of {len(names)}: {name}, {(time.monotonic() - start) / 60:.0f} min so far", flush=True)
+        print(f"{i + 1} of {len(names)}: {name}", flush=True)
         text = run(name, form[name])
         print(text + "\n", flush=True)
         replace(name, text)
+        print(f"{(time.monotonic() - start) / 60:.1f} min so far\n", flush=True)
     replace("summary", summary(comparisons()))
     draw(comparisons())
     here = machine()
