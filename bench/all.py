@@ -13,42 +13,42 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 
 from common import REPO, Comparison, machine, markdown
 
 RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
 PICTURE = REPO / "docs/performance.svg"
-# Arguments by benchmark. What the short form leaves out are larger shapes, repetitions, phases that the same steps have
-# beside TRL, and whole steps beside busy processes: each takes minutes.
+# By the name of the table: a program of bench/ and its arguments. The short form leaves out larger shapes, repetitions,
+# phases of steps that are timed beside TRL as a whole, and whole steps beside busy processes: each takes minutes.
 SHORT = {
-    "reward": [],
-    "data": ["--lines", "200000"],
-    "start": ["--rounds", "1"],
-    "encode": ["--rounds", "1", "--engines", "hf"],
+    "reward": ["reward.py"],
+    "data": ["data.py", "--lines", "200000"],
+    "start": ["start.py", "--rounds", "1"],
+    "encode": ["encode.py", "--rounds", "1", "--engines", "hf"],
     "busy": [
-        "--busy", "0", "2", "--what", "encoding", "--engines", "hf", "--waiting", "GOMP_SPINCOUNT=300000", "own",
-        "--rounds", "2",
+        "busy.py", "--what", "encoding", "--engines", "hf", "--busy", "0", "2", "--waiting", "GOMP_SPINCOUNT=300000",
+        "own", "--rounds", "2",
     ],
-    "step_vs_trl": ["--rounds", "1", "--steps", "1", "--shapes", "small"],
+    "step_vs_trl": ["step_vs_trl.py", "--rounds", "1", "--steps", "1", "--shapes", "small"],
 }  # fmt: skip
 FULL = {
-    "reward": [],
-    "data": ["--lines", "200000"],
-    "start": [],
-    "encode": [],
-    "busy": ["--waiting", "GOMP_SPINCOUNT=300000", "own", "--rounds", "1"],
-    "step_vs_trl": [],
-    "step": [],
-    "scaling": ["--steps", "1"],
-    "memory": [],
+    "reward": ["reward.py"],
+    "data": ["data.py", "--lines", "200000"],
+    "start": ["start.py"],
+    "encode": ["encode.py"],
+    "busy": ["busy.py", "--what", "encoding", "--rounds", "2"],
+    "busy_steps": ["busy.py", "--what", "step", "--waiting", "own", "--rounds", "1"],
+    "step_vs_trl": ["step_vs_trl.py"],
+    "step": ["step.py"],
+    "scaling": ["scaling.py", "--steps", "1"],
+    "memory": ["memory.py"],
 }
 
 
-def run(name: str, arguments: Sequence[str]) -> str:
+def run(name: str, program: str, *arguments: str) -> str:
     """Run one benchmark; return its command, its table and what it printed after the table."""
-    command = [sys.executable, f"bench/{name}.py", *arguments, "--json", str(RESULTS / f"{name}.json")]
+    command = [sys.executable, f"bench/{program}", *arguments, "--json", str(RESULTS / f"{name}.json")]
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode or "|" not in done.stdout:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout}")
@@ -122,7 +122,7 @@ def main() -> None:
     start = time.monotonic()
     for i, name in enumerate(names):
         print(f"{i + 1} of {len(names)}: {name}", flush=True)
-        text = run(name, form[name])
+        text = run(name, *form[name])
         print(text + "\n", flush=True)
         replace(name, text)
         print(f"{(time.monotonic() - start) / 60:.1f} min so far\n", flush=True)

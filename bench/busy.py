@@ -48,6 +48,11 @@ def variables(waiting: str) -> dict[str, str]:
     return dict(item.split("=") for item in waiting.split(","))
 
 
+def shape_of(text: str) -> tuple[int, int, int]:
+    triplets, n, tokens = map(int, text.split("x"))
+    return triplets, n, tokens
+
+
 def step_seconds(engine: str, train_file: Path, waiting: str, shape: tuple[int, int, int], count: int) -> float:
     """The median of `count` steps after the second one."""
     before = dict(os.environ)
@@ -96,14 +101,13 @@ def main() -> None:
         "--waiting", nargs="+", default=WAITING, metavar="NAME=VALUE[,NAME=VALUE]", help=f"`own` is {OWN}"
     )
     parser.add_argument("--what", nargs="+", choices=("encoding", "step"), default=["encoding", "step"])
-    parser.add_argument("--shape", default="4x4x16", help="of a step: triplets x rationales x tokens")
+    parser.add_argument("--shape", type=shape_of, default="4x4x16", help="of a step: triplets x rationales x tokens")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", nargs="+", choices=("hf", "vllm"), default=installed_engines())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.waiting = [OWN if waiting == "own" else waiting for waiting in args.waiting]
-    args.shape = tuple(map(int, args.shape.split("x")))
     found = measure(args)
     # Beside the quiet one of the same row.
     quiet = {(what, engine, waiting): values for (what, engine, count, waiting), values in found.items() if not count}
@@ -113,7 +117,8 @@ def main() -> None:
         times = f"{statistics.median(values) / statistics.median(alone):.2f}" if alone else "-"
         table.append([what, engine, count, waiting, spread(values), times])
         if alone and (what, count, waiting) == ("step", 2, OWN):
-            name = f"a step of {args.shape[0]} x {args.shape[1]} x {args.shape[2]}, {engine}, beside 2 busy processes"
+            size = "{} triplets x {} x {} tokens".format(*args.shape)
+            name = f"a training step, {size}, {engine}, beside 2 busy processes"
             medians = (statistics.median(values), statistics.median(alone))
             comparisons.append(Comparison(name, medians[0], "it alone", medians[1], bar=BAR))
     head = ["what", "engine", "busy processes", "waiting", "seconds, median (min to max)", "times the quiet one"]
