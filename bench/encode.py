@@ -1,10 +1,13 @@
-"""Encoding compared with sentence-transformers: python3 bench/encode.py [--rounds 3] [--json FILE]
+"""Encoding compared with what else people use.
 
-SmolLM2-135M on sentences of examples/: this project's encoder without rationales and SentenceTransformer.encode of the
-same model with mean pooling and the same prompt, in turn in one process. Then rationales of 32 tokens, each engine in a
-process of its own; in turn with the hf engine, which pools while it decodes, transformers' generate with a forward over
-prompt and rationale afterwards. With --before, another checkout's hf engine takes turns with this one's. Prints medians
-over the rounds, and ratios.
+    python3 bench/encode.py [--rounds 3] [--what plain thinking] [--engines hf vllm] [--json FILE]
+    python3 bench/encode.py --what thinking --engines hf --texts 1000 --rounds 1
+
+SmolLM2-135M on texts of examples/. plain: this project's encoder without rationales and SentenceTransformer.encode of
+the same model with mean pooling and the same prompt, in turn in one process. thinking: rationales of 32 tokens, each
+engine in a process of its own; in turn with the hf engine, which pools while it decodes, transformers' generate with a
+forward over prompt and rationale afterwards. With --before, another checkout's hf engine takes turns with this one's.
+Prints medians over the rounds, and which bars are met.
 """
 
 import argparse
@@ -16,16 +19,25 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, REPO, Comparison, EncoderProcess, markdown, write_json
+from common import (
+    MODEL,
+    REPO,
+    Comparison,
+    EncoderProcess,
+    example_texts,
+    get_model,
+    installed_engines,
+    markdown,
+    write_json,
+)
 from floor import distinct_tokens, flop_of_a_token, peak_rate
 
 from verl.utils.cpus import usable_cpus, waiting_environment
 
-PLAIN_TEXTS = 256
+PLAIN_TEXTS = 128
 THINKING_TEXTS = 64
 NEW_TOKENS = 32
 BATCH = 32
@@ -34,10 +46,6 @@ GENERATE = "transformers' generate, then a forward"
 # What encoding without rationales may take of sentence-transformers' time, and with them of generate's and of what it
 # took before the engine pooled while it decodes.
 BARS = {SAME_PROMPTS: 1 / 0.9, GENERATE: 1 / 5, "before": 1 / 1.7}
-
-
-def sentences(count: int) -> list[str]:
-    return (REPO / "examples/sentences.txt").read_text().splitlines()[:count]
 
 
 def seconds(work: Any) -> float:
@@ -58,7 +66,7 @@ def measure_plain(rounds: int) -> dict[str, list[float]]:
     module = Transformer(MODEL, model_kwargs={"torch_dtype": "float32"})
     theirs = SentenceTransformer(modules=[module, Pooling(ours.embedding_dim, "mean")], device="cpu")
     theirs.tokenizer.pad_token = theirs.tokenizer.pad_token or theirs.tokenizer.eos_token
-    texts = sentences(PLAIN_TEXTS)
+    texts = example_texts(PLAIN_TEXTS)
     # Both read the same tokens: the rendered prompts, and in a second comparison the bare sentences.
     rendered = [
         ours.tokenizer.apply_chat_template(rationale_messages(text), tokenize=False, add_generation_prompt=True)
@@ -82,7 +90,7 @@ def measure_thinking(engine: str, count: int, rounds: int) -> dict[str, list[flo
     """Seconds of `count` texts with rationales; with hf in turn with transformers' generate and a forward."""
     from verl import GraceEncoder
 
-    texts = sentences(count)
+    texts = example_texts(count)
     encoder = GraceEncoder(
         MODEL, device="cpu", engine=engine, max_prompt_length=160, max_new_tokens=NEW_TOKENS, ignore_eos=True
     )
@@ -117,7 +125,7 @@ def flop(count: int, new_tokens: int) -> float:
     from verl.utils.tokenizer import load_tokenizer
 
     renderer = PromptRenderer(load_tokenizer(str(REPO / MODEL)), 160)
-    prompts = [prompt.ids for prompt in renderer.render([rationale_messages(text) for text in sentences(count)])]
+    prompts = [prompt.ids for prompt in renderer.render([rationale_messages(text) for text in example_texts(count)])]
     body, head = flop_of_a_token()
     return distinct_tokens(prompts, new_tokens) * body + count * new_tokens * head
 
@@ -170,6 +178,8 @@ def in_own_process(what: str, texts: int, rounds: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--what", nargs="+", choices=("plain", "thinking"), default=["plain", "thinking"])
+    parser.add_argument("--engines", nargs="+", choices=("hf", "vllm"), default=installed_engines())
     parser.add_argument("--texts", type=int, default=THINKING_TEXTS, help="texts with rationales")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout, to compare with")
     parser.add_argument("--json", type=Path)
@@ -179,19 +189,26 @@ def main() -> None:
         measure = measure_plain if args.only == "plain" else partial(measure_thinking, args.only, args.texts)
         args.json.write_text(json.dumps(measure(args.rounds)))
         return
-    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
-    plain_texts, thinking_texts = f"{PLAIN_TEXTS} texts", f"{args.texts} texts with rationales of {NEW_TOKENS} tokens"
-    found = {plain_texts: in_own_process("plain", args.texts, args.rounds), thinking_texts: {}}
-    for engine in ["hf", *(["vllm"] if find_spec("vllm") else [])]:
-        found[thinking_texts] |= in_own_process(engine, args.texts, args.rounds)
+    example_texts(args.texts)  # that there are so many is known before anything is measured
+    get_model()
+    rate = peak_rate()
+    found: dict[str, dict[str, list[float]]] = {}
+    floors = {}
+    if "plain" in args.what:
+        work = f"{PLAIN_TEXTS} texts"
+        found[work] = in_own_process("plain", args.texts, args.rounds)
+        floors[work] = flop(PLAIN_TEXTS, 0) / rate
+    if "thinking" in args.what:
+        work = f"{args.texts:,} texts with rationales of {NEW_TOKENS} tokens"
+        found[work], floors[work] = {}, flop(args.texts, NEW_TOKENS) / rate
+        for engine in args.engines:
+            found[work] |= in_own_process(engine, args.texts, args.rounds)
     if args.before:
         found[f"{THINKING_TEXTS} texts in turns"] = measure_before(args.before.resolve(), args.rounds)
-    rate = peak_rate()
-    floors = {plain_texts: flop(PLAIN_TEXTS, 0) / rate, thinking_texts: flop(args.texts, NEW_TOKENS) / rate}
     table, comparisons = [], []
     for what, sides in found.items():
         medians = {who: statistics.median(spent) for who, spent in sides.items()}
-        count = int(what.split()[0])
+        count = int(what.split()[0].replace(",", ""))
         table += [[what, who, f"{median:.1f}", f"{count / median:.1f}"] for who, median in medians.items()]
         for other in [who for who in medians if who in BARS]:
             mine = medians.get("hf") or medians[OURS]

@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import common
-from common import REPO, markdown, write_json
+from common import REPO, example_texts, get_model, installed_engines, markdown, write_json
 
 from verl.utils.cpus import usable_cpus
 
@@ -42,8 +41,8 @@ def measure(name: str) -> dict[str, float]:
 
     dist.init_process_group("gloo", rank=0, world_size=1)
     tokenizer = load_tokenizer(MODEL)
-    lines = (REPO / "examples/sentences.txt").read_text().splitlines()[:32]
-    prompts = [p.ids for p in PromptRenderer(tokenizer).render([rationale_messages(line) for line in lines])]
+    chats = [rationale_messages(text) for text in example_texts(32)]
+    prompts = [p.ids for p in PromptRenderer(tokenizer).render(chats)]
     policy = PolicyModel(load_causal_lm(MODEL))
     actor = Actor(policy, ActorConfig.model_validate({"ppo_max_token_len_per_gpu": 16384}), 1.0, NEW_TOKENS, 10)
     engine = build_engine(name, policy.lm)
@@ -137,8 +136,8 @@ def main() -> None:
     if args.engine:
         print("figures " + json.dumps(measure(args.engine)))
         return
-    subprocess.run([sys.executable, "-m", "verl.get_demo_model"], check=True, cwd=REPO)
-    engines = ["hf", "vllm"] if find_spec("vllm") else ["hf"]
+    get_model()
+    engines = installed_engines()
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     env = {"OMP_NUM_THREADS": str(usable_cpus()), **os.environ, **place}
     found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}

@@ -68,9 +68,12 @@ def test_shards_alone_are_merged_once_and_again_when_they_change(tmp_path, tiny_
     merged = REPO / "merge_models" / "old_run-global_step_7"
     run = {"RUN": str(tmp_path / "old_run"), "TASK_DIR": str(tasks), "TASKS": "Sts"}
     try:
-        first, second = (evaluate(tmp_path, **run) for _ in range(2))
-        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-        assert "merge_model: wrote" in first.stdout and "merge_model: " not in second.stdout
+        first = evaluate(tmp_path, **run)
+        assert first.returncode == 0 and "merge_model: wrote" in first.stdout, first.stderr
+        # A wrong task ends it after the place where it would have merged, and before a model is loaded.
+        second = evaluate(tmp_path, **{**run, "TASKS": "Nonsense77"})
+        assert second.returncode == 2 and "there is no task 'Nonsense77'" in second.stderr
+        assert "merge_model: " not in second.stdout
         scores = [summary(tmp_path, "old_run-global_step_7")["tasks"][0]["score"]]
         torch.save(tiny_model(seed=1).state_dict(), actor / "model_world_size_1_rank_0.pt")
         os.utime(actor)

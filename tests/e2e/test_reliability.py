@@ -60,14 +60,17 @@ def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(tmp_path, tiny_folder, triplets):
-    """KILLS=30 in the environment for the long form."""
+    """KILLS=30 in the environment for the long form.
+
+    It may take over a minute: it is Ray that a kill might leave behind, so the killed run starts it every time.
+    """
     kills = int(os.environ.get("KILLS", "1"))
     more = [
         f"trainer.total_training_steps={12 * kills}", "trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=2",
         "trainer.test_freq=9", "data.val_sts_file=null",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = main_ppo(*recipe(tiny_folder, triplets, whole), *more)
+    done = train_here(*recipe(tiny_folder, triplets, whole), *more)
     assert done.returncode == 0, done.stderr
     found = run_with_kills([*recipe(tiny_folder, triplets, killed), *more], kills, random.Random(kills), longest_s=4)
     for kill in found:
@@ -85,6 +88,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(tmp_path, t
 def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_had_been(
     number, tmp_path, tiny_folder, triplets, short_run
 ):
+    # It may take over a minute, twice: Ray's processes get the signal too, so they must be there.
     run_dir = tmp_path / "run"
     more = ["trainer.total_training_steps=4", "trainer.save_freq=-1"]
     mark = f"GRACE_SIGNAL_{number}"
@@ -97,7 +101,7 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
     assert f"stopped by {signal.Signals(number).name}" in message(errors)
     assert re.search(r"the same command resumes from step [1-3]\b", output)
     assert left_after(mark) == []
-    done = main_ppo(*recipe(tiny_folder, triplets, run_dir), *more)
+    done = train_here(*recipe(tiny_folder, triplets, run_dir), *more)
     assert done.returncode == 0, done.stderr
     assert re.search(r"resumed from .* in [\d.]+ s: [1-3] steps done", done.stdout)
     assert numbers(run_dir) == numbers(short_run)
@@ -105,7 +109,10 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
 
 
 def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path, tiny_folder, triplets):
-    """It may come in the middle of an update, whose weights belong to no step."""
+    """It may come in the middle of an update, whose weights belong to no step.
+
+    Beside other programs over a minute: Ray is started, and a step must be long enough to be interrupted.
+    """
     mark, run_dir = "GRACE_TWO_SIGNALS", tmp_path / "run"
     process = start_main_ppo(
         *recipe(tiny_folder, triplets, run_dir), "data.max_response_length=400",
@@ -147,6 +154,7 @@ def test_a_reward_that_is_no_number_ends_the_run_and_loses_no_step(tmp_path, tin
 
 
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
+    # It takes about a minute, the limit that it waits for: loading two models beside other programs must fit into it.
     mark = "GRACE_HANG"
     process = start_main_ppo(
         *recipe(tiny_folder, triplets, tmp_path / "run"), "trainer.n_gpus_per_node=2", "trainer.phase_timeout_s=60",
@@ -221,10 +229,11 @@ def test_a_run_goes_on_with_another_number_of_workers_and_the_same_samples(
         lines = (run_dir / f"samples/step_{step}.jsonl").read_text().splitlines()
         return sorted({json.loads(line)["text"] for line in lines})
 
+    # It may take over a minute: two workers need Ray, and share the CPUs of one while they load.
     run = [*recipe(tiny_folder, triplets, copied_run), "trainer.save_freq=-1"]
     (copied_run / "latest_checkpointed_iteration.txt").write_text("2\n")
-    for steps, workers, said in ((3, 2, "2 steps done"), (4, 1, "3 steps done")):
-        done = main_ppo(*run, f"trainer.total_training_steps={steps}", f"trainer.n_gpus_per_node={workers}")
+    for start, steps, workers, said in ((main_ppo, 3, 2, "2 steps done"), (train_here, 4, 1, "3 steps done")):
+        done = start(*run, f"trainer.total_training_steps={steps}", f"trainer.n_gpus_per_node={workers}")
         assert done.returncode == 0, done.stderr
         assert said in done.stdout and "changed: trainer.n_gpus_per_node" in done.stdout, done.stdout
         assert texts(copied_run, steps) == texts(short_run, steps)
@@ -269,7 +278,10 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
 
 
 def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets, ray_folder):
-    """Also beside another cluster's leftovers, and under `uv run`, of both of which Ray makes something else."""
+    """Also beside another cluster's leftovers, and under `uv run`, of both of which Ray makes something else.
+
+    Beside other programs over a minute: only two workers listen for each other, and they have to load first.
+    """
     (ray_folder / "ray").mkdir()
     (ray_folder / "ray" / "ray_current_cluster").write_text("10.255.255.1:6379")
     uv = tmp_path / "uv"
@@ -308,6 +320,7 @@ def files_in(folder: Path) -> dict[Path, int]:
 
 
 def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_folder, triplets, ray_folder):
+    # It may take over a minute: what Ray's processes write is read too, and wandb starts a process of its own.
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
     secret = {name: secrets.token_hex(20) for name in names}
     home, run_dir = tmp_path / "home", tmp_path / "run"
@@ -334,7 +347,10 @@ def test_a_run_tells_no_secret_and_writes_into_its_folder_alone(tmp_path, tiny_f
 
 
 def test_a_long_run_keeps_its_memory_and_its_files(tmp_path, tiny_folder, triplets):
-    """LONG_RUN=300 in the environment for the long form; prints the slopes."""
+    """LONG_RUN=300 in the environment for the long form; prints the slopes.
+
+    It takes over a minute: what a step leaves behind is seen above the noise after some dozens of steps only.
+    """
     steps = int(os.environ.get("LONG_RUN", "60"))
     mark, run_dir = "GRACE_LONG_RUN", tmp_path / "run"
     process = start_main_ppo(

@@ -178,6 +178,7 @@ def test_the_numbers_are_the_golden_ones(whole_run):
 
 
 def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
+    # It may take over a minute: two workers need Ray, and each loads torch and the model.
     data = prepare("unsupervised", write_texts(tmp_path / "raw.txt"), tmp_path / "data")
     run_dir = tmp_path / "run"
     done = main_ppo(
@@ -194,7 +195,10 @@ def test_an_unsupervised_run_with_infonce_on_two_workers(tmp_path, tiny_folder):
 
 
 def test_workers_on_ray_compute_what_one_in_this_process_does(tmp_path, whole_run, tiny_folder, triplets):
-    """Data workers too, beside the threads that tokenizers and Ray have in the driver."""
+    """Data workers too, beside the threads that tokenizers and Ray have in the driver.
+
+    It may take over a minute: the driver, Ray's worker and the data worker load torch one beside the other.
+    """
     run_dir = tmp_path / "run"
     done = main_ppo(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=5", "trainer.save_freq=3", GOLDEN_LR,

@@ -33,6 +33,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.mark.parametrize("lost", ["cut off", "switched off"])
 def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, machines, tmp_path, tiny_folder, triplets):
+    # Two minutes: Ray on two machines, two workers, the time until a silent machine counts as lost, and a second run.
     first, second = machines
     run_dir, token = tmp_path / "run", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     slots = "--num-cpus=1"

@@ -30,6 +30,7 @@ def expected(folder):
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_two_processes_generate_what_transformers_generates(folder, expected, tensor_parallel_size):
+    # It may take over a minute: two processes, four with TP 2, that import vllm beside each other.
     with GraceEncoder(
         folder, engine="vllm", device="cpu", num_processes=2, tensor_parallel_size=tensor_parallel_size, **LENGTHS
     ) as encoder:

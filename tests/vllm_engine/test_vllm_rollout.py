@@ -30,7 +30,11 @@ Results = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
-    """The results with one engine over so many ranks."""
+    """The results with one engine over so many ranks.
+
+    The first test that asks for a number of ranks takes a minute or two: each rank imports vllm, once, and starts an
+    engine for each of its jobs.
+    """
     root = tmp_path_factory.mktemp("engines")
     folders = {name: save_tiny(root / name, tie, hidden_size=128, llama=llama) for name, (tie, llama) in MODELS.items()}
 

@@ -1,4 +1,8 @@
-"""Whole runs of main_ppo that generate with vLLM."""
+"""Whole runs of main_ppo that generate with vLLM.
+
+Most take over a minute, on a quiet machine too: every process that generates imports vllm and starts an engine, which
+takes longer than all its steps. So runs that several tests look at are module fixtures.
+"""
 
 import json
 import re
@@ -42,7 +46,7 @@ def settings(model: Path, data: Path, run_dir: Path, engine: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory, model, triplets) -> Path:
-    """The folder of a run on Ray with the engine that `auto` chooses: vllm."""
+    """The folder of a run on Ray with the engine that `auto` chooses: vllm. It takes a minute and more."""
     folder = tmp_path_factory.mktemp("on_ray")
     done = main_ppo(*settings(model, triplets, folder, "auto"))
     assert done.returncode == 0, done.stderr
@@ -52,7 +56,10 @@ def on_ray(tmp_path_factory, model, triplets) -> Path:
 
 @pytest.fixture(scope="module")
 def without_ray(tmp_path_factory, model, triplets) -> dict[str, dict[str, Any]]:
-    """Two runs without Ray, by name: their `folder`, and how they ended (see runs_without_ray.py)."""
+    """Two runs without Ray, by name: their `folder`, and how they ended (see runs_without_ray.py).
+
+    They take a minute and more, although they share the import of vllm: each starts an engine.
+    """
     root = tmp_path_factory.mktemp("without_ray")
     jobs = {}
     for name in ("same seed", "stale head"):
@@ -102,6 +109,7 @@ def test_two_runs_with_one_seed_agree(on_ray, without_ray):
 
 
 def test_four_workers_in_two_engines(tmp_path, model, triplets):
+    # Over a minute: the least that has both data and tensor parallelism are four workers, and each imports vllm.
     done = main_ppo(
         *settings(model, triplets, tmp_path / "run", "vllm"), "trainer.n_gpus_per_node=4", "ray_init.num_cpus=4",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=2", "trainer.total_training_steps=2",
@@ -126,7 +134,7 @@ def test_a_broken_sync_stops_the_run(without_ray):
 
 
 def test_a_model_that_vllm_cannot_run_here(tmp_path, tiny_folder, triplets):
-    """On Ray, so that the message of an error in a worker is seen to come last."""
+    """On Ray, so that the message of an error in a worker is seen to come last. A minute: vllm is what refuses it."""
     done = main_ppo(*settings(tiny_folder, triplets, tmp_path / "run", "vllm"))
     assert done.returncode == 1
     last = "\n".join(done.stderr.strip().splitlines()[-3:])
@@ -134,6 +142,7 @@ def test_a_model_that_vllm_cannot_run_here(tmp_path, tiny_folder, triplets):
 
 
 def test_the_doctor_generates_with_both_engines(tmp_path, model, triplets):
+    # Over a minute: besides both engines, the doctor starts Ray and the processes of an all-reduce.
     base = [o for o in recipe(model, triplets, tmp_path / "run") if "rollout.name" not in o]
     done = main_ppo(*base, program=("-m", "verl.doctor"))
     assert done.returncode == 0, done.stdout + done.stderr
