@@ -449,6 +449,16 @@ class TrainerConfig(_Section):
     """Such steps after every step that writes rationales."""
     val_before_train: bool = False
     """Validate the untrained model first."""
+    diag_freq: OrOff = 50
+    """Steps between diagnoses of the probe texts, which say whether embeddings collapse and rationales are used (see
+    docs/diagnostics.md); the first one is before training, the last one after the last step. -1 or 0 = none."""
+    diag_texts: PositiveInt | None = None
+    """Probe texts, rounded down to whole samples (at least two); null = as many as write 4 % of the run's rationales,
+    from 4 samples to 512 texts. A resumed run keeps those that it has."""
+    diag_log_likelihood: bool = True
+    """Score the probe's rationales by the untrained model, which is loaded for that where there is no reference."""
+    stop_on_alert: bool = False
+    """End the run, with a checkpoint, when an alert begins after the first step."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """auto = resume from the run folder's newest complete checkpoint if there is one."""
     resume_from_path: FilePath | None = None
@@ -515,6 +525,15 @@ class RunConfig(_Section):
     @property
     def validates(self) -> bool:
         return self.trainer.test_freq > 0 or self.trainer.val_before_train
+
+    @property
+    def diagnoses(self) -> bool:
+        return self.trainer.diag_freq > 0
+
+    @property
+    def scores_by_untrained(self) -> bool:
+        """Whether the untrained model scores rows, as the reference of a KL term or for the diagnoses."""
+        return self.needs_reference or (self.diagnoses and self.trainer.diag_log_likelihood)
 
 
 def file_list(files: str | list[str] | None) -> list[str]:

@@ -12,16 +12,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
 from verl.errors import UserError
+from verl.trainer.ppo.alerts import Alert, AlertWatch
 from verl.utils.files import replace_file
 
-METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
-LOGGED = (METRICS, SAMPLES, TENSORBOARD)
+METRICS, SAMPLES, DIAGNOSTICS, TENSORBOARD = "metrics.jsonl", "samples", "diagnostics", "tensorboard"
+LOGGED = (METRICS, SAMPLES, DIAGNOSTICS, TENSORBOARD)
 """What is written into the run folder, except by wandb, whose runs have folders of their own."""
 
 _PACKAGES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
@@ -127,6 +129,7 @@ class Tracking:
         self.run_dir, self.backends, self._say = run_dir, backends, say
         self._wandb = (project, name, config)
         self.trackers: dict[str, Tracker] = {}
+        self._alerts = AlertWatch()
 
     def begin(self, step: int, run_ids: dict[str, str]) -> None:
         """Start the trackers, once the record has forgotten what was logged after `step`.
@@ -136,6 +139,7 @@ class Tracking:
             run_ids: as `run_ids` was when that step was saved.
         """
         kept, forgot = self._forget_after(step)
+        self._alerts.replay(kept)
         if "tensorboard" in self.backends:
             self._start("tensorboard", TensorboardTracker(self.run_dir), kept)
         if "wandb" in self.backends:
@@ -150,10 +154,17 @@ class Tracking:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         line = {"step": step, **metrics}
-        with (self.run_dir / METRICS).open("ab") as file:
-            file.write(orjson.dumps(line) + b"\n")
+        self._record(line)
+        self._alerts.add(line)
         for name in list(self.trackers):
             self._mirror(name, [line])
+
+    def log_new_alerts(self, step: int) -> list[Alert]:
+        """Log the alerts that have begun since the last call, and return them."""
+        begun = self._alerts.take()
+        if begun:
+            self._record({"step": step, "alerts": [asdict(alert) for alert in begun]})
+        return begun
 
     def log_samples(self, samples: list[dict[str, Any]], step: int) -> None:
         lines = [orjson.dumps(sample) for sample in samples]
@@ -166,12 +177,17 @@ class Tracking:
             with self._guarded(name):
                 self.trackers[name].finish()
 
+    def _record(self, line: dict[str, Any]) -> None:
+        with (self.run_dir / METRICS).open("ab") as file:
+            file.write(orjson.dumps(line) + b"\n")
+
     def _forget_after(self, step: int) -> tuple[list[dict[str, Any]], bool]:
         """Drop what was logged after a step; return the lines that are left, and whether any was dropped."""
-        for file in (self.run_dir / SAMPLES).glob("step_*.jsonl"):
-            number = file.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:
-                file.unlink()
+        for folder in (SAMPLES, DIAGNOSTICS):
+            for file in (self.run_dir / folder).glob("*step_*.*"):
+                number = file.stem.rpartition("_")[2]
+                if number.isdecimal() and int(number) > step:
+                    file.unlink()
         record = self.run_dir / METRICS
         if not record.is_file():
             return [], False
@@ -202,7 +218,7 @@ class Tracking:
 
 
 def _log_line(tracker: Tracker, line: dict[str, Any]) -> None:
-    finite = {name: value for name, value in line.items() if name != "step" and value is not None}
+    finite = {name: value for name, value in line.items() if name not in ("step", "alerts") and value is not None}
     tracker.log({name: value for name, value in finite.items() if math.isfinite(value)}, line["step"])
 
 
