@@ -429,7 +429,9 @@ class TrainerConfig(_Section):
     """Name of the run in trackers and paths."""
     default_local_dir: FilePath | None = None
     """Run folder; null = checkpoints/<project_name>/<experiment_name>."""
-    logger: Annotated[list[Literal["console", "wandb", "tensorboard"]], BeforeValidator(_as_list)] = ["console"]
+    logger: Annotated[
+        list[Literal["console", "wandb", "tensorboard", "mlflow", "swanlab", "trackio"]], BeforeValidator(_as_list)
+    ] = ["console"]
     """Where metrics go besides metrics.jsonl, which is always written: one name, or a list."""
     samples_per_step: NonNegativeInt = 8
     """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""

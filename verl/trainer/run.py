@@ -18,7 +18,7 @@ from verl.errors import UserError
 from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
-from verl.trainer.tracking import check_packages
+from verl.trainer.trackers import check_packages
 from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.base import RewardManager

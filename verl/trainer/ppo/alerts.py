@@ -15,7 +15,7 @@ _RANK_LEFT = 0.5
 # Rationale not used: a cosine above this; or a gain of the own rationale that is below this by two standard errors.
 _SAME_VECTOR, _LEAST_GAIN = 0.98, 0.01
 # Gibberish: the log-likelihood fell by this many nats per token, and to this multiple.
-_LEAST_NATS, _MULTIPLE = 1.0, 2.0
+_LEAST_NATS, _MULTIPLE = 1.0, 1.5
 # No signal and length drift: steps that are averaged.
 _SHORT, _FEWEST = 10, 3
 _MOST_FLAT = 0.5
@@ -167,8 +167,8 @@ def no_signal(history: History) -> str | None:
         return None
     cut = history.last("rationale/positive_truncated") or 0.0
     return (
-        f"no signal: in {mean(flat):.0%} of the groups of the last {len(flat)} steps all rewards are equal, and "
-        f"nothing is learned of them ({cut:.0%} of the rationales are cut); raise actor_rollout_ref.rollout.temperature, "
+        f"no signal: in {mean(flat):.0%} of the groups of the last {len(flat)} steps all rewards are equal, so that "
+        f"they teach nothing ({cut:.0%} of the rationales are cut); raise actor_rollout_ref.rollout.temperature, "
         "or data.max_response_length where rationales are cut."
     )
 

@@ -13,7 +13,9 @@ Shapes: P texts, H hidden size.
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -31,6 +33,14 @@ from verl.workers.group import ActorRolloutRefGroup
 # Rows of another role than the trained one get no log-probs.
 _NOT_SCORED = "query"
 _RESPONSE = ("responses", "response_length")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    figures: dict[str, float]
+    """As diag/<name>."""
+    texts: list[dict[str, Any]]
+    """Each text of the probe, with what step_N.jsonl says of it."""
 
 
 class Diagnostics:
@@ -65,8 +75,8 @@ class Diagnostics:
         """Whether there is a diagnosis that later ones can be compared with."""
         return bool(self._vector_files())
 
-    def run(self, step: int) -> dict[str, float]:
-        """Diagnose the policy as it is after a step; write the files, and return the figures as diag/<name>."""
+    def run(self, step: int) -> Diagnosis:
+        """Diagnose the policy as it is after a step, and write the files."""
         temperature = self._config.actor_rollout_ref.rollout.temperature
         prompts = self._prompts.with_tensors(temperature=torch.full((len(self._prompts),), temperature))
         written = self._write(prompts.repeat([RATIONALES_PER_TEXT] * len(prompts)))
@@ -77,7 +87,8 @@ class Diagnostics:
         if wants_likelihood:
             # Before the first step the policy is the untrained model.
             likelihood = _token_mean(first, by_policy if step == 0 else self._by_untrained(first))
-        self._save(step, first, vectors, likelihood)
+        lines = self._lines(first, vectors, likelihood)
+        self._save(step, lines, vectors)
         found = {
             "texts": float(len(first)),
             "samples": float(len(first) // self.probe.texts_per_sample),
@@ -87,7 +98,10 @@ class Diagnostics:
         }
         if likelihood is not None:
             found["log_likelihood"] = float(likelihood.mean())
-        return {f"diag/{name}": value for name, value in found.items()}
+        return Diagnosis(
+            {f"diag/{name}": value for name, value in found.items()},
+            [{"text": text.text, **line} for text, line in zip(self.probe.texts, lines, strict=True)],
+        )
 
     def _embed(self, first: DataProto, second: DataProto, log_probs: bool) -> tuple[ProbeVectors, Tensor | None]:
         """The vectors, and log-probs [P,R] of the first rationales by the policy where wanted: one forward."""
@@ -106,9 +120,10 @@ class Diagnostics:
         """[P,R] log-probs of the first rationales by the model that the run started from."""
         return self._workers.compute_untrained_log_prob(_with_role(first, TRAINED_ROLE)).batch["log_probs"]
 
-    def _save(self, step: int, first: DataProto, vectors: ProbeVectors, likelihood: Tensor | None) -> None:
+    def _lines(self, first: DataProto, vectors: ProbeVectors, likelihood: Tensor | None) -> list[dict[str, Any]]:
+        """What step_N.jsonl says of each text."""
         cosines = {name: values.tolist() for name, values in vectors.cosines().items()}
-        lines = [
+        return [
             {
                 "id": text.id,
                 "rationale": first.non_tensor_batch["rationale"][i],
@@ -119,6 +134,8 @@ class Diagnostics:
             }
             for i, text in enumerate(self.probe.texts)
         ]
+
+    def _save(self, step: int, lines: list[dict[str, Any]], vectors: ProbeVectors) -> None:
         replace_file(self._folder / f"step_{step}.jsonl", b"".join(orjson.dumps(line) + b"\n" for line in lines))
         with io.BytesIO() as file:
             np.savez(file, **{"with": _half(vectors.own), "without": _half(vectors.without)})

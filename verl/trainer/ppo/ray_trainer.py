@@ -345,9 +345,10 @@ class RayPPOTrainer:
         """Log the figures of the probe's texts; see `Diagnostics`."""
         assert self.diagnostics is not None
         with self.phase("diag"):
-            figures = self.diagnostics.run(step)
+            diagnosis = self.diagnostics.run(step)
         self.workers.take_bytes_moved()  # not to be counted for the next step
-        self.tracking.log({**figures, "time/diag_s": self.seconds.pop("diag")}, step)
+        self.tracking.log({**diagnosis.figures, "time/diag_s": self.seconds.pop("diag")}, step)
+        self.tracking.log_diagnosis(diagnosis.texts, step)
 
     def say_alerts(self, step: int) -> None:
         """Say the alerts that have begun, and end the run if it is to end at one.
