@@ -45,8 +45,8 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """One service. Its constructor takes a `TrackedRun` and the id of a run to go on with, or None for a new run; it raises
-    OSError where there is no answer."""
+    """One service. Its constructor takes a `TrackedRun`, and the id of a run to go on with or None for a new run; it
+    raises OSError where there is no answer."""
 
     run_id: str | None = None
     """By which the tracker can go on with this run; None if it cannot."""

@@ -162,7 +162,9 @@ def gibberish(history: History) -> str | None:
 
 
 def no_signal(history: History) -> str | None:
-    flat = history.values("group/flat_share")[-_SHORT:]
+    # Rewards teach in the steps that follow a policy gradient alone.
+    follow = {step for step, _ in history.series("actor/pg_loss")[-_SHORT:]}
+    flat = [share for step, share in history.series("group/flat_share")[-_SHORT:] if step in follow]
     if len(flat) < _FEWEST or mean(flat) <= _MOST_FLAT:
         return None
     cut = history.last("rationale/positive_truncated") or 0.0
@@ -226,7 +228,7 @@ RULES = (
                                     "cos_second_rationale")
     )),
     Rule("gibberish", ("diag/log_likelihood",), gibberish),
-    Rule("no_signal", ("group/flat_share",), no_signal, ("rationale/positive_truncated",)),
+    Rule("no_signal", ("group/flat_share",), no_signal, ("actor/pg_loss", "rationale/positive_truncated")),
     Rule("length_drift", ("rationale/positive_tokens_mean",), length_drift,
          ("group/length_reward_correlation", "rationale/positive_truncated")),
     Rule("hacking", _HELD_OUT, hacking, ("reward/mean", "diag/samples")),
