@@ -156,6 +156,8 @@ class MlflowTracker(Tracker):
         from mlflow.tracking import MlflowClient
 
         self.failures = (OSError, MlflowException)
+        # A bar for every row of a table.
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         local = "MLFLOW_TRACKING_URI" not in os.environ
         self._client = MlflowClient(f"sqlite:///{run.run_dir.absolute()}/mlflow.db" if local else None)
         try:
