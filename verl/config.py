@@ -455,8 +455,8 @@ class TrainerConfig(_Section):
     """Steps between diagnoses of the probe texts, which say whether embeddings collapse and rationales are used (see
     docs/diagnostics.md); the first one is before training, the last one after the last step. -1 or 0 = none."""
     diag_texts: PositiveInt | None = None
-    """Probe texts, rounded down to whole samples (at least two); null = as many as write 4 % of the run's rationales,
-    from 4 samples to 512 texts. A resumed run keeps those that it has."""
+    """Probe texts, rounded down to whole samples (at least two); null = as many as write 3 % of the run's rationales,
+    from 3 samples to 512 texts. A resumed run keeps those that it has."""
     diag_log_likelihood: bool = True
     """Score the probe's rationales by the untrained model, which is loaded for that where there is no reference."""
     stop_on_alert: bool = False

@@ -22,8 +22,8 @@ from verl.utils.files import replace_file
 FILE_NAME = "probe.json"
 
 # With trainer.diag_texts=null: share of the run's rationales that probe texts may write, and limits of the probe.
-_SHARE_OF_RATIONALES = 0.04
-_LEAST_SAMPLES, _MOST_TEXTS = 4, 512
+_SHARE_OF_RATIONALES = 0.03
+_LEAST_SAMPLES, _MOST_TEXTS = 3, 512
 RATIONALES_PER_TEXT = 2
 
 
