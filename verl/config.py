@@ -436,7 +436,9 @@ class TrainerConfig(_Section):
     """Name of the run in trackers and paths."""
     default_local_dir: FilePath | None = None
     """Run folder; null = checkpoints/<project_name>/<experiment_name>."""
-    logger: Annotated[list[Literal["console", "wandb", "tensorboard"]], BeforeValidator(_as_list)] = ["console"]
+    logger: Annotated[
+        list[Literal["console", "wandb", "tensorboard", "mlflow", "swanlab", "trackio"]], BeforeValidator(_as_list)
+    ] = ["console"]
     """Where metrics go besides metrics.jsonl, which is always written: one name, or a list."""
     samples_per_step: NonNegativeInt = 8
     """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""
@@ -456,6 +458,16 @@ class TrainerConfig(_Section):
     """Such steps after every step that writes rationales."""
     val_before_train: bool = False
     """Validate the untrained model first."""
+    diag_freq: OrOff = 50
+    """Steps between diagnoses of the probe texts, which say whether embeddings collapse and rationales are used (see
+    docs/diagnostics.md); the first one is before training, the last one after the last step. -1 or 0 = none."""
+    diag_texts: PositiveInt | None = None
+    """Probe texts, rounded down to whole samples (at least two); null = as many as write 3 % of the run's rationales,
+    from 3 samples to 512 texts. A resumed run keeps those that it has."""
+    diag_log_likelihood: bool = True
+    """Score the probe's rationales by the untrained model, which is loaded for that where there is no reference."""
+    stop_on_alert: bool = False
+    """End the run, with a checkpoint, when an alert begins after the first step."""
     resume_mode: Literal["auto", "disable", "resume_path"] = "auto"
     """auto = resume from the run folder's newest complete checkpoint if there is one."""
     resume_from_path: FilePath | None = None
@@ -527,6 +539,15 @@ class RunConfig(_Section):
     @property
     def validates(self) -> bool:
         return self.trainer.test_freq > 0 or self.trainer.val_before_train
+
+    @property
+    def diagnoses(self) -> bool:
+        return self.trainer.diag_freq > 0
+
+    @property
+    def scores_by_untrained(self) -> bool:
+        """Whether the untrained model scores rows, as the reference of a KL term or for the diagnoses."""
+        return self.needs_reference or (self.diagnoses and self.trainer.diag_log_likelihood)
 
 
 def file_list(files: str | list[str] | None) -> list[str]:

@@ -169,6 +169,9 @@ READERS = (
     Reader(
         (f"{_ACTOR}.entropy_coeff",), f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy
     ),
+    Reader(
+        ("trainer.diag_texts", "trainer.diag_log_likelihood"), "trainer.diag_freq above 0", lambda c: c.diagnoses
+    ),
     Reader(_VLLM_ONLY, f"{_ROLLOUT}.name=vllm", lambda c: c.actor_rollout_ref.rollout.name != "hf"),
 )  # fmt: skip
 
@@ -256,7 +259,7 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], st
         yield [key for key in offload if key.endswith("offload_policy")], "with actor.strategy=fsdp"
     if section.rollout.name == "hf":
         yield [key for key in changed if key in _VLLM_ONLY], "with the engine hf"
-    if not config.needs_reference:
+    if not config.scores_by_untrained:
         yield [key for key in changed if key.startswith("actor_rollout_ref.ref.")], "without a reference model"
     rewards = config.reward_model.reward_kwargs
     if rewards.get("with_scale") is False and rewards.get("objective", "grace") == "grace":

@@ -55,7 +55,7 @@ RESERVED = {
     },
     "hydra": {"verl.trainer.compose", "verl.trainer.overrides"},
     "vllm": {"verl.workers.rollout.vllm"},
-    "wandb": {"verl.trainer.tracking"},
+    **{name: {"verl.trainer.trackers"} for name in ("wandb", "mlflow", "swanlab", "trackio")},
     "mteb": {
         "verl.evaluation.evaluate",
         "verl.evaluation.local_tasks",

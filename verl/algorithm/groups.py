@@ -44,6 +44,20 @@ def group_mean_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(rewards.dtype), std.to(rewards.dtype)
 
 
+def within_group(values: Tensor, group: Tensor) -> Tensor:
+    """[N] float64: `values` minus the mean of their group, which is all of them that an advantage sees."""
+    exact = values.double()
+    return exact - (group_sum(exact, group) / group_size(group).double())[group]
+
+
+def within_group_correlation(first: Tensor, second: Tensor, group: Tensor) -> float | None:
+    """Pearson's correlation of two series [N] within the groups; None where one is constant in every group."""
+    a, b = within_group(first, group), within_group(second, group)
+    spread = float(a.square().sum() * b.square().sum())
+    # Rewards that differ by rounding alone are equal.
+    return float((a * b).sum()) / spread**0.5 if spread > 1e-24 else None
+
+
 def groups_of(rows: DataProto) -> Tensor:
     """[N] int64: the group of each row, by the uid of its sample."""
     return group_index(rows.non_tensor_batch["uid"])

@@ -55,6 +55,19 @@ def uniformity(vectors: Tensor) -> float:
     return float(torch.pdist(vectors).square().mul(-2).exp().mean().log())
 
 
+def top_variance_share(vectors: Tensor) -> float:
+    """Share of the largest principal component in the variance of the rows; 1 when all rows are equal.
+
+    1 / H is the least it can be. Near 1, all rows lie on one line, and cosines follow one number of each text.
+    """
+    centred = vectors.double() - vectors.double().mean(0)
+    variance = torch.linalg.svdvals(centred).square()
+    # What rounding leaves of rows that are equal is no variance.
+    if variance.sum() <= 1e-12 * len(vectors):
+        return 1.0
+    return float(variance[0] / variance.sum())
+
+
 def triplet_report(query: Tensor, positive: Tensor, negative: Tensor) -> dict[str, float]:
     """All measures of a held-out set of triplets; retrieval searches all its positives."""
     everything = torch.cat([query, positive, negative])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from verl.algorithm.advantage import get_adv_estimator_fn
 from verl.batch_plan import BatchPlan
@@ -14,9 +15,10 @@ from verl.embedding.chat_template import system_prompt_of
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
-from verl.trainer.tracking import check_packages
+from verl.trainer.trackers import check_packages
 from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
 from verl.workers.reward_manager.base import RewardManager
@@ -33,6 +35,8 @@ class TrainingRun:
     validation: Validation | None
     """None when the config does not validate."""
     reward_manager: RewardManager
+    probe: Probe | None
+    """What a new run would diagnose; None when it does not diagnose."""
     folder: RunFolder
     """Owned by this run."""
     folder_warning: str | None
@@ -49,9 +53,17 @@ class TrainingRun:
         engine = self.config.actor_rollout_ref.rollout.name
         lines = [*self.plan.lines(), *self._prompt_lines(), *self.dataset.length_lines()]
         lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
+        lines += self._probe_lines()
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
         return [*lines, *start_notes(self.config, self.device)]
+
+    def _probe_lines(self) -> Iterator[tuple[str, str]]:
+        if self.probe is not None:
+            steps = diagnosed_steps(self.config, self.plan)
+            yield "diagnoses", f"{len(steps)} of {len(self.probe.texts)} texts of {self.probe.source}"
+        elif self.config.diagnoses:
+            yield "diagnoses", "none: the rewards need no embeddings"
 
     def _prompt_lines(self) -> Iterator[tuple[str, str]]:
         settings, count = self.collate.settings, self.dataset.num_system_prompts
@@ -83,22 +95,51 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
         collate = build_collate(config, dataset, renderer, reward_manager)
+        held_out = None
+        if config.validates or (config.diagnoses and has_val_files(config)):
+            held_out = PromptDataset(file_list(config.data.val_files), config.data, roles, renderer)
         validation = None
         if config.validates:
-            held_out = PromptDataset(file_list(config.data.val_files), config.data, roles, renderer)
+            assert held_out is not None
             validation = Validation(config, held_out, collate, reward_manager.needs_embeddings)
         # A wrong template or an empty text in the first sample is found here rather than after the workers' start.
         collate([dataset[0]])
     plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, workers_per_node * config.trainer.nnodes)
+    probe = draw_probe(config, plan, dataset, held_out) if reward_manager.needs_embeddings else None
     with _for_the_user(CheckpointError):
         folder = RunFolder(config.run_dir.absolute())
     with folder.owned() as warning:
         with _for_the_user(CheckpointError):
             resume = find_resume(config, folder, dataset.sha256)
         yield TrainingRun(
-            config, plan, dataset, collate, validation, reward_manager, folder, warning, resume, device,
+            config, plan, dataset, collate, validation, reward_manager, probe, folder, warning, resume, device,
             workers_per_node, engine_reason,
         )  # fmt: skip
+
+
+def draw_probe(
+    config: RunConfig, plan: BatchPlan, dataset: PromptDataset, held_out: PromptDataset | None
+) -> Probe | None:
+    """The texts to diagnose, of the held-out file where there is one; None when the config does not diagnose.
+
+    Raises:
+        UserError: the file does not have two samples of different texts.
+    """
+    if not config.diagnoses:
+        return None
+    key = "data.train_files" if held_out is None else "data.val_files"
+    files = config.data.train_files if held_out is None else config.data.val_files
+    per_sample = 3 if config.train_mode == "supervised" else 1
+    return choose_probe(
+        held_out or dataset, f"{key}={','.join(file_list(files))}", wanted_texts(config, plan, per_sample),
+        config.actor_rollout_ref.rollout.seed,
+    )  # fmt: skip
+
+
+def has_val_files(config: RunConfig) -> bool:
+    """Whether the files of data.val_files exist; without validation they need not."""
+    files = file_list(config.data.val_files)
+    return bool(files) and all(Path(name).is_file() for name in files)
 
 
 def build_collate(

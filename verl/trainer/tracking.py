@@ -5,112 +5,25 @@ tracker that has logged it is started anew from the record. A tracker never ends
 record goes on.
 """
 
-import importlib
 import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
-from verl.errors import UserError
+from verl.trainer.ppo.alerts import Alert, AlertWatch
+from verl.trainer.trackers import TENSORBOARD, TRACKERS, TrackedRun, Tracker
 from verl.utils.files import replace_file
 
-METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
-LOGGED = (METRICS, SAMPLES, TENSORBOARD)
-"""What is written into the run folder, except by wandb, whose runs have folders of their own."""
+METRICS, SAMPLES, DIAGNOSTICS = "metrics.jsonl", "samples", "diagnostics"
+LOGGED = (METRICS, SAMPLES, DIAGNOSTICS, TENSORBOARD)
+"""What is written into the run folder, except by trackers whose runs have folders of their own."""
 
-_PACKAGES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
-# Seconds that wandb may take to reach its server at the start, and to send what is left at the end.
-_WANDB_START_S, _WANDB_FINISH_S = 20, 60
-
-
-def check_packages(backends: Iterable[str]) -> None:
-    """Raise UserError if the package of a tracker cannot be imported."""
-    for backend in backends:
-        try:
-            importlib.import_module(_PACKAGES.get(backend, __name__))
-        except ImportError as error:
-            raise UserError(f"trainer.logger={backend} needs a package that is not installed: {error}") from error
-
-
-class Tracker(Protocol):
-    run_id: str | None
-    """By which the tracker goes on with a run, if it can."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class WandbTracker:
-    """A wandb run; offline where there is no key or no answer.
-
-    Args:
-        run_id: of a run to go on with; None = a new one.
-        say: prints a line.
-    """
-
-    def __init__(
-        self, run_dir: Path, project: str, name: str, config: dict[str, Any], run_id: str | None,
-        say: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        import wandb
-
-        self._say = say
-
-        def start(mode: Any) -> Any:
-            return wandb.init(
-                project=project, name=name, config=config, dir=run_dir, mode=mode, id=run_id,
-                resume="allow" if run_id else None,
-                settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=_WANDB_START_S, finish_timeout=_WANDB_FINISH_S,
-                    finish_timeout_raises=False,
-                ),
-            )  # fmt: skip
-
-        mode, reason = os.environ.get("WANDB_MODE"), "WANDB_MODE"
-        try:
-            if mode is None:
-                mode, reason = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
-            self._run = start(mode)
-        except wandb.Error as error:
-            mode, reason = "offline", " ".join(str(error).splitlines()[:2])
-            self._run = start(mode)
-        self.run_id = None if mode == "offline" else self._run.id
-        self._sync = f"wandb sync {Path(self._run.dir).parent}"
-        if mode == "offline":
-            say(f"wandb: offline ({reason}); send the run later with: {self._sync}")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
-
-    def finish(self) -> None:
-        start = time.monotonic()
-        self._run.finish()
-        if time.monotonic() - start >= _WANDB_FINISH_S:
-            self._say(f"wandb: not everything was sent in {_WANDB_FINISH_S} s; send the run with: {self._sync}")
-
-
-class TensorboardTracker:
-    run_id: str | None = None
-
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
-        self._writer = SummaryWriter(str(run_dir / TENSORBOARD))
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def finish(self) -> None:
-        self._writer.close()
+# Probe texts and groups in the tables of a diagnosis.
+_SHOWN = 4
 
 
 class Tracking:
@@ -124,9 +37,13 @@ class Tracking:
         self, run_dir: Path, backends: Sequence[str], project: str, name: str, config: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.run_dir, self.backends, self._say = run_dir, backends, say
-        self._wandb = (project, name, config)
+        self.run_dir, self._say = run_dir, say
+        self._run = TrackedRun(run_dir, project, name, config, say)
+        self._backends = [name for name in TRACKERS if name in backends]
         self.trackers: dict[str, Tracker] = {}
+        self._samples: list[dict[str, Any]] = []
+        """Of the last step that had any."""
+        self._alerts = AlertWatch()
 
     def begin(self, step: int, run_ids: dict[str, str]) -> None:
         """Start the trackers, once the record has forgotten what was logged after `step`.
@@ -136,13 +53,17 @@ class Tracking:
             run_ids: as `run_ids` was when that step was saved.
         """
         kept, forgot = self._forget_after(step)
-        if "tensorboard" in self.backends:
-            self._start("tensorboard", TensorboardTracker(self.run_dir), kept)
-        if "wandb" in self.backends:
-            # A wandb run refuses steps before its last one: with something to forget it is a new run.
-            run_id = None if forgot else run_ids.get("wandb")
-            tracker = WandbTracker(self.run_dir, *self._wandb, run_id, self._say)
-            self._start("wandb", tracker, [] if run_id and tracker.run_id else kept)
+        self._alerts.replay(kept)
+        for name in self._backends:
+            # Services refuse steps before a run's last one, or show both: with something to forget it is a new run.
+            run_id = None if forgot else run_ids.get(name)
+            try:
+                tracker = self.trackers[name] = TRACKERS[name](self._run, run_id)
+            except OSError as error:
+                self._give_up(name, error)
+                continue
+            if run_id is None or tracker.run_id != run_id:
+                self._mirror(name, kept)
 
     @property
     def run_ids(self) -> dict[str, str]:
@@ -150,12 +71,31 @@ class Tracking:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         line = {"step": step, **metrics}
-        with (self.run_dir / METRICS).open("ab") as file:
-            file.write(orjson.dumps(line) + b"\n")
+        self._alerts.add(line)
+        self._log(line)
+
+    def log_new_alerts(self, step: int) -> list[Alert]:
+        """Log the alerts that have begun since the last call, and return them."""
+        begun = self._alerts.take()
+        if begun:
+            self._log({"step": step, "alerts": [asdict(alert) for alert in begun]})
+        return begun
+
+    def log_diagnosis(self, texts: Sequence[dict[str, Any]], step: int) -> None:
+        """Tables for the trackers: a few probe texts, and a few groups of the last step.
+
+        Args:
+            texts: of the probe, with their rationales, see `Diagnosis`.
+        """
+        tables = {"samples/probe": list(texts[:_SHOWN]), "samples/groups": _group_rows(self._samples)}
         for name in list(self.trackers):
-            self._mirror(name, [line])
+            with self._guarded(name):
+                for table, rows in tables.items():
+                    if rows:
+                        self.trackers[name].log_table(table, rows, step)
 
     def log_samples(self, samples: list[dict[str, Any]], step: int) -> None:
+        self._samples = samples
         lines = [orjson.dumps(sample) for sample in samples]
         folder = self.run_dir / SAMPLES
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,12 +106,19 @@ class Tracking:
             with self._guarded(name):
                 self.trackers[name].finish()
 
+    def _log(self, line: dict[str, Any]) -> None:
+        with (self.run_dir / METRICS).open("ab") as file:
+            file.write(orjson.dumps(line) + b"\n")
+        for name in list(self.trackers):
+            self._mirror(name, [line])
+
     def _forget_after(self, step: int) -> tuple[list[dict[str, Any]], bool]:
         """Drop what was logged after a step; return the lines that are left, and whether any was dropped."""
-        for file in (self.run_dir / SAMPLES).glob("step_*.jsonl"):
-            number = file.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:
-                file.unlink()
+        for folder in (SAMPLES, DIAGNOSTICS):
+            for file in (self.run_dir / folder).glob("*step_*.*"):
+                number = file.stem.rpartition("_")[2]
+                if number.isdecimal() and int(number) > step:
+                    file.unlink()
         record = self.run_dir / METRICS
         if not record.is_file():
             return [], False
@@ -181,10 +128,6 @@ class Tracking:
         kept = [(line, values) for line, values in whole if values["step"] <= step]
         replace_file(record, b"".join(line for line, _ in kept))
         return [values for _, values in kept], len(kept) < len(lines)
-
-    def _start(self, name: str, tracker: Tracker, history: Sequence[dict[str, Any]]) -> None:
-        self.trackers[name] = tracker
-        self._mirror(name, history)
 
     def _mirror(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         with self._guarded(name):
@@ -196,20 +139,34 @@ class Tracking:
         """What goes wrong with a tracker's disk, network or service is said once, and the tracker not used again."""
         try:
             yield
-        except _failures(name) as error:
+        except self.trackers[name].failures as error:
             del self.trackers[name]
-            self._say(f"{name} failed and gets no more of this run ({error!r}); {self.run_dir / METRICS} goes on")
+            self._give_up(name, error)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        self._say(f"{name} failed and gets no more of this run ({error!r}); {self.run_dir / METRICS} goes on")
 
 
 def _log_line(tracker: Tracker, line: dict[str, Any]) -> None:
-    finite = {name: value for name, value in line.items() if name != "step" and value is not None}
-    tracker.log({name: value for name, value in finite.items() if math.isfinite(value)}, line["step"])
+    """A line of the record: figures, or alerts."""
+    step = line["step"]
+    for alert in line.get("alerts", ()):
+        tracker.log_alert(Alert(**alert), step)
+    figures = {name: value for name, value in line.items() if name not in ("step", "alerts") and value is not None}
+    if finite := {name: value for name, value in figures.items() if math.isfinite(value)}:
+        tracker.log(finite, step)
 
 
-def _failures(name: str) -> tuple[type[Exception], ...]:
-    """What a tracker raises when its disk, network or service fails."""
-    if name == "wandb":
-        import wandb
-
-        return OSError, wandb.Error
-    return (OSError,)
+def _group_rows(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trained rows of a step's first groups, as a table."""
+    shown = list(dict.fromkeys(sample["uid"] for sample in samples))[:_SHOWN]
+    return [
+        {
+            "sample": sample["uid"], "text": sample["text"], "rationale": sample["rationale"],
+            "reward": sample["reward"], "advantage": sample.get("advantage"), "tokens": sample["tokens"],
+            "finish_reason": sample["finish_reason"],
+            **{f"reward/{name}": value for name, value in sample["reward_parts"].items()},
+        }
+        for sample in samples
+        if sample["uid"] in shown and "reward" in sample
+    ]  # fmt: skip

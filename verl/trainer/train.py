@@ -12,6 +12,7 @@ from verl.errors import UserError, WorkerError
 from verl.single_controller.local_group import LocalWorkerGroup
 from verl.single_controller.ray_group import RayWorkerGroup
 from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.ppo.alerts import AlertError
 from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.prepare import start_ray
@@ -28,7 +29,7 @@ def run_program(config: RunConfig) -> int:
     quiet_libraries()
     try:
         train(config)
-    except (UserError, WorkerError, StaleEngineError, CheckpointError, RewardError) as error:
+    except (UserError, WorkerError, StaleEngineError, CheckpointError, RewardError, AlertError) as error:
         sys.stderr.write(f"\nmain_ppo: {error}\n")
         return 2 if isinstance(error, UserError) else 1
     except Interrupted as interrupted:

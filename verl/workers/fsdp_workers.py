@@ -4,6 +4,7 @@ The maths is in `actor`, the sharding in `models.fsdp`, decoding in `rollout`. T
 use the device.
 """
 
+import gc
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,17 +161,19 @@ class ActorRolloutRefWorker(Worker):
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         """`log_probs` [N,R] of the reference model."""
         assert self.reference is not None
-        offloads = self._moves_by_hand(fsdp := self.config.ref.fsdp_config) and fsdp.param_offload
-        if offloads:
-            self.reference.to(self.device)
-        with self.stages.stage(
-            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
-        ):
-            columns = score(
-                self.reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
-            )
-        if offloads:
-            self.reference.to("cpu")
+        return self._score_by(self.reference, rows)
+
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
+    def compute_untrained_log_prob(self, rows: DataProto) -> DataProto:
+        """`log_probs` [N,R] of the model that the run started from: the reference, or loaded for this call alone."""
+        if self.reference is not None:
+            return self._score_by(self.reference, rows)
+        with self.stages.stage("loading the untrained model", "Set trainer.diag_log_likelihood=False."):
+            untrained = self._build_reference()
+            columns = self._score_by(untrained, rows)
+            del untrained
+            gc.collect()  # its layers refer to each other
+        self.stages.release_cache()
         return columns
 
     @register(
@@ -233,6 +236,20 @@ class ActorRolloutRefWorker(Worker):
         fsdp = self.config.ref.fsdp_config
         reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp), section="ref")
         return reference.to("cpu") if self._moves_by_hand(fsdp) and fsdp.param_offload else reference
+
+    def _score_by(self, reference: PolicyModel, rows: DataProto) -> DataProto:
+        offloads = self._moves_by_hand(fsdp := self.config.ref.fsdp_config) and fsdp.param_offload
+        if offloads:
+            reference.to(self.device)
+        with self.stages.stage(
+            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
+        ):
+            columns = score(
+                reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
+            )
+        if offloads:
+            reference.to("cpu")
+        return columns
 
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""

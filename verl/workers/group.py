@@ -63,6 +63,9 @@ class ActorRolloutRefGroup:
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
         return self._by_tokens(ActorRolloutRefWorker.compute_ref_log_prob, rows)
 
+    def compute_untrained_log_prob(self, rows: DataProto) -> DataProto:
+        return self._by_tokens(ActorRolloutRefWorker.compute_untrained_log_prob, rows)
+
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Each mini-batch (column `mini_batch`) is spread over all ranks by its tokens."""
         parts: list[list[int]] = [[] for _ in range(self.world_size)]

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.algorithm.groups import group_mean_std, groups_of
+from verl.algorithm.groups import group_mean_std, groups_of, within_group_correlation
 from verl.algorithm.loss import token_weights
 from verl.config import RunConfig
 from verl.embedding.metrics import spread_report
+from verl.embedding.ngrams import distinct_n, repetition
 from verl.protocol import DataProto
 from verl.workers.reward_manager.base import RewardOutput
 
@@ -36,6 +37,7 @@ def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput, config
             "group/duplicate_share": duplicate_share(
                 batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]
             ),
+            **text_metrics(batch, reward.scores),
             **length_metrics(rows, rows.meta_info["num_shortened"]),
         }
     if "entropy" in batch.batch.keys():
@@ -67,6 +69,18 @@ def reward_metrics(rewards: Tensor, group: Tensor) -> dict[str, float]:
         "group/std_median": float(spread.median()),
         "group/flat_share": float((spread < _FLAT_GROUP_STD).float().mean()),
     }
+
+
+def text_metrics(batch: DataProto, rewards: Tensor) -> dict[str, float]:
+    """How much the trained rationales repeat themselves and each other, and whether longer ones earn more."""
+    ids, lengths, group = batch.batch["responses"], batch.batch["response_length"], groups_of(batch)
+    metrics = {
+        "group/distinct_1": distinct_n(ids, lengths, group, 1),
+        "group/distinct_2": distinct_n(ids, lengths, group, 2),
+        "rationale/repetition": repetition(ids, lengths),
+    }
+    length_correlation = within_group_correlation(lengths, rewards, group)
+    return metrics if length_correlation is None else metrics | {"group/length_reward_correlation": length_correlation}
 
 
 def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:

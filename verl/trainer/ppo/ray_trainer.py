@@ -23,6 +23,8 @@ from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
 from verl.trainer.display import RunDisplay, model_lines
 from verl.trainer.ppo import step_rows
+from verl.trainer.ppo.alerts import AlertError
+from verl.trainer.ppo.diagnostics import Diagnostics
 from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
 from verl.trainer.ppo.samples import step_samples
@@ -37,7 +39,7 @@ from verl.workers.reward_manager.base import RewardOutput
 from verl.workers.reward_manager.checked import RewardError
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
-_BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val")
+_BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val", "diag")
 # In these the driver calls no worker, so that nothing but a limit of its own would end them.
 _IN_THE_DRIVER = ("data", "reward")
 
@@ -70,6 +72,8 @@ class RayPPOTrainer:
             self.config.run_dir, list(trainer.logger), trainer.project_name, trainer.experiment_name,
             self.config.model_dump(), self.display.say,
         )  # fmt: skip
+        self.diagnostics: Diagnostics | None = None
+        """Once the run has started, where it diagnoses."""
         self.seconds: dict[str, float] = {}
         """Of the phases of the current step."""
         self.step_seconds: float | None = None
@@ -119,8 +123,13 @@ class RayPPOTrainer:
         if aside := self.run.folder.set_aside_after(self.first_step, also=() if self.run.resume else LOGGED):
             self.display.say(f"what an earlier run left after step {self.first_step} was moved to {aside}")
         self.tracking.begin(self.first_step, self.run_ids)
+        if self.run.probe:
+            self.diagnostics = Diagnostics(self.run, self.run.probe, self.workers, self.write_held_out)
         if self.config.trainer.val_before_train and not self.run.resume:
             self.validate(0)
+        if self.diagnostics and not self.diagnostics.has_begun:
+            self.diagnose(self.first_step)
+        self.say_alerts(self.first_step)
 
     def resume(self, point: ResumePoint) -> None:
         """Load a checkpoint into the workers."""
@@ -162,13 +171,14 @@ class RayPPOTrainer:
 
     @contextmanager
     def saving_when_stopped(self) -> Iterator[None]:
-        """Save the last finished step when the run is asked to stop, or cannot reward; what has begun is dropped.
+        """Save the last finished step when the run is asked to stop, cannot reward, or ends at an alert; what has begun
+        is dropped.
 
-        In both cases the workers are well, and their weights those of the last finished step.
+        In all cases the workers are well, and their weights those of the last finished step.
         """
         try:
             yield
-        except (Interrupted, RewardError):
+        except (Interrupted, RewardError, AlertError):
             if self.done_step > self.saver.saved_step:
                 self.save(self.done_step)
             self.display.say(f"stopped; the same command resumes from step {self.saver.saved_step}")
@@ -262,10 +272,13 @@ class RayPPOTrainer:
         return self.workers.update_actor(batch, num_mini_batches)
 
     def finish(self, step: int) -> None:
-        """What follows a step that is trained and logged: validation and a checkpoint, where they are due."""
+        """What follows a step that is trained and logged: held-out figures, alerts and a checkpoint, where due."""
         self.done_step = step
         if self.validation_is_due(step):
             self.validate(step)
+        if self.diagnostics and self.diagnostics.is_due(step):
+            self.diagnose(step)
+        self.say_alerts(step)
         if self.save_is_due(step):
             self.save(step)
 
@@ -316,11 +329,37 @@ class RayPPOTrainer:
             self.save(step, metrics[name])
             self.display.say(f"the best {name} so far: {metrics[name]:.4f}, step {step}")
 
-    def embed_held_out(self, prompts: DataProto) -> DataProto:
-        """Prompt rows with one rationale each, drawn with the same seeds in every validation, and embeddings."""
+    def write_held_out(self, prompts: DataProto) -> DataProto:
+        """Prompt rows with one rationale each, drawn with the same seeds in every call."""
         self.workers.sync_rollout_weights()
-        rows = self.generate(prompts, step=0)
+        return self.generate(prompts, step=0)
+
+    def embed_held_out(self, prompts: DataProto) -> DataProto:
+        """As `write_held_out`, with embeddings."""
+        rows = self.write_held_out(prompts)
         return rows.union(self.workers.score(rows, log_probs=False, embed=True, for_update=False))
+
+    def diagnose(self, step: int) -> None:
+        """Log the figures of the probe's texts; see `Diagnostics`."""
+        assert self.diagnostics is not None
+        with self.phase("diag"):
+            diagnosis = self.diagnostics.run(step)
+        self.workers.take_bytes_moved()  # not to be counted for the next step
+        self.tracking.log({**diagnosis.figures, "time/diag_s": self.seconds.pop("diag")}, step)
+        self.tracking.log_diagnosis(diagnosis.texts, step)
+
+    def say_alerts(self, step: int) -> None:
+        """Say the alerts that have begun, and end the run if it is to end at one.
+
+        Raises:
+            AlertError: with trainer.stop_on_alert; but not before the first step, as training is to change what was
+                found then.
+        """
+        begun = self.tracking.log_new_alerts(step)
+        for alert in begun:
+            self.display.say(f"ALERT at step {step}, {alert.name}: {alert.text}")
+        if begun and self.config.trainer.stop_on_alert and step > self.first_step:
+            raise AlertError(f"stopped at step {step} by the alert {begun[0].name}: {begun[0].text}")
 
     def save(self, step: int, best_value: float | None = None) -> None:
         """Save the step.

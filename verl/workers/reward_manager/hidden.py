@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithm.contrastive import Group, false_negatives, query_log_probs, symmetric_infonce
-from verl.algorithm.groups import group_size, group_sum, groups_of
+from verl.algorithm.groups import group_size, groups_of, within_group
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
 from verl.embedding.pooling import unit, without_direction
@@ -134,17 +134,12 @@ def variance_shares(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
 
     The share is cov(term, reward) / var(reward): what part of the advantage comes from that term.
     """
-    deviations = {name: _within_group(term.weighted.double(), g) for name, term in terms.items()}
+    deviations = {name: within_group(term.weighted, g) for name, term in terms.items()}
     total = torch.stack(list(deviations.values())).sum(0)
     variance = total.square().sum()
     if variance <= 1e-12:
         return dict.fromkeys(terms, 0.0)
     return {name: float((total * deviation).sum() / variance) for name, deviation in deviations.items()}
-
-
-def _within_group(values: Tensor, g: Tensor) -> Tensor:
-    """[B] values minus their group's mean."""
-    return values - (group_sum(values, g) / group_size(g).double())[g]
 
 
 def total_reward(terms: dict[str, Term]) -> Tensor:
