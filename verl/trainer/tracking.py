@@ -19,8 +19,9 @@ import orjson
 
 from verl.errors import UserError
 from verl.utils.files import replace_file
+from verl.utils.run_files import METRICS, SAMPLES
 
-METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples", "tensorboard"
+TENSORBOARD = "tensorboard"
 LOGGED = (METRICS, SAMPLES, TENSORBOARD)
 """What is written into the run folder, except by wandb, whose runs have folders of their own."""
 
