@@ -16,9 +16,14 @@ TOPICS = "lost cards, late trains, cast iron pans, tax forms, garden tools, nigh
 
 
 def write_run(
-    folder: Path, steps: int = 40, texts: int = 30, every: int = 10, size: int = 24, seed: int = 0,
+    folder: Path,
+    steps: int = 40,
+    texts: int = 30,
+    every: int = 10,
+    size: int = 24,
+    seed: int = 0,
     rationale: Callable[[int, int], str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """A whole run: its record, figures of every step, samples, diagnoses of probe texts, and evaluations.
 
     Args:
@@ -45,9 +50,12 @@ def write_record(folder: Path, steps: int) -> None:
     config["data"] |= {"train_files": "data/train.parquet", "train_batch_size": 6}
     config["reward_model"]["reward_kwargs"] = {"temperature": 0.1}
     record = {
-        "command": "python3 -m verl.trainer.main_ppo data.train_batch_size=6", "config": config,
-        "versions": {"python": "3.11.7", "torch": "2.13.0"}, "total_steps": steps, "started": "2026-11-28 19:00 UTC",
-    }  # fmt: skip
+        "command": "python3 -m verl.trainer.main_ppo data.train_batch_size=6",
+        "config": config,
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "total_steps": steps,
+        "started": "2026-11-28 19:00 UTC",
+    }
     (folder / RECORD).write_text(json.dumps(record))
 
 
@@ -59,37 +67,82 @@ def write_metrics(file: Path, steps: int, every: int, rng: np.random.Generator) 
         if step:
             lines.append({"step": step, **training_figures(part, n)})
         if step % every == 0:
-            lines.append({"step": step, "val/triplet_accuracy": 0.6 + 0.15 * part + n[0] / 5, "val/sts_spearman": 0.58 + 0.05 * part,
-                          "val/effective_rank": 30 - 4 * part, "time/val_s": 9.5})  # fmt: skip
+            lines.append(
+                {
+                    "step": step,
+                    "val/triplet_accuracy": 0.6 + 0.15 * part + n[0] / 5,
+                    "val/sts_spearman": 0.58 + 0.05 * part,
+                    "val/effective_rank": 30 - 4 * part,
+                    "time/val_s": 9.5,
+                }
+            )
             lines.append({"step": step, **diagnosed_figures(part, n), "time/diag_s": 4.2})
-    lines.insert(len(lines) // 2, {"step": steps // 2, "alerts": [
-        {"name": "not_used", "text": "The rationales hardly matter: the cosine with and without them is 0.985."}]})  # fmt: skip
+    lines.insert(
+        len(lines) // 2,
+        {
+            "step": steps // 2,
+            "alerts": [
+                {"name": "not_used", "text": "The rationales hardly matter: the cosine with and without them is 0.985."}
+            ],
+        },
+    )
     write_lines(file, lines)
 
 
 def training_figures(part: float, n: np.ndarray) -> dict[str, float]:
     positive, negative, clustering = 8.6 + 0.7 * part + n[1], -8.7 - n[2], 1.9 + n[3] / 4
     return {
-        "reward/positive/weighted": positive, "reward/negative/weighted": negative, "reward/clustering/weighted": clustering,
-        "reward/positive/variance_share": 0.93 + n[4] / 5, "reward/clustering/variance_share": 0.07 - n[4] / 5,
-        "reward/mean": positive + negative, "reward/max": positive + negative + 0.7, "reward/min": positive + negative - 0.6,
-        "group/std_median": 0.14 + n[5] / 3, "group/flat_share": 0.0, "group/duplicate_share": 0.02, "group/distinct_1": 0.6,
-        "rationale/positive_tokens_mean": 24 + 8 * part + n[6] * 9, "rationale/query_tokens_mean": 21 + 5 * part,
-        "rationale/positive_truncated": 0.3 - 0.1 * part, "rationale/query_truncated": 0.2, "rationale/repetition": 0.01,
-        "actor/grad_norm": 0.9 + n[7], "actor/pg_loss": n[1] / 100, "actor/entropy": 3 - part, "actor/lr": 1e-5,
-        "memory/host_peak_gb": 4.4, "perf/tokens_per_s": 160 + 40 * n[0], "own/figure": part,
-        "time/gen_s": 5.1 + n[0], "time/score_s": 3.9, "time/update_s": 5.8 + n[2], "time/sync_s": 1.2, "time/step_s": 16.0,
-    }  # fmt: skip
+        "reward/positive/weighted": positive,
+        "reward/negative/weighted": negative,
+        "reward/clustering/weighted": clustering,
+        "reward/positive/variance_share": 0.93 + n[4] / 5,
+        "reward/clustering/variance_share": 0.07 - n[4] / 5,
+        "reward/mean": positive + negative,
+        "reward/max": positive + negative + 0.7,
+        "reward/min": positive + negative - 0.6,
+        "group/std_median": 0.14 + n[5] / 3,
+        "group/flat_share": 0.0,
+        "group/duplicate_share": 0.02,
+        "group/distinct_1": 0.6,
+        "rationale/positive_tokens_mean": 24 + 8 * part + n[6] * 9,
+        "rationale/query_tokens_mean": 21 + 5 * part,
+        "rationale/positive_truncated": 0.3 - 0.1 * part,
+        "rationale/query_truncated": 0.2,
+        "rationale/repetition": 0.01,
+        "actor/grad_norm": 0.9 + n[7],
+        "actor/pg_loss": n[1] / 100,
+        "actor/entropy": 3 - part,
+        "actor/lr": 1e-5,
+        "memory/host_peak_gb": 4.4,
+        "perf/tokens_per_s": 160 + 40 * n[0],
+        "own/figure": part,
+        "time/gen_s": 5.1 + n[0],
+        "time/score_s": 3.9,
+        "time/update_s": 5.8 + n[2],
+        "time/sync_s": 1.2,
+        "time/step_s": 16.0,
+    }
 
 
 def diagnosed_figures(part: float, n: np.ndarray) -> dict[str, float]:
     return {
-        "diag/texts": 30, "diag/effective_rank": 16 - 3 * part, "diag/mean_cosine": 0.8 - 0.05 * part, "diag/top1_variance_share": 0.2,
-        "diag/uniformity": -0.7, "diag/alignment": 0.3 - 0.1 * part, "diag/log_likelihood": -2.4 - 0.2 * part,
-        "diag/cos_without": 0.97 - 0.06 * part, "diag/cos_other_rationale": 0.93 - 0.04 * part, "diag/cos_second_rationale": 0.97,
-        "diag/own_rationale_t": 4 + 3 * part, "diag/mrr_thinking": 0.5 + 0.2 * part, "diag/mrr_without": 0.48, "diag/mrr_shuffled": 0.4,
-        "diag/tokens_mean": 26 + n[0], "diag/truncated": 0.2,
-    }  # fmt: skip
+        "diag/texts": 30,
+        "diag/effective_rank": 16 - 3 * part,
+        "diag/mean_cosine": 0.8 - 0.05 * part,
+        "diag/top1_variance_share": 0.2,
+        "diag/uniformity": -0.7,
+        "diag/alignment": 0.3 - 0.1 * part,
+        "diag/log_likelihood": -2.4 - 0.2 * part,
+        "diag/cos_without": 0.97 - 0.06 * part,
+        "diag/cos_other_rationale": 0.93 - 0.04 * part,
+        "diag/cos_second_rationale": 0.97,
+        "diag/own_rationale_t": 4 + 3 * part,
+        "diag/mrr_thinking": 0.5 + 0.2 * part,
+        "diag/mrr_without": 0.48,
+        "diag/mrr_shuffled": 0.4,
+        "diag/tokens_mean": 26 + n[0],
+        "diag/truncated": 0.2,
+    }
 
 
 def sample_rows(step: int, rng: np.random.Generator, write: Callable[[int, int], str]) -> list[dict[str, Any]]:
@@ -99,8 +152,19 @@ def sample_rows(step: int, rng: np.random.Generator, write: Callable[[int, int],
         text = f"A sample text about {TOPICS[uid % 7]}."
         for _ in range(4):
             parts = {"positive": 9 + rng.normal(0, 0.3), "negative": -8.8, "clustering": 1.9 + rng.normal(0, 0.02)}
-            rows.append({"uid": uid, "role": "positive", "text": text, "rationale": write(uid, step), "tokens": 16, "finish_reason": "length",
-                         "reward": sum(parts.values()) - 1.6, "reward_parts": parts, "advantage": rng.normal(0, 0.1)})  # fmt: skip
+            rows.append(
+                {
+                    "uid": uid,
+                    "role": "positive",
+                    "text": text,
+                    "rationale": write(uid, step),
+                    "tokens": 16,
+                    "finish_reason": "length",
+                    "reward": sum(parts.values()) - 1.6,
+                    "reward_parts": parts,
+                    "advantage": rng.normal(0, 0.1),
+                }
+            )
         rows += [
             {
                 "uid": uid,
@@ -131,10 +195,18 @@ def write_diagnostics(
     for step in steps:
         part = step / max(steps[-1], 1)
         rows = [
-            {"id": i, "rationale": write(i, step), "tokens": 16, "finish_reason": "stop", "log_likelihood": -2.5, "cos_without": 0.95,
-             "cos_other_rationale": 0.9, "cos_second_rationale": 0.97}
+            {
+                "id": i,
+                "rationale": write(i, step),
+                "tokens": 16,
+                "finish_reason": "stop",
+                "log_likelihood": -2.5,
+                "cos_without": 0.95,
+                "cos_other_rationale": 0.9,
+                "cos_second_rationale": 0.97,
+            }
             for i in range(count)
-        ]  # fmt: skip
+        ]
         write_lines(folder / f"step_{step}.jsonl", rows)
         if step in (steps[0], steps[-1]):
             raw = own + (0.4 + 1.2 * part) * topics[np.arange(count) // 3 % 7]

@@ -1,4 +1,4 @@
-"""What the report reads of a run folder, and what it makes of it. The page itself: tests/e2e/test_report.py."""
+"""What the report reads of a run folder, and what it makes of it. The page itself: tests/e2e/test_report_page.py."""
 
 import base64
 import hashlib
@@ -108,10 +108,13 @@ def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_counted(tmp_p
 
 def test_lines_of_a_step_are_merged_and_figures_that_were_not_finite_left_out(tmp_path):
     lines = [
-        {"step": 2, "reward/mean": 1.5, "actor/grad_norm": None}, {"step": 2, "val/mrr": 0.5}, {"step": 1, "reward/mean": 1},
-        {"step": 2, "alerts": [{"name": "collapse", "text": "first"}]}, {"step": 2, "reward/mean": 2.5},
+        {"step": 2, "reward/mean": 1.5, "actor/grad_norm": None},
+        {"step": 2, "val/mrr": 0.5},
+        {"step": 1, "reward/mean": 1},
+        {"step": 2, "alerts": [{"name": "collapse", "text": "first"}]},
+        {"step": 2, "reward/mean": 2.5},
         {"step": 6, "alerts": [{"name": "no_signal", "text": "flat"}, {"name": "collapse", "text": "again"}]},
-    ]  # fmt: skip
+    ]
     write_lines(tmp_path / METRICS, lines)
     run = read_run(tmp_path)
     assert {name: (s.steps.tolist(), s.values.tolist()) for name, s in run.series.items()} == {
@@ -132,10 +135,14 @@ def test_what_is_missing_is_said_with_the_setting_that_writes_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("run.json", b'{"config": '), ("diagnostics/probe.json", b"[]"), ("diagnostics/vectors_step_40.npz", b"PK half"),
-        ("diagnostics/step_40.jsonl", b"{}\nnothing\n"), ("samples/step_40.jsonl", b"broken\n"), ("evaluation/base/summary.json", b"{}"),
+        ("run.json", b'{"config": '),
+        ("diagnostics/probe.json", b"[]"),
+        ("diagnostics/vectors_step_40.npz", b"PK half"),
+        ("diagnostics/step_40.jsonl", b"{}\nnothing\n"),
+        ("samples/step_40.jsonl", b"broken\n"),
+        ("evaluation/base/summary.json", b"{}"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_file_costs_its_part_of_the_page_alone(tmp_path, name, content):
     folder = write_run(tmp_path / "run")
     (folder / name).write_bytes(content)
@@ -239,8 +246,11 @@ def test_scores_of_a_step_stand_beside_those_before_training(tmp_path, run_folde
     retrieval = table["rows"][0]
     assert retrieval["task"] == "Retrieval"
     assert retrieval["cells"] == [
-        {"score": "44.96"}, {"score": "48.00", "change": "+3.04"}, {"score": "51.28", "change": "+6.32"}, {"score": "40.00"},
-    ]  # fmt: skip
+        {"score": "44.96"},
+        {"score": "48.00", "change": "+3.04"},
+        {"score": "51.28", "change": "+6.32"},
+        {"score": "40.00"},
+    ]
     assert table["missing"] == []
 
 

@@ -1,4 +1,6 @@
-"""Write what a run did, or several beside each other, as one page: python3 -m verl.report RUN [RUN ...] --out report.html
+"""Write what a run did as one page, or several runs beside each other.
+
+    python3 -m verl.report RUN [RUN ...] --out report.html
 
 A RUN is the folder of a training run, also of one in progress. The page shows alerts, settings, curves, evaluation
 before and after, rationales, best and worst groups, and a map of the probe texts with their neighbours. It is one file

@@ -49,12 +49,12 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Sameness", ("diag/mean_cosine", "diag/top1_variance_share"),
-            "Mean cosine of different texts, and the share of variance along one direction; near 1 all texts look alike.",
+            "Mean cosine of different texts, and the share of variance along one direction; at 1 all texts look alike.",
         ),
         Panel(
             "Is the rationale used?", ("diag/cos_without", "diag/cos_other_rationale", "diag/cos_second_rationale"),
-            "Cosine of a text's vector to the one without a rationale, with another text's, and with a second of its own. "
-            "Above 0.98 without a rationale, rationales hardly matter.",
+            "Cosine of a text's vector to the one without a rationale, with another text's, with a second of its own. "
+            "Above 0.98 without one, rationales hardly matter.",
         ),
         Panel(
             "Retrieval by the query", ("diag/mrr_thinking", "diag/mrr_without", "diag/mrr_shuffled"),
@@ -66,31 +66,56 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Alignment", ("diag/alignment",), "Mean squared distance of a query to its positive; smaller is closer."),
         Panel("Uniformity", ("diag/uniformity",), "How evenly the vectors spread over the sphere; smaller is better."),
-        Panel("Own rationale against another's", ("diag/own_rationale_t",), "Paired t; above 2 a text's own rationale matters."),
+        Panel(
+            "Own rationale against another's", ("diag/own_rationale_t",),
+            "Paired t of the last two cosines above; above 2 a text's own rationale matters.",
+        ),
         Panel("Length on the probe", ("diag/tokens_mean",), "Mean tokens of a rationale."),
         Panel("Cut on the probe", ("diag/truncated",), "Share of rationales that hit the length limit."),
     ),
     "Groups": (
-        Panel("Spread of the rewards in a group", ("group/std_median",), "What GRPO learns from. At 0 there is nothing to learn."),
-        Panel("Groups without signal", ("group/flat_share", "group/duplicate_share"), "Share of flat groups, and of rationales that occur twice in their group."),
-        Panel("Different words", ("group/distinct_1", "group/distinct_2", "rationale/repetition"), "Distinct 1-grams and 2-grams in a group, and repetition inside a rationale."),
-        Panel("Does length pay?", ("group/length_reward_correlation",), "Correlation of a rationale's length with its reward inside groups."),
+        Panel(
+            "Spread of the rewards in a group", ("group/std_median",),
+            "What GRPO learns from. At 0 there is nothing to learn.",
+        ),
+        Panel(
+            "Groups without signal", ("group/flat_share", "group/duplicate_share"),
+            "Share of flat groups, and of rationales that occur twice in their group.",
+        ),
+        Panel(
+            "Different words", ("group/distinct_1", "group/distinct_2", "rationale/repetition"),
+            "Distinct 1-grams and 2-grams in a group, and repetition inside a rationale.",
+        ),
+        Panel(
+            "Does length pay?", ("group/length_reward_correlation",),
+            "Correlation of a rationale's length with its reward inside groups.",
+        ),
     ),
     "Rationale lengths": (
         Panel("Mean length by role", ("rationale/*_tokens_mean",), "Tokens of the rationales."),
-        Panel("Cut at the limit, by role", ("rationale/*_truncated",), "Share of rationales that hit data.max_response_length."),
+        Panel(
+            "Cut at the limit, by role", ("rationale/*_truncated",),
+            "Share of rationales that hit data.max_response_length.",
+        ),
     ),
     "Optimisation": (
         Panel("Gradient norm", ("actor/grad_norm",), "Before clipping."),
         Panel("Policy loss", ("actor/pg_loss",), "Near 0 is normal: the first update of a step is on policy."),
         Panel("Entropy", ("actor/entropy",), "Of the tokens of the trained rationales."),
-        Panel("KL to the reference", ("actor/kl_loss",), ""),
-        Panel("Learning rate", ("actor/lr",), ""),
-        Panel("Engine against trainer", ("rollout/probs_diff_mean",), "Mean difference of token probabilities; above 0.01 the engine is suspect."),
+        Panel("Learning rate", ("actor/lr",)),
+        Panel(
+            "Engine against trainer", ("rollout/probs_diff_mean",),
+            "Mean difference of token probabilities; above 0.01 the engine is suspect.",
+        ),
     ),
     "Time and memory": (
-        Panel("Seconds of a step by phase", ("time/*_s",), "Validation, diagnosis and saving beside the steps in which they come."),
-        Panel("Tokens per second", ("perf/tokens_per_s", "perf/generated_tokens_per_s"), "Of the whole step, and while generating."),
+        Panel(
+            "Seconds by phase", ("time/*_s",), "Validation, diagnosis and saving stand at the step that they follow."
+        ),
+        Panel(
+            "Tokens per second", ("perf/tokens_per_s", "perf/generated_tokens_per_s"),
+            "Of the whole step, and while generating.",
+        ),
         Panel("Memory", ("memory/*",), "Peak in GB."),
     ),
 }  # fmt: skip

@@ -113,17 +113,12 @@ def followed_rationales(runs: Sequence[Run]) -> dict[str, Any]:
     diagnoses = [{step: run.diagnosis(step) for step in steps} for run, steps in zip(runs, chosen, strict=True)]
     first = next((probe for probe in probes if probe), [])
     followed = [first[i] for i in spread_choice(list(range(len(first))), FOLLOWED)]
-    texts = [
-        {
-            "role": text["role"],
-            "text": text["text"],
-            "steps": [
-                {"step": step, "cells": [_found(text, probe, d.get(step)) for probe, d in zip(probes, diagnoses, strict=True)]}
-                for step in sorted({step for steps in chosen for step in steps})
-            ],
-        }
-        for text in followed
-    ]  # fmt: skip
+    steps = sorted({step for own in chosen for step in own})
+    texts = [{"role": text["role"], "text": text["text"], "steps": []} for text in followed]
+    for text in texts:
+        for step in steps:
+            cells = [_found(text, probe, d.get(step)) for probe, d in zip(probes, diagnoses, strict=True)]
+            text["steps"].append({"step": step, "cells": cells})
     _fit_followed(texts)
     missing = [
         f"{run.name}: {why_no_probe(run)}"

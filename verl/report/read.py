@@ -194,7 +194,7 @@ def read_lines(file: Path) -> tuple[list[Json], int]:
 
 
 def merge_lines(rows: Sequence[Json]) -> dict[str, Series]:
-    """Each metric over the steps; a step may have several lines, and where a figure comes twice the later one counts."""
+    """Each metric over the steps. A step may have several lines; of a figure that comes twice the later one counts."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         step = row.get("step")

@@ -43,7 +43,7 @@ def score_table(runs: Sequence[Run], folders: Sequence[Path] = ()) -> dict[str, 
         "columns": [{"run": column.run, "label": column.label} for column in columns],
         "rows": [{"task": task, "cells": [_cell(column, columns, task) for column in columns]} for task in tasks],
         "missing": [
-            f"{run.name}: no evaluation was found. RUN={run.folder} BASE_MODEL=... OUTPUT_DIR={run.folder / EVALUATION} "
+            f"{run.name}: no evaluation was found. BASE_MODEL=M RUN={run.folder} OUTPUT_DIR={run.folder / EVALUATION} "
             "bash eval.sh writes one; --evaluation names the output folder of another."
             for number, run in enumerate(runs)
             if not any(column.run == number for column in columns)

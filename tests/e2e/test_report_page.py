@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browser import browser, needs_browser, show
 from run_folders import write_run
-from runs import train_here
+from runs import read_metrics, recipe, train_here
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -21,9 +21,13 @@ SECTIONS = ["alerts", "settings", "curves", "phases", "scores", "rationales", "g
 OPENS_WITHIN_S = 3.0
 MOST_BYTES = 3_000_000
 HOSTILE = (
-    "</script><script>document.title='run'</script>", "<img src=x onerror=\"document.title='run'\">", "<!--<script>",
-    '{"a": "<b>bold</b>", "b": [1, "</style>"]}', "&lt;i&gt; \u2028 \\u003cscript>", "<svg/onload=document.title='run'>",
-)  # fmt: skip
+    "</script><script>document.title='run'</script>",
+    "<img src=x onerror=\"document.title='run'\">",
+    "<!--<script>",
+    '{"a": "<b>bold</b>", "b": [1, "</style>"]}',
+    "&lt;i&gt; \u2028 \\u003cscript>",
+    "<svg/onload=document.title='run'>",
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def until_drawn(driver: Chrome) -> None:
     wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#curves canvas"))
 
 
-def wait(driver: Chrome, done):  # noqa: ANN001, ANN201
+def wait(driver: Chrome, done):
     return WebDriverWait(driver, 20).until(lambda _: done())
 
 
@@ -176,7 +180,10 @@ def test_a_neighbour_is_chosen_by_the_keyboard_alone(opened):
     opened.execute_script("arguments[0].focus()", picture)
     ActionChains(opened).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
     spoken = text_of(opened, "#spoken")
-    assert any(spoken.endswith(text) for text in data["texts"]) and find(opened, "#map figure:nth-child(2) .tip").is_displayed()
+    assert (
+        any(spoken.endswith(text) for text in data["texts"])
+        and find(opened, "#map figure:nth-child(2) .tip").is_displayed()
+    )
     ActionChains(opened).send_keys(Keys.ENTER).perform()
     chosen = int(opened.execute_script("return document.querySelector('#map select').value"))
     assert chosen != 0 and spoken.endswith(data["texts"][chosen])
@@ -268,7 +275,11 @@ def behind(driver: Chrome, selector: str) -> list[float]:
 
 
 def colour_of(driver: Chrome, selector: str, name: str) -> list[float]:
-    return numbers(driver.execute_script("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name))
+    return numbers(
+        driver.execute_script(
+            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name
+        )
+    )
 
 
 def numbers(colour: str) -> list[float]:
@@ -283,7 +294,9 @@ def luminance(colour: list[float]) -> float:
 
 @needs_browser
 def test_charts_take_the_colours_of_the_readers_new_choice(opened):
-    darkest = "const c = document.querySelector('#curves .u-legend .u-marker'); return getComputedStyle(c).borderTopColor"
+    darkest = (
+        "const c = document.querySelector('#curves .u-legend .u-marker'); return getComputedStyle(c).borderTopColor"
+    )
     light = opened.execute_script(darkest)
     show(opened, 1280, dark=True)
     assert wait(opened, lambda: opened.execute_script(darkest) != light)
@@ -296,7 +309,10 @@ def test_a_hostile_run_shows_as_text_and_runs_nothing(driver, tmp_path):
     record["command"], record["versions"] = HOSTILE[0], {HOSTILE[1]: HOSTILE[0]}
     (run / RECORD).write_text(json.dumps(record))
     with (run / METRICS).open("a") as file:
-        file.write(json.dumps({"step": 40, f"diag/{HOSTILE[1]}": 1.0, "alerts": [{"name": HOSTILE[1], "text": HOSTILE[0]}]}) + "\n")
+        file.write(
+            json.dumps({"step": 40, f"diag/{HOSTILE[1]}": 1.0, "alerts": [{"name": HOSTILE[1], "text": HOSTILE[0]}]})
+            + "\n"
+        )
     program.main([str(run)])
     open_page(driver, run / REPORT)
     map_of(driver, 1)
@@ -327,7 +343,9 @@ def test_runs_stand_beside_each_other(driver, tmp_path):
     out = tmp_path / "both.html"
     assert program.main([*map(str, runs), "--out", str(out)]) == 0
     open_page(driver, out)
-    assert [cell.text for cell in driver.find_elements(By.CSS_SELECTOR, "#settings table:first-of-type thead th")][1:3] == ["short", "long"]
+    assert [cell.text for cell in driver.find_elements(By.CSS_SELECTOR, "#settings table:first-of-type thead th")][
+        1:3
+    ] == ["short", "long"]
     legend = [name.text for name in driver.find_elements(By.CSS_SELECTOR, "#curves .u-legend tr:not(.range) th")]
     assert {"mean, short", "mean, long"} <= {name.rstrip(":") for name in legend}
     before = text_of(driver, "#groups .content > div:last-child")
@@ -367,5 +385,23 @@ def test_a_long_run_with_many_texts_opens_at_once_and_stays_small(driver, tmp_pa
     assert driver.get_log("browser") == []
 
 
-def test_a_run_writes_its_page_at_each_save_and_goes_on_where_it_cannot(tmp_path, tiny_folder, triplets):
-    """The second save finds a folder in the page's place."""
+def test_a_run_writes_its_page_at_each_save(tmp_path, tiny_folder, triplets):
+    steps = ["trainer.total_training_steps=2", "trainer.save_freq=1", "trainer.report=True"]
+    run = tmp_path / "run"
+    done = train_here(*recipe(tiny_folder, triplets, run), *steps)
+    assert done.returncode == 0, done.stderr
+    data = json.loads((run / REPORT).read_bytes().split(b'id="data">')[1].split(b"</script>")[0])
+    assert data["runs"][0]["progress"] == "2 of 2"
+    changed = {row["name"]: row["cells"] for row in data["facts"]["settings"]}
+    assert changed["actor_rollout_ref.rollout.n"] == ["3"] and changed["trainer.report"] == ["true"]
+    assert data["groups"][0]["steps"] == [1, 2] and data["facts"]["versions"]
+
+
+def test_a_page_that_cannot_be_written_is_said_and_costs_the_run_nothing(tmp_path, tiny_folder, triplets):
+    run = tmp_path / "run"
+    (run / REPORT).mkdir(parents=True)
+    steps = ["trainer.total_training_steps=2", "trainer.save_freq=1", "trainer.report=True"]
+    done = train_here(*recipe(tiny_folder, triplets, run), *steps)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{run / REPORT} was not written (trainer.report)") == 2
+    assert {line["step"] for line in read_metrics(run)} == {1, 2} and (run / "global_step_2").is_dir()
