@@ -25,4 +25,4 @@ echo "== 4/4 evaluation: the same texts with the untrained and the trained model
 RUN="$OUT" STEP="$STEPS" BASE_MODEL="$MODEL" TASK_DIR=examples/eval OUTPUT_DIR="$OUT/evaluation" bash eval.sh --show 2
 "$PYTHON" -m verl.report "$OUT"
 echo "A demo: $STEPS small steps and one seed move these scores within their noise. docs/experiments.md has longer runs."
-echo "The trained model: $OUT/global_step_$STEPS/huggingface   curves: $OUT/metrics.jsonl   rationales: $OUT/samples/"
+echo "The trained model: $OUT/global_step_$STEPS/huggingface   the run as a page: $OUT/report.html"

@@ -127,6 +127,7 @@ def training_figures(part: float, n: np.ndarray) -> dict[str, float]:
 def diagnosed_figures(part: float, n: np.ndarray) -> dict[str, float]:
     return {
         "diag/texts": 30,
+        "diag/samples": 10,
         "diag/effective_rank": 16 - 3 * part,
         "diag/mean_cosine": 0.8 - 0.05 * part,
         "diag/top1_variance_share": 0.2,
@@ -136,7 +137,7 @@ def diagnosed_figures(part: float, n: np.ndarray) -> dict[str, float]:
         "diag/cos_without": 0.97 - 0.06 * part,
         "diag/cos_other_rationale": 0.93 - 0.04 * part,
         "diag/cos_second_rationale": 0.97,
-        "diag/own_rationale_t": 4 + 3 * part,
+        "diag/own_rationale_gain": 0.04 + 0.03 * part,
         "diag/mrr_thinking": 0.5 + 0.2 * part,
         "diag/mrr_without": 0.48,
         "diag/mrr_shuffled": 0.4,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from browser import browser, needs_browser, show
 from run_folders import write_run
-from runs import read_metrics, recipe, train_here
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -383,25 +382,3 @@ def test_a_long_run_with_many_texts_opens_at_once_and_stays_small(driver, tmp_pa
     assert "10,000 of 10,000" in text_of(driver, "header")
     map_of(driver, 1)
     assert driver.get_log("browser") == []
-
-
-def test_a_run_writes_its_page_at_each_save(tmp_path, tiny_folder, triplets):
-    steps = ["trainer.total_training_steps=2", "trainer.save_freq=1", "trainer.report=True"]
-    run = tmp_path / "run"
-    done = train_here(*recipe(tiny_folder, triplets, run), *steps)
-    assert done.returncode == 0, done.stderr
-    data = json.loads((run / REPORT).read_bytes().split(b'id="data">')[1].split(b"</script>")[0])
-    assert data["runs"][0]["progress"] == "2 of 2"
-    changed = {row["name"]: row["cells"] for row in data["facts"]["settings"]}
-    assert changed["actor_rollout_ref.rollout.n"] == ["3"] and changed["trainer.report"] == ["true"]
-    assert data["groups"][0]["steps"] == [1, 2] and data["facts"]["versions"]
-
-
-def test_a_page_that_cannot_be_written_is_said_and_costs_the_run_nothing(tmp_path, tiny_folder, triplets):
-    run = tmp_path / "run"
-    (run / REPORT).mkdir(parents=True)
-    steps = ["trainer.total_training_steps=2", "trainer.save_freq=1", "trainer.report=True"]
-    done = train_here(*recipe(tiny_folder, triplets, run), *steps)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{run / REPORT} was not written (trainer.report)") == 2
-    assert {line["step"] for line in read_metrics(run)} == {1, 2} and (run / "global_step_2").is_dir()

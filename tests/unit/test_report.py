@@ -200,7 +200,7 @@ def test_every_recorded_figure_is_drawn_once_or_left_out_on_purpose(run_folder):
     run = read_run(run_folder)
     groups = curve_groups([run])
     lines = [(chart["title"], line) for group in groups for chart in group["charts"] for line in chart["lines"]]
-    assert len(lines) == len(run.series) - len({"diag/texts", "time/step_s"})
+    assert len(lines) == len(run.series) - len({"diag/texts", "diag/samples", "time/step_s"})
     assert [chart["title"] for chart in groups[-1]["charts"]] == ["own/figure"]
     reward = groups[0]["charts"][0]
     assert reward["lines"][0]["label"] == "mean"

@@ -67,8 +67,8 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         Panel("Alignment", ("diag/alignment",), "Mean squared distance of a query to its positive; smaller is closer."),
         Panel("Uniformity", ("diag/uniformity",), "How evenly the vectors spread over the sphere; smaller is better."),
         Panel(
-            "Own rationale against another's", ("diag/own_rationale_t",),
-            "Paired t of the last two cosines above; above 2 a text's own rationale matters.",
+            "Own rationale against another's", ("diag/own_rationale_gain", "diag/own_rationale_gain_error"),
+            "By how much a second rationale of a text's own is closer than another text's, and its standard error.",
         ),
         Panel("Length on the probe", ("diag/tokens_mean",), "Mean tokens of a rationale."),
         Panel("Cut on the probe", ("diag/truncated",), "Share of rationales that hit the length limit."),
@@ -123,7 +123,7 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
 # Counted and not measured, or the same in other words.
 _NOT_DRAWN = (
     "reward/*/raw", "training/epoch", "data/*", "sync/*", "perf/generated_tokens", "perf/ray_mb", "diag/texts",
-    "rationale/*_tokens_min", "rationale/*_tokens_max", "time/step_s",
+    "diag/samples", "rationale/*_tokens_min", "rationale/*_tokens_max", "time/step_s",
 )  # fmt: skip
 
 
