@@ -24,7 +24,7 @@ function perRun(parts, show) {
 function showHead() {
   document.title = `Training report: ${runs.map((run) => run.name).join(", ")}`;
   const names = runs.map((run, i) =>
-    element("span", { class: "run-name" }, runs.length > 1 ? swatch(i) : null, element("strong", {}, run.name), `  ${run.progress} steps`));
+    element("span", { class: "run-name" }, runs.length > 1 ? swatch(i) : null, element("strong", {}, run.name), `  step ${run.progress}`));
   document.getElementById("runs").append(...names);
   document.getElementById("written").textContent = `Written ${report.written} by python3 -m verl.report.`;
 }

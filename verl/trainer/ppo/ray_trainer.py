@@ -351,7 +351,7 @@ class RayPPOTrainer:
         folder = self.run.folder.path
         try:
             write_report([folder], folder / REPORT)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.display.say(f"{folder / REPORT} was not written (trainer.report): {error}")
 
     def write_checkpoint(self, step: int, folder: Path) -> dict[str, Any]:
