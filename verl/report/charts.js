@@ -3,6 +3,8 @@
 
 const DASHES = [undefined, [7, 4], [2, 3], [9, 3, 2, 3]];
 const CHART_HEIGHT = 190;
+/** Between the numbers of the step axis: there is no step 1.5. */
+const STEP_INCREMENTS = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
 
 /** What is drawn now: each draws itself anew in other colours or another width. */
 const drawn = new Set();
@@ -68,7 +70,7 @@ function drawChart(place, chart, names, width) {
   const plot = new uPlot({
     width, height: CHART_HEIGHT, series, bands,
     scales: { x: { time: false } },
-    axes: [axis({ size: 32 }), axis({ size: axisWidth, values: (_, ticks) => ticks.map(shown) })],
+    axes: [axis({ size: 32, incrs: STEP_INCREMENTS }), axis({ size: axisWidth, values: (_, ticks) => ticks.map(shown) })],
     cursor: { sync: { key: "steps" }, y: false, hover: { skip: [null, undefined] } },
     legend: { markers: { dash: (u, i) => (u.series[i].dash ? "dashed" : "solid") } },
     hooks: { setCursor: [showLastWithoutCursor], setSeries: [hideRangeWithLine] },
