@@ -192,7 +192,7 @@ def summary(series: Series) -> str:
     )
 
 
-def time_by_phase(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def time_by_phase(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
     """Of each run, the seconds of each phase over the whole run, the longest first."""
     found = []
     for run in runs:

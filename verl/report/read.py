@@ -86,7 +86,7 @@ class Run:
         file = self.folder / DIAGNOSTICS / PROBE
         if not file.is_file():
             return []
-        content = self.guarded(file, lambda: orjson.loads(file.read_bytes()))
+        content = self.guarded(file, _read_json)
         texts = content.get("texts") if isinstance(content, Mapping) else None
         if not isinstance(texts, list) or not all(has(text, PROBE_COLUMNS) for text in texts):
             self.problem(f"{file.name} holds no probe texts")
@@ -107,7 +107,7 @@ class Run:
     def vectors(self, step: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Vectors [count,H] float32 of the probe texts with rationales and without; None where they cannot be read."""
         file = self.folder / DIAGNOSTICS / f"vectors_step_{step}.npz"
-        found = self.guarded(file, lambda: _read_vectors(file))
+        found = self.guarded(file, _read_vectors)
         if found is None:
             return None
         if any(a.ndim != 2 or len(a) != count or not np.isfinite(a).all() for a in found):
@@ -117,10 +117,7 @@ class Run:
 
     def evaluations(self, folder: Path) -> list[Summary]:
         """The evaluations in an output folder of `eval_mteb.py`."""
-        found = [
-            self.guarded(file, lambda file=file: Summary.read(file.parent))
-            for file in sorted(folder.glob("*/summary.json"))
-        ]
+        found = [self.guarded(file, _read_summary) for file in sorted(folder.glob("*/summary.json"))]
         return [summary for summary in found if summary is not None]
 
     def problem(self, text: str) -> None:
@@ -134,10 +131,10 @@ class Run:
             self.problem(f"{broken} line(s) of {file.relative_to(self.folder)} could not be read")
         return rows
 
-    def guarded(self, file: Path, read: Callable[[], Any]) -> Any:
+    def guarded(self, file: Path, read: Callable[[Path], Any]) -> Any:
         """What `read` returns, or None and a problem if the file is broken or vanishes."""
         try:
-            return read()
+            return read(file)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             self.problem(f"{file} could not be read ({type(error).__name__})")
             return None
@@ -233,11 +230,20 @@ def _read_record(run: Run) -> Json:
     states = [step_folder(run.folder, step) / STATE for step in saved_steps(run.folder)]
     for file in (run.folder / RECORD, *states[::-1]):
         if file.is_file():
-            content = run.guarded(file, lambda file=file: json.loads(file.read_bytes()))
+            content = run.guarded(file, _read_json)
             if isinstance(content, Mapping):
                 return content
     run.problem(f"{RECORD} is missing, which a run writes when it starts: settings, versions and command are not known")
     return {}
+
+
+def _read_json(file: Path) -> Any:
+    """JSON as Python writes it, which may hold Infinity."""
+    return json.loads(file.read_bytes())
+
+
+def _read_summary(file: Path) -> Summary | None:
+    return Summary.read(file.parent)
 
 
 def _read_vectors(file: Path) -> tuple[np.ndarray, np.ndarray]:
