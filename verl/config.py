@@ -449,6 +449,8 @@ class TrainerConfig(_Section):
     save_best: str | None = None
     """A metric of the validation, such as val/triplet_accuracy: a step with the best value so far is saved, named in
     best_checkpointed_iteration.txt, and not removed until a better one is."""
+    report: bool = False
+    """Write report.html, the run as a page, into the run folder at each save."""
     test_freq: OrOff = -1
     """Steps between validations; -1 or 0 = none."""
     contrastive_warmup_steps: NonNegativeInt = 0

@@ -29,11 +29,13 @@ def write_checkpoint_card(
     Args:
         num_samples: samples in the training data.
     """
-    arguments = ["python3", "-m", "verl.trainer.main_ppo", *sys.argv[1:]]
     name = f"{config.trainer.experiment_name}, step {step}"
-    write_card(
-        folder, name, settings.model_dump(), _training(config, num_samples, step), shlex.join(arguments), versions
-    )
+    write_card(folder, name, settings.model_dump(), _training(config, num_samples, step), training_command(), versions)
+
+
+def training_command() -> str:
+    """The command that started this process, a training."""
+    return shlex.join(["python3", "-m", "verl.trainer.main_ppo", *sys.argv[1:]])
 
 
 def write_card(

@@ -17,8 +17,8 @@ import orjson
 from verl.trainer.ppo.alerts import Alert, AlertWatch
 from verl.trainer.trackers import TENSORBOARD, TRACKERS, TrackedRun, Tracker
 from verl.utils.files import replace_file
+from verl.utils.run_files import DIAGNOSTICS, METRICS, SAMPLES
 
-METRICS, SAMPLES, DIAGNOSTICS = "metrics.jsonl", "samples", "diagnostics"
 LOGGED = (METRICS, SAMPLES, DIAGNOSTICS, TENSORBOARD)
 """What is written into the run folder, except by trackers whose runs have folders of their own."""
 

@@ -26,8 +26,8 @@ from verl.embedding.rationale_use import ProbeVectors, probe_report
 from verl.protocol import TRAINED_ROLE, DataProto, object_array, response_mask
 from verl.trainer.ppo.probe import RATIONALES_PER_TEXT, Probe, diagnosed_steps
 from verl.trainer.run import TrainingRun
-from verl.trainer.tracking import DIAGNOSTICS
 from verl.utils.files import replace_file
+from verl.utils.run_files import DIAGNOSTICS
 from verl.workers.group import ActorRolloutRefGroup
 
 # Rows of another role than the trained one get no log-probs.

@@ -18,8 +18,7 @@ from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.utils.files import replace_file
-
-FILE_NAME = "probe.json"
+from verl.utils.run_files import PROBE
 
 # With trainer.diag_texts=null: share of the run's rationales that probe texts may write, and limits of the probe.
 _SHARE_OF_RATIONALES = 0.03
@@ -72,7 +71,7 @@ class Probe:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / FILE_NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        replace_file(folder / PROBE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Probe | None":
@@ -81,7 +80,7 @@ class Probe:
         Raises:
             UserError: the file is damaged.
         """
-        file = folder / FILE_NAME
+        file = folder / PROBE
         if not file.is_file():
             return None
         try:
@@ -133,7 +132,7 @@ def wanted_texts(config: RunConfig, plan: BatchPlan, texts_per_sample: int) -> i
     """trainer.diag_texts, or the number that its null stands for."""
     if config.trainer.diag_texts is not None:
         return config.trainer.diag_texts
-    rationales = plan.rows_per_step * sum(plan.writes_rationales(step) for step in range(1, plan.total_steps + 1))
+    rationales = plan.rows_per_step * plan.schedule.steps_with_rationales(plan.total_steps)
     written_per_text = RATIONALES_PER_TEXT * len(diagnosed_steps(config, plan))
     affordable = int(_SHARE_OF_RATIONALES * rationales / written_per_text)
     return min(max(affordable, _LEAST_SAMPLES * texts_per_sample), _MOST_TEXTS)

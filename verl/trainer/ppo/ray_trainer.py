@@ -21,6 +21,7 @@ from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
 from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids
+from verl.report.page import write_report
 from verl.trainer.display import RunDisplay, model_lines
 from verl.trainer.ppo import step_rows
 from verl.trainer.ppo.alerts import AlertError
@@ -29,10 +30,12 @@ from verl.trainer.ppo.metrics import prefixed, step_metrics, time_metrics
 from verl.trainer.ppo.mismatch import MismatchGuard, mismatch_metrics
 from verl.trainer.ppo.samples import step_samples
 from verl.trainer.ppo.validation import is_better
+from verl.trainer.record import write_record
 from verl.trainer.run import TrainingRun
 from verl.trainer.signals import Interrupted, StopSignals
 from verl.trainer.tracking import LOGGED, Tracking
 from verl.trainer.watchdog import watch
+from verl.utils.run_files import REPORT
 from verl.utils.versions import installed_versions
 from verl.workers.group import ActorRolloutRefGroup
 from verl.workers.reward_manager.base import RewardOutput
@@ -122,6 +125,7 @@ class RayPPOTrainer:
             self.resume(self.run.resume)
         if aside := self.run.folder.set_aside_after(self.first_step, also=() if self.run.resume else LOGGED):
             self.display.say(f"what an earlier run left after step {self.first_step} was moved to {aside}")
+        write_record(self.run.folder.path, self.config, self.plan.total_steps)
         self.tracking.begin(self.first_step, self.run_ids)
         if self.run.probe:
             self.diagnostics = Diagnostics(self.run, self.run.probe, self.workers, self.write_held_out)
@@ -376,6 +380,16 @@ class RayPPOTrainer:
         self.tracking.log({"time/save_s": seconds}, step)
         for line in (f"saved {folder} in {seconds:.1f} s", *complaints):
             self.display.say(line)
+        if self.config.trainer.report:
+            self.refresh_report()
+
+    def refresh_report(self) -> None:
+        """Write the run's page anew; a full disk or a file that cannot be read costs the page, not the run."""
+        folder = self.run.folder.path
+        try:
+            write_report([folder], folder / REPORT)
+        except (OSError, ValueError) as error:
+            self.display.say(f"{folder / REPORT} was not written (trainer.report): {error}")
 
     def write_checkpoint(self, step: int, folder: Path) -> dict[str, Any]:
         """Write everything of a step but the trainer's own state, which is returned."""
