@@ -82,11 +82,11 @@ class Diagnostics:
         written = self._write(prompts.repeat([RATIONALES_PER_TEXT] * len(prompts)))
         first, second = written[0::RATIONALES_PER_TEXT], written[1::RATIONALES_PER_TEXT]
         wants_likelihood = self._config.trainer.diag_log_likelihood
-        vectors, by_policy = self._embed(first, second, log_probs=wants_likelihood and step == 0)
-        likelihood = None
-        if wants_likelihood:
-            # Before the first step the policy is the untrained model.
-            likelihood = _token_mean(first, by_policy if step == 0 else self._by_untrained(first))
+        # Before the first step the policy is the untrained model.
+        vectors, log_probs = self._embed(first, second, log_probs=wants_likelihood and step == 0)
+        if wants_likelihood and log_probs is None:
+            log_probs = self._by_untrained(first)
+        likelihood = None if log_probs is None else _token_mean(first, log_probs)
         lines = self._lines(first, vectors, likelihood)
         self._save(step, lines, vectors)
         found = {
@@ -137,8 +137,9 @@ class Diagnostics:
 
     def _save(self, step: int, lines: list[dict[str, Any]], vectors: ProbeVectors) -> None:
         replace_file(self._folder / f"step_{step}.jsonl", b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        arrays: dict[str, Any] = {"with": _half(vectors.own), "without": _half(vectors.without)}
         with io.BytesIO() as file:
-            np.savez(file, **{"with": _half(vectors.own), "without": _half(vectors.without)})
+            np.savez(file, **arrays)
             replace_file(self._folder / f"vectors_step_{step}.npz", file.getvalue())
         for between in self._vector_files()[1:-1]:
             between.unlink()
