@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import numbers, read_metrics, recipe, train_here, weights_sha256
+from runs import numbers, prepare, read_metrics, recipe, train_here, weights_sha256, write_texts
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from verl.protocol import DataProto
 from verl.workers.group import ActorRolloutRefGroup
 
 DIAGNOSED = ["trainer.diag_freq=2", "trainer.diag_texts=12", "actor_rollout_ref.actor.optim.lr=1e-4"]
@@ -172,3 +174,75 @@ def test_rationales_of_noise_are_gibberish_and_not_used(tmp_path, tiny_folder, t
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(alerts(run_dir)) == [(1, "gibberish"), (1, "not_used")]
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[DataProto]:
+    """What the probe of 7 texts was asked and wrote, a call each: the texts twice in a row."""
+    generate, found = ActorRolloutRefGroup.generate, []
+
+    def kept(self, rows, *more):
+        columns = generate(self, rows, *more)
+        if len(rows) == 14:
+            found.append(rows.union(columns))
+        return columns
+
+    monkeypatch.setattr(ActorRolloutRefGroup, "generate", kept)
+    return found
+
+
+def test_plain_texts_are_embedded_and_scored_as_transformers_does(tmp_path, tiny_folder, written):
+    data = prepare("unsupervised", write_texts(tmp_path / "raw.txt", 40), tmp_path / "data")
+    run_dir, temperature = tmp_path / "run", 0.8
+    done = train_here(
+        *recipe(tiny_folder, data, run_dir, "unsupervised"), "trainer.diag_freq=1", "trainer.diag_texts=7",
+        "trainer.total_training_steps=1", "trainer.save_freq=0", f"actor_rollout_ref.rollout.temperature={temperature}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, (before, after) = diagnoses(run_dir), written
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder).float().eval()
+    texts = [Told(model, before, 2 * i, temperature) for i in range(7)]
+    seconds = [Told(model, before, 2 * i + 1, temperature) for i in range(7)]
+    vectors = np.load(run_dir / "diagnostics/vectors_step_0.npz")
+    squares = []
+    for i, line in enumerate(lines(run_dir, 0)):
+        own, second = texts[i].vector(texts[i].response), texts[i].vector(seconds[i].response)
+        other, without = texts[i].vector(texts[(i + 1) % 7].response), texts[i].vector([])
+        for name, vector in (("without", without), ("other_rationale", other), ("second_rationale", second)):
+            assert line[f"cos_{name}"] == pytest.approx(float(own @ vector), abs=1e-4), name
+        assert line["tokens"] == len(texts[i].response)
+        assert line["log_likelihood"] == pytest.approx(texts[i].log_likelihood(), abs=1e-3)
+        assert vectors["with"][i] == pytest.approx(own.numpy(), abs=1e-3)
+        assert vectors["without"][i] == pytest.approx(without.numpy(), abs=1e-3)
+        squares.append(sum(float(a - b) ** 2 for a, b in zip(own, second, strict=True)))
+    assert found[0]["diag/alignment"] == pytest.approx(np.mean(squares), abs=1e-4)
+    assert (found[0]["diag/texts"], found[0]["diag/samples"]) == (7, 7)
+    assert not [name for name in found[0] if name.startswith("diag/mrr")]
+    # After the step it is still the untrained model that says how likely the rationales are.
+    for i, line in enumerate(lines(run_dir, 1)):
+        assert line["log_likelihood"] == pytest.approx(
+            Told(model, after, 2 * i, temperature).log_likelihood(), abs=1e-3
+        )
+
+
+class Told:
+    """A row of prompt and rationale, by plain transformers."""
+
+    def __init__(self, model: PreTrainedModel, rows: DataProto, row: int, temperature: float) -> None:
+        batch = rows.batch
+        self.model, self.temperature, self.start = model, temperature, int(batch["pool_start"][row])
+        self.prompt = batch["prompts"][row].tolist()[-int(batch["prompt_length"][row]) :]
+        self.response = batch["responses"][row].tolist()[: int(batch["response_length"][row])]
+
+    @torch.no_grad()
+    def vector(self, response: list[int]) -> torch.Tensor:
+        hidden = self.model.model(torch.tensor([self.prompt + response])).last_hidden_state[0]
+        mean = hidden[self.start :].mean(0)
+        return mean / mean.norm()
+
+    @torch.no_grad()
+    def log_likelihood(self) -> float:
+        logits = self.model(torch.tensor([self.prompt + self.response])).logits[0]
+        log_probs = (logits / self.temperature).log_softmax(-1)
+        first = len(self.prompt)
+        return float(np.mean([log_probs[first + i - 1, token] for i, token in enumerate(self.response)]))

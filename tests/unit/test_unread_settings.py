@@ -55,6 +55,8 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
         {"trainer.contrastive_steps_between": 1, "reward_model.reward_manager": "mine.py:Mine"},
     ),
     ("trainer.resume_force", True, {"trainer.resume_mode": "auto"}),
+    ("trainer.diag_texts", 9, {"trainer.diag_freq": 5}),
+    ("trainer.diag_log_likelihood", False, {"trainer.diag_freq": 5}),
     (f"{ROLLOUT}.gpu_memory_utilization", 0.3, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enforce_eager", False, {f"{ROLLOUT}.name": "auto"}),
     (f"{ROLLOUT}.enable_chunked_prefill", False, {f"{ROLLOUT}.name": "vllm"}),
@@ -67,7 +69,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
 # In which nothing reads them.
 WITHOUT: dict[str, Any] = {
     "trainer.resume_mode": "disable", "trainer.save_freq": 0, f"{ROLLOUT}.name": "hf", "data.shuffle": False,
-    "reward_model.reward_manager": "naive", f"{ACTOR}.optim.lr_warmup_steps": 4, f"{ACTOR}.clip_ratio_low": 0.1,
+    "trainer.diag_freq": -1, "reward_model.reward_manager": "naive", f"{ACTOR}.optim.lr_warmup_steps": 4, f"{ACTOR}.clip_ratio_low": 0.1,
     f"{ACTOR}.clip_ratio_high": 0.1,
 }  # fmt: skip
 BY_ROWS = {f"{ACTOR}.use_dynamic_bsz": False, f"{ROLLOUT}.log_prob_use_dynamic_bsz": False}
@@ -228,6 +230,9 @@ def test_what_the_machine_leaves_without_effect_is_told_at_start():
     offload = {f"{ACTOR}.fsdp_config.{name}": True for name in ("param_offload", "offload_policy")}
     settings = {**offload, f"{REF}.fsdp_config.param_offload": True, f"{ROLLOUT}.name": "hf", "trainer.use_ray": False}
     settings |= {f"{ROLLOUT}.max_num_seqs": 4, f"{ROLLOUT}.load_format": "auto", "trainer.phase_timeout_s": 9}
+    # The diagnoses score by the untrained model too.
+    assert "no effect without a reference model" not in notes(settings, "cpu")
+    settings["trainer.diag_log_likelihood"] = False
     assert notes(settings, "cpu") == {
         "no effect on a CPU": ", ".join([*offload, f"{REF}.fsdp_config.param_offload"]),
         "no effect with the engine hf": f"{ROLLOUT}.load_format",
