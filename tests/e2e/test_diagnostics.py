@@ -225,6 +225,17 @@ def test_plain_texts_are_embedded_and_scored_as_transformers_does(tmp_path, tiny
         )
 
 
+def test_every_diagnosis_draws_by_the_same_seeds(tmp_path, tiny_folder, triplets):
+    run_dir = tmp_path / "run"
+    done = train_here(
+        *recipe(tiny_folder, triplets, run_dir), "trainer.diag_freq=1", "trainer.diag_texts=6", "trainer.save_freq=0",
+        "trainer.total_training_steps=2", "actor_rollout_ref.actor.optim.lr=1e-30", "trainer.test_freq=-1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rationales = [[line["rationale"] for line in lines(run_dir, step)] for step in range(3)]
+    assert rationales[0] == rationales[1] == rationales[2] and len(set(rationales[0])) > 1
+
+
 class Told:
     """A row of prompt and rationale, by plain transformers."""
 

@@ -68,9 +68,9 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 # In which nothing reads them.
 WITHOUT: dict[str, Any] = {
-    "trainer.resume_mode": "disable", "trainer.save_freq": 0, f"{ROLLOUT}.name": "hf", "data.shuffle": False,
-    "trainer.diag_freq": -1, "reward_model.reward_manager": "naive", f"{ACTOR}.optim.lr_warmup_steps": 4, f"{ACTOR}.clip_ratio_low": 0.1,
-    f"{ACTOR}.clip_ratio_high": 0.1,
+    "trainer.resume_mode": "disable", "trainer.save_freq": 0, "trainer.diag_freq": -1, f"{ROLLOUT}.name": "hf",
+    "data.shuffle": False, "reward_model.reward_manager": "naive", f"{ACTOR}.optim.lr_warmup_steps": 4,
+    f"{ACTOR}.clip_ratio_low": 0.1, f"{ACTOR}.clip_ratio_high": 0.1,
 }  # fmt: skip
 BY_ROWS = {f"{ACTOR}.use_dynamic_bsz": False, f"{ROLLOUT}.log_prob_use_dynamic_bsz": False}
 BY_ROWS |= {f"{REF}.log_prob_use_dynamic_bsz": False}
