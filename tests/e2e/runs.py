@@ -116,6 +116,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The training steps' own lines; validations, diagnoses, alerts and saves have lines of theirs."""
+    return [m for m in read_metrics(run_dir) if "training/epoch" in m]
+
+
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "samples" / f"step_{step}.jsonl").read_text().splitlines()]
 

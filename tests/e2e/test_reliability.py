@@ -26,6 +26,7 @@ from runs import (
     prepare,
     recipe,
     start_main_ppo,
+    steps_of,
     train_here,
     weights_sha256,
     write_triplets,
@@ -237,7 +238,7 @@ def test_a_run_goes_on_with_another_number_of_workers_and_the_same_samples(
         assert done.returncode == 0, done.stderr
         assert said in done.stdout and "changed: trainer.n_gpus_per_node" in done.stdout, done.stdout
         assert texts(copied_run, steps) == texts(short_run, steps)
-    assert [line["step"] for line in numbers(copied_run)] == [1, 2, 3, 4]
+    assert [line["step"] for line in steps_of(copied_run)] == [1, 2, 3, 4]
 
 
 def test_another_model_batch_or_data_is_refused_unless_forced(copied_run, tiny_folder, triplets, tmp_path):
@@ -363,7 +364,7 @@ def test_a_long_run_keeps_its_memory_and_its_files(tmp_path, tiny_folder, triple
         if not (found := re.match(r"step (\d+)/", line)) or int(found[1]) % (steps // 20):
             continue
         # Readable at any moment.
-        assert numbers(run_dir)[0]["step"] == 1
+        assert steps_of(run_dir)[0]["step"] == 1
         worker = next(pid for pid in pids_with(mark) if "ActorRolloutRefWorker" in command_line(pid))
         for name, pid in (("driver", process.pid), ("worker", worker)):
             one = psutil.Process(pid)

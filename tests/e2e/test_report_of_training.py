@@ -2,7 +2,7 @@
 
 import json
 
-from runs import read_metrics, recipe, train_here
+from runs import recipe, steps_of, train_here
 
 from verl.utils.run_files import REPORT
 
@@ -26,4 +26,4 @@ def test_a_page_that_cannot_be_written_is_said_and_costs_the_run_nothing(tmp_pat
     done = train_here(*recipe(tiny_folder, triplets, run), *steps)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{run / REPORT} was not written (trainer.report)") == 2
-    assert {line["step"] for line in read_metrics(run)} == {1, 2} and (run / "global_step_2").is_dir()
+    assert {line["step"] for line in steps_of(run)} == {1, 2} and (run / "global_step_2").is_dir()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from machines import Machine, NotPermitted, two_machines
-from runs import message, numbers, recipe
+from runs import message, recipe, steps_of
 
 # Ray takes a minute to be sure that a silent machine is gone; here it asks more often.
 IMPATIENT = {
@@ -46,7 +46,7 @@ def test_a_machine_is_lost_and_the_run_goes_on_with_the_other_one(lost, machines
     steps = 1 + max(int(path.name.rsplit("_", 1)[1]) for path in run_dir.glob("global_step_*"))
     output = first.run(*train, "trainer.nnodes=1", f"trainer.total_training_steps={steps}", **environment)
     assert "resumed from" in output and "changed: trainer.nnodes: 2 before, 1 now" in output
-    assert [line["step"] for line in numbers(run_dir)] == list(range(1, steps + 1))
+    assert [line["step"] for line in steps_of(run_dir)] == list(range(1, steps + 1))
     # A cluster that the run did not start is left as it is.
     status = first.run(RAY, "status", **environment)
     assert re.search(r"Active:\n 1 node_\w+\nPending", status), status

@@ -17,7 +17,7 @@ from verl.models.policy import PolicyModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from runs import main_ppo, prepare, read_metrics, recipe, write_triplets
+from runs import main_ppo, prepare, recipe, steps_of, write_triplets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -68,7 +68,7 @@ def test_a_run_on_a_gpu(tmp_path, engine, offload):
         f"actor_rollout_ref.actor.fsdp_config.optimizer_offload={offload}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for m in [m for m in read_metrics(tmp_path / "run") if "reward/mean" in m]:
+    for m in steps_of(tmp_path / "run"):
         assert m["rollout/probs_diff_mean"] < 0.02
         assert m["memory/gpu_peak_gb"] > 0
         assert m["memory/free_gb/generating"] > m["memory/free_gb/waking_the_cache"] or engine == "hf"

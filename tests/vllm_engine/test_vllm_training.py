@@ -21,7 +21,7 @@ if find_spec("vllm") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from runs import REPO, main_ppo, prepare, read_metrics, read_samples, recipe, train_here, write_triplets
+from runs import REPO, main_ppo, prepare, read_metrics, read_samples, recipe, steps_of, train_here, write_triplets
 
 MEASURED = ("time/", "perf/", "memory/", "sync/")
 
@@ -64,8 +64,10 @@ def without_ray(tmp_path_factory, model, triplets) -> dict[str, dict[str, Any]]:
     jobs = {}
     for name in ("same seed", "stale head"):
         overrides = settings(model, triplets, root / name, "vllm")
-        if name == "same seed":
-            overrides.append("actor_rollout_ref.rollout.check_weight_sync=full")
+        # A diagnosis syncs too, and the second sync is to be that of step 2.
+        overrides.append(
+            "actor_rollout_ref.rollout.check_weight_sync=full" if name == "same seed" else "trainer.diag_freq=-1"
+        )
         jobs[name] = {
             "overrides": overrides, "stale_head": name == "stale head", "out": str(root / f"{name}.json"),
         }  # fmt: skip
@@ -79,7 +81,7 @@ def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets
     done = train_here(*settings(model, triplets, tmp_path, "hf"))
     assert done.returncode == 0, done.stderr
     assert "hf: chosen by" in " ".join(done.stdout.split()), done.stdout
-    vllm, hf = ([m for m in read_metrics(folder) if "reward/mean" in m] for folder in (on_ray, tmp_path))
+    vllm, hf = (steps_of(folder) for folder in (on_ray, tmp_path))
     assert len(vllm) == len(hf) == 5
     for m in vllm + hf:
         assert 0 < m["rollout/probs_diff_max"] < 1e-3
@@ -116,7 +118,7 @@ def test_four_workers_in_two_engines(tmp_path, model, triplets):
         "actor_rollout_ref.rollout.check_weight_sync=full", "trainer.test_freq=-1", "trainer.save_freq=-1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = (m for m in read_metrics(tmp_path / "run") if "reward/mean" in m)
+    first, second = steps_of(tmp_path / "run")
     for m in (first, second):
         assert m["rollout/probs_diff_max"] < 1e-3 and m["sync/weights_compared"] > 20
     samples = read_samples(tmp_path / "run", 2)
@@ -130,7 +132,7 @@ def test_a_broken_sync_stops_the_run(without_ray):
     assert broken["returncode"] == 1
     said = "WeightSyncError: weight sync 2: model.embed_tokens.weight differs in the engine's lm_head (trainer"
     assert broken["error"].startswith(said)
-    assert [m["step"] for m in read_metrics(broken["folder"])] == [1]
+    assert [m["step"] for m in steps_of(broken["folder"])] == [1]
 
 
 def test_a_model_that_vllm_cannot_run_here(tmp_path, tiny_folder, triplets):
