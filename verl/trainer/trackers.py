@@ -75,6 +75,8 @@ class WandbTracker(Tracker):
         import wandb
 
         self.failures = (OSError, wandb.Error)
+        # Tables are staged there before they are sent; by default that is the home folder, which may not be writable.
+        os.environ.setdefault("WANDB_DATA_DIR", str(run.run_dir.absolute() / "wandb"))
         self._say, self._tables = run.say, dict[str, Any]()
 
         def start(mode: Any) -> Any:
