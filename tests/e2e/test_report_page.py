@@ -59,8 +59,10 @@ def open_page(driver: Chrome, page: Path, width: int = 1280, dark: bool = False)
 
 
 def requests_of(driver: Chrome) -> list[str]:
+    """What was asked for since the last call; the browser's own page for new tabs may still be loading then."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [one["request"]["url"] for one in asked if not one["documentURL"].startswith("chrome://")]
 
 
 def until_drawn(driver: Chrome) -> None:

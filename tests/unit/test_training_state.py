@@ -1,12 +1,17 @@
 """Checkpoints of an optimizer that has not stepped yet, or not on every weight: they load, and training goes on."""
 
+import resource
+import shutil
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
+from tiny import tiny_tokenizer
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from verl.checkpoint.training_state import load_training_state, save_training_state
+from verl.checkpoint.training_state import load_training_state, save_training_state, save_transformers_folder
+from verl.embedding.settings import EmbedderSettings
 from verl.models.fsdp import full_weights
 from verl.workers.actor import Actor
 
@@ -97,3 +102,41 @@ def test_a_weight_that_never_had_a_gradient_begins_anew_and_the_others_go_on(row
     assert {name: float(value.abs().max()) for name, value in moments.items()} == {
         "step": 0, "exp_avg": 0, "exp_avg_sq": 0
     }  # fmt: skip
+
+
+@pytest.fixture
+def largest_file():
+    """A function that forbids this process files of more bytes than it is given, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["state", "folder"])
+def test_a_write_that_fails_anywhere_raises_the_disks_error(what, rows, tmp_path, largest_file):
+    """torch, safetensors and tokenizers each raise something else, which depends on where the disk is full."""
+    actor = new_actor()
+    actor.update(rows, 1)
+
+    def write() -> None:
+        if what == "state":
+            save(actor, tmp_path / "it")
+        else:
+            settings, policy = EmbedderSettings(), actor.policy
+            save_transformers_folder(tmp_path / "it", full_weights(policy), policy.lm, tiny_tokenizer(), settings, 0)
+
+    write()
+    whole = max(file.stat().st_size for file in (tmp_path / "it").rglob("*"))
+    for size in {*range(0, 1500, 61), *range(0, whole, whole // 30)}:
+        shutil.rmtree(tmp_path / "it")
+        largest_file(size)
+        with pytest.raises(OSError, match="File too large"):
+            write()
+
+
+def test_a_tokenizer_that_cannot_be_written_raises_the_disks_error(tmp_path, largest_file):
+    """Its file is written after the weights, which are larger; here there are none."""
+    largest_file(3000)
+    with pytest.raises(OSError, match="File too large"):
+        policy = tiny_policy()
+        save_transformers_folder(tmp_path / "it", [], policy.lm, tiny_tokenizer(), EmbedderSettings(), 0)

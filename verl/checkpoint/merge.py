@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
 from verl.embedding import centre, settings
 from verl.errors import UserError
@@ -162,8 +163,9 @@ def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoin
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        write_model_files(folder, checkpoint)
-        save_torch_state_dict(weights, folder)
+        with disk_errors():
+            write_model_files(folder, checkpoint)
+            save_torch_state_dict(weights, folder)
         if wrong := unequal(SavedTensors(folder), weights):
             raise UserError(
                 f"{folder.parent}: {', '.join(wrong)} read back differently from what was written; check the disk"

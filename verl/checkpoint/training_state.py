@@ -14,16 +14,20 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.algorithm.gradient_balance import GradientBalance
+from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
 
@@ -54,15 +58,26 @@ def save_training_state(
     if optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
-        dcp.save(state, checkpoint_id=folder)
+        dcp.save(state, storage_writer=_ShardWriter(folder))
     except CheckpointException as error:
         raise _cause(error) from error
     extra = {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
     if balance:
         extra["gradient_balance"] = balance.state_dict()
     # Opened by Python, whose errors say what failed on the disk.
-    with (folder / f"extra_rank_{rank}.pt").open("wb") as file:
+    with disk_errors(), (folder / f"extra_rank_{rank}.pt").open("wb") as file:
         torch.save(extra, file)
+
+
+class _ShardWriter(dcp.FileSystemWriter):
+    """torch's writer of shards, which raises the disk's own error on the rank where it happens.
+
+    An error loses its cause on its way to rank 0.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with disk_errors():
+            return super().write_data(plan, planner)
 
 
 def load_training_state(
@@ -141,6 +156,9 @@ def save_transformers_folder(
     """Write a folder that transformers loads, in the dtype of the model that training started from.
 
     All ranks iterate over `weights`, full tensors; rank 0 writes.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
     """
     dtype = lm.config.dtype or torch.float32
     kept: dict[str, Tensor] = {}
@@ -149,9 +167,10 @@ def save_transformers_folder(
             kept[name] = tensor.to("cpu", dtype, copy=True).contiguous()
     if rank != 0:
         return
-    folder.mkdir(parents=True)
-    save_torch_state_dict(kept, folder)
-    lm.config.save_pretrained(folder)
-    lm.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    embedder.write(folder)
+    with disk_errors():
+        folder.mkdir(parents=True)
+        save_torch_state_dict(kept, folder)
+        lm.config.save_pretrained(folder)
+        lm.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        embedder.write(folder)

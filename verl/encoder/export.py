@@ -14,6 +14,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
 
+from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import Prompt, rationale_messages
@@ -124,7 +125,8 @@ def export(model_path: str, output: Path) -> None:
     shutil.rmtree(making, ignore_errors=True)
     try:
         say(f"{PROGRAM}: building the modules of sentence-transformers")
-        build(encoder, texts).save_pretrained(str(making), create_model_card=False)
+        with disk_errors():
+            build(encoder, texts).save_pretrained(str(making), create_model_card=False)
         say(f"{PROGRAM}: loading what was written, and comparing")
         gap = float(np.abs(SentenceTransformer(str(making), device="cpu").encode(texts, batch_size=2) - expected).max())
         say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
