@@ -127,6 +127,8 @@ def train(
 ) -> list[dict]:
     """Train the demo model on a CPU for `warm_up` + `steps` steps; the metrics of the last `steps`, with `wall_s`.
 
+    Without diagnoses, which only some steps make; docs/diagnostics.md says what they cost.
+
     Args:
         shape: triplets per step, rationales per triplet, and the number of new tokens that every row gets.
         warm_up: steps that are not counted: in the first two the kernel clears memory pages for the graph and the
@@ -139,6 +141,7 @@ def train(
         "actor_rollout_ref.rollout.ignore_eos=True", "data.shuffle=False", f"data.train_files={train_file}",
         f"actor_rollout_ref.model.path={MODEL}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         f"trainer.default_local_dir={out}", "trainer.save_freq=0", "trainer.device=cpu",
+        "trainer.diag_freq=-1",
         "+reward_model.reward_kwargs.enable_length_penalty=False", f"trainer.total_training_steps={steps + warm_up}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
