@@ -274,6 +274,23 @@ def test_a_run_without_a_policy_gradient_writes_rationales_and_does_no_work_for_
     assert len(trained) == 4 and all(s["rationale"] and "reward" in s and "advantage" not in s for s in trained)
 
 
+def test_a_loss_on_the_embeddings_weighs_the_same_in_one_mini_batch_and_in_two(tmp_path, tiny_folder, triplets):
+    """Each half's gradient stands for the whole, so that the whole is the mean of the two."""
+    norms = {}
+    for size in (4, 2):
+        run_dir = tmp_path / str(size)
+        done = train_here(
+            *recipe(tiny_folder, triplets, run_dir), "+reward_model.reward_kwargs.contrastive_weight=1",
+            "actor_rollout_ref.actor.embedding_grad_share=1", f"actor_rollout_ref.actor.ppo_mini_batch_size={size}",
+            "trainer.total_training_steps=1", "trainer.save_freq=0", "trainer.diag_freq=-1",
+            # Weights that stay as they are, and gradients that are not clipped before their norm is taken.
+            "actor_rollout_ref.actor.optim.lr=1e-12",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        norms[size] = steps_of(run_dir)[0]["actor/grad_norm"]
+    assert norms[4] <= norms[2] < 2 * norms[4]
+
+
 @pytest.mark.parametrize("manager", ["MarginReward", "MarginLoss"])
 def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, triplets, repo, manager):
     run_dir = tmp_path / "run"
