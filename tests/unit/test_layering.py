@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = [
     "verl.trainer.main_ppo", "verl.encoder.__main__", "verl.doctor", "verl.merge_model", "verl.eval_generation",
     "verl.export_sentence_transformer", "verl.get_demo_model", "verl.embedding.encode", "verl.centre",
-    "verl.report.__main__",
+    "verl.report.__main__", "verl.serve.__main__",
 ]  # fmt: skip
 # Lowest first. A module imports modules of lower layers and of its own package.
 LAYERS: list[list[str]] = [
@@ -41,6 +41,7 @@ LAYERS: list[list[str]] = [
     ["verl.single_controller"],
     ["verl.workers"],
     ["verl.encoder"],
+    ["verl.serve"],
     ["verl.evaluation"],
     ["verl.report"],
     ["verl.trainer"],
@@ -65,6 +66,8 @@ RESERVED = {
         "verl.evaluation.suites",
     },
     "sqlite3": {"verl.encoder.store"},
+    "uvicorn": {"verl.serve.server"},
+    "prometheus_client": {"verl.serve.app", "verl.serve.metrics"},
 }
 
 

@@ -73,7 +73,8 @@ class EncodeCall:
     def _keep_rationales(self, batch: Batch) -> None:
         for text in batch.texts:
             if not (text.rationale and text.rationale.ids):
-                raise RolloutError(f"the engine generated nothing, not even an end token, for {text.prompt.text!r}")
+                # The text itself would reach the logs of a server.
+                raise RolloutError(f"the engine generated nothing, not even an end token, for text {text.index}")
         self.usage.thinking_s += batch.seconds
         self.usage.rationales_made += len(batch.texts)
         self.usage.generated_tokens += batch.tokens

@@ -25,7 +25,7 @@ from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
 from verl.encoder.call_store import CallStore, NoStore
 from verl.encoder.processes import ProcessesBackend
-from verl.encoder.record import NO_RATIONALE, Sampling, TextRecord
+from verl.encoder.record import NO_RATIONALE, EncodedText, Sampling, TextRecord
 from verl.encoder.store import EmbeddingStore
 from verl.encoder.usage import Usage
 from verl.encoder.vector_format import Precision, VectorFormat
@@ -199,14 +199,28 @@ class GraceEncoder:
         form.check(self.embedding_dim)
         sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
         records = self._encode_records(texts, sampling, return_rationales, batch_size, show_progress_bar)
-        means = np.zeros((len(texts), self.embedding_dim), np.float32)
-        for row, record in enumerate(records):
-            means[row] = record.vector
-        vectors = form.apply(self._centred(means, think))
+        vectors = form.apply(self._means(records, think))
         rationales = [self._decode(record) for record in records] if return_rationales else []
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
         return (vectors, rationales) if return_rationales else vectors
+
+    def encode_in_full(
+        self, inputs: Iterable[str], *, batch_size: int = BATCH_SIZE, think: bool = True,
+        max_new_tokens: int | None = None, seed: int = 0,
+    ) -> list[EncodedText]:  # fmt: skip
+        """Embed N texts and tell all that is known of each, for programs that count tokens or choose the form later.
+
+        `VectorFormat.apply` makes of the vectors what `encode` returns. Arguments and errors are those of `encode`.
+        """
+        texts = list_texts(inputs)
+        sampling = self._sampling(max_new_tokens, None, seed) if think else None
+        records = self._encode_records(texts, sampling, think, whole_number("batch_size", batch_size, 1), False)
+        return [
+            EncodedText(mean, self._decode(record), len(record.prompt.ids), record.rationale_tokens,
+                        record.prompt.shortened)
+            for mean, record in zip(self._means(records, think), records, strict=True)
+        ]  # fmt: skip
 
     def encode_query(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """Embed queries. They get the same prompt as any text; options are those of `encode`."""
@@ -248,6 +262,13 @@ class GraceEncoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _means(self, records: Sequence[TextRecord], thinks: bool) -> np.ndarray:
+        """[N,H] float32: the vectors of complete records, without the centre and before normalisation."""
+        means = np.zeros((len(records), self.embedding_dim), np.float32)
+        for row, record in enumerate(records):
+            means[row] = record.vector
+        return self._centred(means, thinks)
 
     def _centred(self, vectors: np.ndarray, thinks: bool) -> np.ndarray:
         """[N,H], before normalisation: the direction of a vector does not depend on which of the two comes first."""

@@ -44,3 +44,23 @@ class TextRecord:
     vector: np.ndarray | None = None
     """[H] float32, the mean of the pooled hidden states, or the average of two vectors; neither normalised nor without
     the centre. None = not known yet."""
+
+    @property
+    def rationale_tokens(self) -> int:
+        """Tokens of the rationale, the end token included."""
+        return len(self.rationale.ids) if self.rationale else 0
+
+
+class EncodedText(NamedTuple):
+    """What an encoder tells of one text."""
+
+    mean: np.ndarray
+    """[H] float32: the vector without the centre, before any cut and normalisation."""
+    rationale: str
+    """Empty without thinking."""
+    prompt_tokens: int
+    """Tokens of the rendered prompt, which holds the text."""
+    rationale_tokens: int
+    """Tokens of the rationale, the end token included."""
+    shortened: bool
+    """Whether the text was cut to fit max_prompt_length."""
