@@ -25,7 +25,7 @@ class Access:
     own_names_only: bool
     """Whether the Host header must be a loopback address or localhost."""
 
-    def check(self, request: Request) -> None:
+    async def check(self, request: Request) -> None:
         """Let a request pass.
 
         Raises:
@@ -65,8 +65,8 @@ def choose_access(host: str, flag: str | None, variable: str | None, no_auth: bo
     local = is_loopback(host)
     if key is None and not no_auth and not local:
         raise UserError(
-            f"--host {host} lets other machines use this server; set {KEY_VARIABLE} (or --api_key, which other users of "
-            "this machine see in the list of processes), or give --no_auth if everyone who reaches it may use it"
+            f"--host {host} lets other machines use this server; set {KEY_VARIABLE} (or --api_key, which other users "
+            "of this machine see in the list of processes), or give --no_auth if everyone who reaches it may use it"
         )
     return Access(key, own_names_only=local and key is None)
 

@@ -59,7 +59,9 @@ def explain_body(error: ValidationError, fields: Mapping[str, object]) -> ApiErr
         return ApiError(400, "the body must be a JSON object", code="invalid_type")
     if name not in fields:
         known = ", ".join(fields)
-        return ApiError(400, f"the body has a field that this server does not know; it knows {known}", code="unknown_field")
+        return ApiError(
+            400, f"the body has a field that this server does not know; it knows {known}", code="unknown_field"
+        )
     reason = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{name}: {found['msg']}"
     return ApiError(400, reason, param=name, code=found["type"])
 

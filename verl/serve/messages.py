@@ -171,5 +171,9 @@ def response_body(
 
 def _usage(encoded: Sequence[EncodedText]) -> dict[str, Any]:
     prompts, rationales = (sum(text.prompt_tokens for text in encoded), sum(text.rationale_tokens for text in encoded))
-    return {"prompt_tokens": prompts, "completion_tokens": rationales,
-            "completion_tokens_details": {"reasoning_tokens": rationales}, "total_tokens": prompts + rationales}  # fmt: skip
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": rationales,
+        "completion_tokens_details": {"reasoning_tokens": rationales},
+        "total_tokens": prompts + rationales,
+    }

@@ -25,15 +25,16 @@ class Metrics:
         waiting.set_function(lambda: len(queue))
         self.ready = Gauge("grace_ready", "1 when requests are answered, otherwise 0", registry=registry)
         self._texts = Histogram("grace_batch_texts", "Texts embedded together", buckets=_TEXTS, registry=registry)
-        self._batch_seconds = Histogram(
-            "grace_batch_seconds", "Time of a batch", buckets=_SECONDS, registry=registry
-        )
+        self._batch_seconds = Histogram("grace_batch_seconds", "Time of a batch", buckets=_SECONDS, registry=registry)
         self._vectors = Counter(
             "grace_vectors", "Vectors by where they came from: made, or found in the store", ["source"],
             registry=registry,
         )  # fmt: skip
         self._tokens = Counter("grace_rationale_tokens", "Tokens of rationales generated", registry=registry)
         self._shortened = Counter("grace_shortened_texts", "Texts cut to fit max_prompt_length", registry=registry)
+
+        for source in ("made", "stored"):
+            self._vectors.labels(source)  # shown from the beginning, as 0
 
     def batch(self, texts: int, seconds: float) -> None:
         """Count a batch of different texts."""
