@@ -40,6 +40,15 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A leading ~ is the home folder; expanded here and nowhere else."""
 
 
+def _different(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError("a number is there twice")
+    return values
+
+
+Dimensions = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_different)]
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -366,6 +375,9 @@ class HiddenRewardConfig(_Section):
     goes into the checkpoint's embedder_config.json."""
     centre: bool = False
     """Take the direction of the mean of the step's embeddings out of every embedding before they are compared."""
+    matryoshka_dims: Dimensions | None = None
+    """Numbers of first dimensions at which embeddings are compared: rewards and the contrastive loss are the means over
+    them (arXiv 2205.13147); null = all dimensions, as one. They go into the checkpoint's embedder_config.json."""
     contrastive_weight: NonNegativeFloat = 0.0
     """Weight of a contrastive loss (InfoNCE) on the embeddings beside the policy gradient; 0 = the paper's GRACE."""
     contrastive_first_weight: NonNegativeFloat | None = None

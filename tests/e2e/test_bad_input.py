@@ -82,6 +82,11 @@ def test_a_typo_in_a_reward_argument(tmp_path, tiny_folder, data):
     assert_rejected(tmp_path / "run", overrides, "clustring_weight", "Did you mean clustering_weight?")
 
 
+def test_more_dimensions_than_the_model_has(tmp_path, tiny_folder, data):
+    overrides = [*recipe(tiny_folder, data, tmp_path / "run"), "+reward_model.reward_kwargs.matryoshka_dims=[16,65]"]
+    assert_rejected(tmp_path / "run", overrides, "matryoshka_dims=[16, 65]: 65 is more than the 64 dimensions of")
+
+
 def test_a_missing_validation_file_when_validation_is_on(tmp_path, tiny_folder, data):
     overrides = [
         *recipe(tiny_folder, data, tmp_path / "run"),

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import GraceEncoder
 from verl.embedding.prompts import rationale_messages
+from verl.embedding.settings import EmbedderSettings
 
 GOLDEN = Path(__file__).parent / "golden.json"
 # How far a metric may be from its golden value: about ten times what other instruction sets and numbers of threads
@@ -230,6 +231,7 @@ def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_pa
         "trainer.contrastive_warmup_steps=1", "trainer.contrastive_steps_between=1", "trainer.total_training_steps=6",
         "trainer.save_freq=3", GOLDEN_LR, "data.contrastive_batch_size=10",
         "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.tis_imp_ratio_cap=2",
+        "+reward_model.reward_kwargs.matryoshka_dims=[16,64]",
     ]  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train_here(*recipe(tiny_folder, triplets, whole), *joint)
@@ -249,6 +251,7 @@ def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_pa
     # Two updates a step: the first of step 2, and the second of step 4.
     assert ["actor/policy_grad_norm" in m for m in steps] == [False, True, False, True, False, False]
     assert steps[3]["actor/embedding_grad_share"] == pytest.approx(0.4, abs=1e-9)
+    assert EmbedderSettings.read(whole / "global_step_6" / "huggingface").matryoshka_dims == [16, 64]
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_3"]
     done = train_here(*recipe(tiny_folder, triplets, resumed), *joint, *resume)
     assert done.returncode == 0, done.stderr

@@ -192,6 +192,8 @@ def test_the_yaml_is_that_of_the_classes(repo):
             r"Did you mean temperature\? Valid: objective, temperature",
         ),
         ("+reward_model.reward_kwargs.objective=triplet", r"reward_kwargs\.objective='triplet'"),
+        ("+reward_model.reward_kwargs.matryoshka_dims=[64,64]", r"matryoshka_dims=\[64, 64\]: a number is there twice"),
+        ("+reward_model.reward_kwargs.matryoshka_dims=[64,0]", r"matryoshka_dims"),
         ("data.train_files=/nowhere/train.parquet", "'/nowhere/train.parquet' does not exist"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
         ("trainer.resume_from_path=/gone/global_step_3", r"resume_from_path=.* has no effect.*resume_mode=resume_path"),

@@ -63,6 +63,9 @@ class EmbedderSettings(BaseModel):
     no_rationale_weight: float = Field(0.0, ge=0, le=1)
     """Weight of the vector without the rationale in an average with the one that has it: weight x unit(without) +
     (1 - weight) x unit(with); 0 = no average. It needs span=input+rationale, and has no effect without thinking."""
+    matryoshka_dims: list[Annotated[int, Field(ge=1)]] | None = None
+    """Numbers of first dimensions that were trained to be used alone; null = all of them together. It decides no
+    vector: an encoder warns where it is asked for another number."""
     centre: bool = False
     """Take the direction of the mean vector out of every vector; the mean is in embedder_centre/mean.safetensors."""
     max_prompt_length: int = Field(1024, ge=1)

@@ -4,6 +4,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import Prompt, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
+from verl.encoder.sentence_transformers import GraceModule
 from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 
@@ -68,6 +70,34 @@ With think=False GraceEncoder gives the same vectors as this folder: over {count
 {gap:.1e} (float32, CPU). Where a text is cut after a space or within a character, this folder keeps a few more tokens.
 Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
 """
+CARD_WITH_RATIONALES = """\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+---
+# {name}, embedding through rationales
+
+The model writes a rationale about each text and embeds both. This takes far longer than a forward pass: the rationale
+is generated token by token.
+
+```python
+from sentence_transformers import SentenceTransformer  # 6 or newer
+
+model = SentenceTransformer("path/to/this/folder", trust_remote_code=True)
+vectors = model.encode(["a text", "another"], max_new_tokens=64)  # {hidden} dimensions, unit length
+```
+
+`trust_remote_code=True` lets sentence-transformers import the class that modules.json names,
+`verl.encoder.sentence_transformers.GraceModule`, from the installed package of GRACE. No code of this folder is run, and
+it holds none. `encode` takes `think`, `max_new_tokens` and `seed` too, and `model_kwargs={{"engine": "vllm"}}` are options of
+GraceEncoder. The prompt is in embedder_config.json: give none. Texts are cut so that text and prompt have at most {length}
+tokens.
+
+`GraceEncoder("path/to/this/folder").encode(texts)` gives the same vectors: over {count} texts no number differed by more than
+{gap:.1e} (float32, CPU).
+"""
+# Tokens of the rationales whose vectors are compared.
+_PROBE_TOKENS = 8
 
 
 class VectorsDiffer(RuntimeError):
@@ -78,7 +108,7 @@ def run_program(args: argparse.Namespace) -> int:
     """Export as the arguments of `verl.export_sentence_transformer` ask for; the exit code."""
     quiet_libraries()
     try:
-        export(args.model_path, args.output)
+        export(args.model_path, args.output, args.rationales)
     except VectorsDiffer as error:
         complain(PROGRAM, error)
         return 1
@@ -87,15 +117,15 @@ def run_program(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(folder: Path, output: Path) -> None:
-    """Check what can be checked without loading the model.
-
-    Raises:
-        ValueError: the output exists, or the model's settings allow no export.
-    """
-    settings = EmbedderSettings.read(folder)
+def check_output(output: Path) -> None:
+    """Raise ValueError if the output exists."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output={output} exists and is not an empty folder; give another, or remove it")
+
+
+def check_settings(folder: Path) -> None:
+    """Raise ValueError if the settings of a model allow no export without rationales."""
+    settings = EmbedderSettings.read(folder)
     if settings.span == "rationale":
         raise ValueError("span=rationale pools rationales, and an export has none; use GraceEncoder")
     if settings.truncation != "right":
@@ -108,32 +138,39 @@ def check(folder: Path, output: Path) -> None:
         )
 
 
-def export(model_path: str, output: Path) -> None:
+def export(model_path: str, output: Path, rationales: bool = False) -> None:
     """Write the folder under a temporary name, compare its vectors, and then give it its name.
+
+    Args:
+        rationales: whether the folder embeds with them.
 
     Raises:
         ValueError: this model cannot be exported.
         VectorsDiffer: nothing is written.
     """
     folder = model_folder(model_path)
-    check(folder, output)
+    check_output(output)
+    if not rationales:
+        check_settings(folder)
     say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
-    encoder = GraceEncoder(folder, device="cpu")
+    encoder = GraceEncoder(folder, engine="hf", device="cpu")
     texts = probe_texts(encoder)
-    expected = encoder.encode(texts, think=False)
+    options: dict[str, Any] = {"max_new_tokens": _PROBE_TOKENS} if rationales else {"think": False}
+    expected = encoder.encode(texts, **options)
     making = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(making, ignore_errors=True)
     try:
         say(f"{PROGRAM}: building the modules of sentence-transformers")
         with disk_errors():
-            build(encoder, texts).save_pretrained(str(making), create_model_card=False)
+            model = with_rationales(encoder) if rationales else build(encoder, texts)
+            model.save_pretrained(str(making), create_model_card=False)
         say(f"{PROGRAM}: loading what was written, and comparing")
-        gap = float(np.abs(SentenceTransformer(str(making), device="cpu").encode(texts, batch_size=2) - expected).max())
+        gap = largest_gap(making, texts, expected, rationales)
         say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
         if not gap <= TOLERANCE:
             raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
         (making / "README.md").write_text(
-            CARD.format(
+            (CARD_WITH_RATIONALES if rationales else CARD).format(
                 name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
                 length=encoder.settings.max_prompt_length,
             )
@@ -142,6 +179,19 @@ def export(model_path: str, output: Path) -> None:
     finally:
         shutil.rmtree(making, ignore_errors=True)
     say(f"{PROGRAM}: wrote {output}")
+
+
+def largest_gap(folder: Path, texts: Sequence[str], expected: np.ndarray, rationales: bool) -> float:
+    """The largest difference of a number between the vectors of a written folder and those of the encoder."""
+    where: dict[str, Any] = {"model_kwargs": {"engine": "hf", "device": "cpu"}} if rationales else {}
+    model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=rationales, **where)
+    options = {"max_new_tokens": _PROBE_TOKENS} if rationales else {}
+    return float(np.abs(model.encode(list(texts), batch_size=2, **options) - expected).max())
+
+
+def with_rationales(encoder: GraceEncoder) -> SentenceTransformer:
+    """The encoder as the one module of a model."""
+    return SentenceTransformer(modules=[GraceModule(encoder)], device="cpu", similarity_fn_name="cosine")
 
 
 def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:

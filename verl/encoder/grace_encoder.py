@@ -5,6 +5,7 @@ rewarded. Argument names follow sentence-transformers.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -179,7 +180,8 @@ class GraceEncoder:
                 out before. For a classifier or a clustering give False: the vectors of a language model
                 lie in a narrow cone, and on unit vectors that differ by little a regularised classifier (scikit-learn's
                 LogisticRegression as it is) underfits.
-            truncate_dim: keep this many dimensions, the first ones.
+            truncate_dim: keep this many dimensions, the first ones; a warning where training did not look at that
+                number (`EmbedderSettings.matryoshka_dims`).
             think: False embeds the prompt alone, without a rationale.
             max_new_tokens, temperature: of the rationales; None = those of the settings.
             seed: of the sampling.
@@ -195,6 +197,7 @@ class GraceEncoder:
         """
         texts = list_texts(inputs)
         batch_size = whole_number("batch_size", batch_size, 1)
+        self.warn_of_untrained(truncate_dim)
         form = VectorFormat(normalize_embeddings, truncate_dim, precision, int8_ranges, convert_to_tensor)
         form.check(self.embedding_dim)
         sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
@@ -236,6 +239,17 @@ class GraceEncoder:
             torch.nn.functional.normalize(torch.as_tensor(e).float(), dim=-1) for e in (embeddings1, embeddings2)
         )
         return first @ second.T
+
+    def warn_of_untrained(self, truncate_dim: int | None) -> None:
+        """Warn, once a process, of a number of dimensions that training did not look at."""
+        trained = self.settings.matryoshka_dims or [self.embedding_dim]
+        if truncate_dim not in (None, self.embedding_dim, *trained):
+            # Python shows a warning of the same words and line once.
+            warnings.warn(
+                f"truncate_dim={truncate_dim}: this model was trained to be used with "
+                f"{' or '.join(map(str, sorted(trained)))} dimensions; others may be much worse",
+                stacklevel=1,
+            )
 
     def describe(self, **options: Any) -> dict[str, Any]:
         """Everything besides text and weights that decides the float32 vectors of `encode` with these options."""

@@ -160,6 +160,7 @@ def _options(service: Service, encoder: GraceEncoder, wanted: EmbeddingsRequest)
             400, f"dimensions must be at most the model's {encoder.embedding_dim}", param="dimensions",
             code="too_many_dimensions",
         )  # fmt: skip
+    encoder.warn_of_untrained(wanted.dimensions)
     most = _CHARS_PER_TOKEN * settings.max_prompt_length
     for index, text in enumerate(wanted.input):
         if len(text) > most:

@@ -17,7 +17,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
-from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, sample_roles
+from verl.trainer.prepare import build_renderer, check_dimensions, check_engine_groups, find_devices, sample_roles
 from verl.trainer.trackers import check_packages
 from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
@@ -94,6 +94,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         renderer = build_renderer(config)
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
+        check_dimensions(config, reward_manager.matryoshka_dims)
         collate = build_collate(config, dataset, renderer, reward_manager)
         held_out = None
         if config.validates or (config.diagnoses and has_val_files(config)):
@@ -154,6 +155,7 @@ def build_collate(
         pool_system_prompt=not reward_manager.exclude_system_prompt,
         text_share=reward_manager.text_share,
         no_rationale_weight=reward_manager.no_rationale_weight,
+        matryoshka_dims=reward_manager.matryoshka_dims,
         max_prompt_length=data.max_prompt_length,
         max_new_tokens=data.max_response_length,
         # An encoder that stops at a long text is of no use.

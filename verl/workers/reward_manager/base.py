@@ -38,6 +38,8 @@ class RewardManager(Protocol):
     """Share of the text in the embeddings, see `EmbedderSettings`; a manager without it says None."""
     no_rationale_weight: float
     """Weight of the vector without the rationale in the embeddings, see there; a manager without it says 0."""
+    matryoshka_dims: list[int] | None
+    """Numbers of first dimensions that it trains to be used alone, see there; a manager without it says None."""
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows of a step.

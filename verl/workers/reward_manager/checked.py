@@ -31,6 +31,7 @@ class CheckedRewardManager:
         self.trains_anchors: bool = getattr(manager, "trains_anchors", False)
         self.text_share: float | None = getattr(manager, "text_share", None)
         self.no_rationale_weight: float = getattr(manager, "no_rationale_weight", 0.0)
+        self.matryoshka_dims: list[int] | None = getattr(manager, "matryoshka_dims", None)
 
     def __call__(self, rows: DataProto) -> RewardOutput:
         """Reward the trained rows.

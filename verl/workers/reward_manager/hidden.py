@@ -142,6 +142,14 @@ def variance_shares(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
     return {name: float((total * deviation).sum() / variance) for name, deviation in deviations.items()}
 
 
+def mean_terms(found: Sequence[dict[str, Term]]) -> dict[str, Term]:
+    """The terms of several views of the same rows, averaged; their weights are the same."""
+    return {
+        name: Term(torch.stack([terms[name].raw for terms in found]).mean(0), term.weight)
+        for name, term in found[0].items()
+    }
+
+
 def total_reward(terms: dict[str, Term]) -> Tensor:
     """[B] weighted sum of the terms."""
     return torch.stack([term.weighted for term in terms.values()]).sum(0)
@@ -161,6 +169,7 @@ class HiddenRewardManager:
         self.exclude_system_prompt = self.config.exclude_system_prompt
         self.text_share = self.config.text_share
         self.no_rationale_weight = self.config.no_rationale_weight
+        self.matryoshka_dims = self.config.matryoshka_dims
         self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
@@ -168,14 +177,10 @@ class HiddenRewardManager:
         at = _positions(rows)
         if "query" not in at:
             raise ValueError("the reward manager hidden needs a query row for every sample")
-        main, embeddings = rows[at[TRAINED_ROLE]], self._compared(rows.batch["embeddings"])
+        main = rows[at[TRAINED_ROLE]]
         g = groups_of(main)
-        m, q, n = (embeddings[at[role]] if role in at else None for role in (TRAINED_ROLE, "query", "negative"))
-        assert m is not None and q is not None
-        if self.config.objective == "grace":
-            terms = grace_terms(m, q, n, g, self.config)
-        else:
-            terms = infonce_terms(m, q, n, g, _groups(rows, at, g), self.config)
+        groups = _groups(rows, at, g)
+        terms = mean_terms([self._terms(view, at, g, groups) for view in self._views(rows.batch["embeddings"])])
         rewards = total_reward(terms)
         scores = rewards
         if self.config.enable_length_penalty:
@@ -183,13 +188,23 @@ class HiddenRewardManager:
         columns = {name: term.weighted for name, term in terms.items()}
         output = RewardOutput(scores, _metrics(terms, g), {**columns, "before_penalty": rewards})
         if weight := self._contrastive_weight(rows):
-            output.embedding_grad, found = self._contrastive_gradient(rows, at, g, weight)
+            output.embedding_grad, found = self._contrastive_gradient(rows, at, g, groups, weight)
             output.metrics |= found
         return output
 
-    def _compared(self, embeddings: Tensor) -> Tensor:
-        """[N,H] unit vectors, as they are compared."""
-        return centred(embeddings) if self.config.centre else embeddings
+    def _views(self, embeddings: Tensor) -> list[Tensor]:
+        """The embeddings [N,H] as they are compared: unit vectors [N,D], for each number of first dimensions."""
+        whole = centred(embeddings) if self.config.centre else embeddings
+        dims = self.config.matryoshka_dims
+        return [whole] if dims is None else [unit(whole[:, :count]) for count in dims]
+
+    def _terms(self, vectors: Tensor, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group]) -> dict[str, Term]:
+        """The terms of the objective from vectors [N,D] of all rows."""
+        m, q = vectors[at[TRAINED_ROLE]], vectors[at["query"]]
+        n = vectors[at["negative"]] if "negative" in at else None
+        if self.config.objective == "grace":
+            return grace_terms(m, q, n, g, self.config)
+        return infonce_terms(m, q, n, g, groups, self.config)
 
     def _contrastive_weight(self, rows: DataProto) -> float:
         """The weight of the contrastive loss in this step."""
@@ -199,21 +214,27 @@ class HiddenRewardManager:
         return config.contrastive_weight
 
     def _contrastive_gradient(
-        self, rows: DataProto, at: dict[str, Tensor], g: Tensor, weight: float
+        self, rows: DataProto, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group], weight: float
     ) -> tuple[Tensor, dict[str, float]]:
         """[N,H] float32, the gradient of the weighted contrastive loss by the rows' embeddings; and its metrics."""
         with torch.enable_grad():
             embeddings = rows.batch["embeddings"].clone().requires_grad_()
-            vectors = self._compared(embeddings)
-            anchors = vectors if self.config.contrastive_anchors else vectors.detach()
-            n = anchors.index_select(0, at["negative"]) if "negative" in at else None
-            loss, accuracy = symmetric_infonce(
-                vectors.index_select(0, at[TRAINED_ROLE]), anchors.index_select(0, at["query"]), n, g,
-                _groups(rows, at, g), self.config.contrastive_temperature,
-            )  # fmt: skip
+            views = [self._contrastive_loss(view, at, g, groups) for view in self._views(embeddings)]
+            loss, accuracy = (torch.stack(values).mean() for values in zip(*views, strict=True))
             (grad,) = torch.autograd.grad(weight * loss, embeddings)
         found = {"loss": float(loss.detach()), "accuracy": float(accuracy), "weight": weight}
         return grad, {f"contrastive/{name}": value for name, value in found.items()}
+
+    def _contrastive_loss(
+        self, vectors: Tensor, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of vectors [N,D] of all rows, and its accuracy."""
+        anchors = vectors if self.config.contrastive_anchors else vectors.detach()
+        n = anchors.index_select(0, at["negative"]) if "negative" in at else None
+        return symmetric_infonce(
+            vectors.index_select(0, at[TRAINED_ROLE]), anchors.index_select(0, at["query"]), n, g, groups,
+            self.config.contrastive_temperature,
+        )  # fmt: skip
 
 
 def _metrics(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
@@ -242,10 +263,12 @@ def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
     texts = rows.non_tensor_batch["text"]
     query, negative = (at[role].tolist() if role in at else None for role in ("query", "negative"))
     assert query is not None
+    # Of each group the first row.
+    positive = at[TRAINED_ROLE][np.unique(g.numpy(), return_index=True)[1]].tolist()
     return [
         Group(
             query=texts[query[i]],
-            positive=texts[at[TRAINED_ROLE][g == i][0]],
+            positive=texts[positive[i]],
             negative=None if negative is None else texts[negative[i]],
         )
         for i in range(len(query))

@@ -1,0 +1,73 @@
+"""A module of sentence-transformers that embeds with rationales, by the encoder of this project.
+
+A folder that `python3 -m verl.export_sentence_transformer --rationales` wrote names it in modules.json, so that
+`SentenceTransformer(folder, trust_remote_code=True)` runs it where this project is installed.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from sentence_transformers.base.modules.input_module import InputModule
+
+from verl.encoder.grace_encoder import GraceEncoder
+from verl.errors import UserError
+
+# What sentence-transformers writes itself, and what says of a folder what it is.
+_OTHERS = ("modules.json", "config_sentence_transformers.json", "README.md")
+
+
+class GraceModule(InputModule):
+    """The one module of a model; the vectors are those of `GraceEncoder.encode`, of unit length."""
+
+    # Arguments of SentenceTransformer.encode that reach `forward`.
+    forward_kwargs = {"think", "max_new_tokens", "seed", "task"}
+
+    def __init__(self, encoder: GraceEncoder) -> None:
+        super().__init__()
+        self._encoder = encoder
+        self.tokenizer = encoder.tokenizer
+
+    @classmethod
+    def load(cls, model_name_or_path: str, model_kwargs: dict[str, Any] | None = None, **_: Any) -> Self:
+        """The module of a model folder.
+
+        Args:
+            model_kwargs: options of `GraceEncoder`, such as engine, device and store.
+
+        Raises:
+            As `GraceEncoder`.
+        """
+        return cls(GraceEncoder(model_name_or_path, **(model_kwargs or {})))
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
+        """The texts as they are.
+
+        Raises:
+            UserError: an input is no text, or a prompt was given.
+        """
+        if prompt:
+            raise UserError("the prompt of this model is in its embedder_config.json; give none")
+        if wrong := next((one for one in inputs if not isinstance(one, str)), None):
+            raise UserError(f"this model embeds texts, and was given a {type(wrong).__name__}")
+        return {"texts": list(inputs)}
+
+    def forward(self, features: dict[str, Any], task: str | None = None, **options: Any) -> dict[str, Any]:
+        """Add `sentence_embedding`, [N,H] float32, to the N `texts`."""
+        encode = {"query": self._encoder.encode_query, "document": self._encoder.encode_document}.get(
+            task or "", self._encoder.encode
+        )
+        return {**features, "sentence_embedding": encode(features["texts"], convert_to_tensor=True, **options)}
+
+    def get_embedding_dimension(self) -> int:
+        return self._encoder.embedding_dim
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Copy the model's files."""
+        for file in self._encoder.folder.iterdir():
+            target = Path(output_path) / file.name
+            if file.is_dir():
+                shutil.copytree(file, target, dirs_exist_ok=True)
+            elif file.name not in _OTHERS:
+                shutil.copyfile(file, target)
