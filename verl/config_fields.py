@@ -75,7 +75,8 @@ def _in_words(key: str, field: FieldInfo | None, errors: list[Any]) -> str:
     if field is not None and errors[0]["type"] in _OUT_OF_RANGE:
         or_null = ", or null" if type(None) in typing.get_args(field.annotation) else ""
         return f"{key}={value} must be {limits_of(field)}{or_null}."
-    return f"{key}={value!r}: {'; '.join(dict.fromkeys(error['msg'] for error in errors))}."
+    words = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in errors)
+    return f"{key}={value!r}: {'; '.join(words)}."
 
 
 def closest_key(key: str, known: Iterable[str]) -> str:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from verl.errors import UserError
+from verl.workers.rollout.choose import choose_device_and_engine
 
 BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 CHOOSE = """
@@ -66,3 +70,12 @@ def test_choosing_a_vllm_that_does_not_import_is_an_error_with_the_ways_out(choo
 
 def test_transformers_is_chosen_without_an_import_of_vllm(choose):
     assert choose("hf") == ["hf", "chosen by actor_rollout_ref.rollout.name", False, False]
+
+
+@pytest.mark.parametrize(("device", "engine", "message"), [
+    ("cpu", "tgi", "engine='tgi' must be one of auto, hf, vllm"),
+    ("gpu", "hf", "device='gpu' must be one of auto, cuda, cpu"),
+])  # fmt: skip
+def test_a_device_or_engine_that_is_not_there_is_told(device, engine, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose_device_and_engine(device, engine)

@@ -7,8 +7,8 @@ import torch
 from steps import whole_step
 from torch import Tensor
 
+from verl import GraceEncoder
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder import GraceEncoder
 from verl.protocol import DataProto
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 

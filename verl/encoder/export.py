@@ -88,13 +88,13 @@ vectors = model.encode(["a text", "another"], max_new_tokens=64)  # {hidden} dim
 ```
 
 `trust_remote_code=True` lets sentence-transformers import the class that modules.json names,
-`verl.encoder.sentence_transformers.GraceModule`, from the installed package of GRACE. No code of this folder is run, and
-it holds none. `encode` takes `think`, `max_new_tokens` and `seed` too, and `model_kwargs={{"engine": "vllm"}}` are options of
-GraceEncoder. The prompt is in embedder_config.json: give none. Texts are cut so that text and prompt have at most {length}
-tokens.
+`verl.encoder.sentence_transformers.GraceModule`, from the installed package of GRACE. No code of this folder is run,
+and it holds none. `encode` takes `think`, `max_new_tokens` and `seed` too, and `model_kwargs={{"engine": "vllm"}}` are
+options of GraceEncoder. The prompt is in embedder_config.json: give none. Texts are cut so that text and prompt have at
+most {length} tokens.
 
-`GraceEncoder("path/to/this/folder").encode(texts)` gives the same vectors: over {count} texts no number differed by more than
-{gap:.1e} (float32, CPU).
+`GraceEncoder("path/to/this/folder").encode(texts)` gives the same vectors: over {count} texts no number differed by
+more than {gap:.1e} (float32, CPU).
 """
 # Tokens of the rationales whose vectors are compared.
 _PROBE_TOKENS = 8
@@ -185,7 +185,7 @@ def largest_gap(folder: Path, texts: Sequence[str], expected: np.ndarray, ration
     """The largest difference of a number between the vectors of a written folder and those of the encoder."""
     where: dict[str, Any] = {"model_kwargs": {"engine": "hf", "device": "cpu"}} if rationales else {}
     model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=rationales, **where)
-    options = {"max_new_tokens": _PROBE_TOKENS} if rationales else {}
+    options: dict[str, Any] = {"max_new_tokens": _PROBE_TOKENS} if rationales else {}
     return float(np.abs(model.encode(list(texts), batch_size=2, **options) - expected).max())
 
 

@@ -1,8 +1,8 @@
 """LangChain's interface of embeddings (needs langchain-core).
 
-    from verl.encoder.langchain import GraceEmbeddings
+from verl.encoder.langchain import GraceEmbeddings
 
-    store = InMemoryVectorStore(GraceEmbeddings("path/to/model", encode_options={"max_new_tokens": 64}))
+store = InMemoryVectorStore(GraceEmbeddings("path/to/model", encode_options={"max_new_tokens": 64}))
 """
 
 import asyncio

@@ -30,7 +30,9 @@ class GraceModule(InputModule):
         self.tokenizer = encoder.tokenizer
 
     @classmethod
-    def load(cls, model_name_or_path: str, model_kwargs: dict[str, Any] | None = None, **_: Any) -> Self:
+    def load(
+        cls, model_name_or_path: str, *_: Any, model_kwargs: dict[str, Any] | None = None, **__: Any
+    ) -> Self:  # fmt: skip
         """The module of a model folder.
 
         Args:

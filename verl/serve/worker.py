@@ -131,7 +131,7 @@ class Worker:
         self, encoder: GraceEncoder, texts: list[str], options: Options
     ) -> dict[str, EncodedText]:
         """Without the texts that cannot be rendered: with truncation=error, those that are too long."""
-        found = {}
+        found: dict[str, EncodedText] = {}
         for text in texts:
             try:
                 found |= self._encode(encoder, [text], options)

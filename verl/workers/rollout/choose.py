@@ -7,6 +7,7 @@ from types import ModuleType
 from verl.errors import UserError
 
 _ADAPTER = "verl.workers.rollout.vllm"
+_DEVICES, _ENGINES = ("auto", "cuda", "cpu"), ("auto", "hf", "vllm")
 
 
 def choose_engine(name: str, setting: str = "actor_rollout_ref.rollout.name") -> tuple[str, str]:
@@ -44,8 +45,11 @@ def choose_device_and_engine(device: str, engine: str) -> tuple[str, str, str]:
         cpu or cuda, hf or vllm, and the reason for the engine in words.
 
     Raises:
-        UserError: engine is vllm, and vllm cannot be imported.
+        UserError: there is no such device or engine; or engine is vllm, and vllm cannot be imported.
     """
+    for name, value, known in (("device", device, _DEVICES), ("engine", engine, _ENGINES)):
+        if value not in known:
+            raise UserError(f"{name}={value!r} must be one of {', '.join(known)}")
     # Imported here: it takes seconds, and `choose_engine` does not need it.
     import torch
 
