@@ -117,6 +117,8 @@ class TheirEncoder:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def warn_of_untrained(self, _: int | None) -> None: ...
+
     def describe(self, **_: Any) -> dict[str, Any]:
         return {}
 
@@ -145,7 +147,10 @@ def serve_theirs() -> None:
 def measure(requests: int) -> dict[tuple[str, str, int], tuple[float, list[float]]]:
     """Seconds of all and of each request, by work, who does it and clients."""
     texts = sentences(requests)
-    found = {(work, LOOP, 1): loop(texts, fields) for work, fields in FIELDS.items()}
+    found = {}
+    for work, fields in FIELDS.items():
+        found[work, LOOP, 1] = loop(texts, fields)
+        print(f"{work}, {LOOP}: {found[work, LOOP, 1][0]:.1f} s", file=sys.stderr, flush=True)
     ours = ["-m", "verl.serve", "--model", MODEL, "--name", NAME, "--port", "0", "--device", "cpu",
             "--max_prompt_length", str(PROMPT_TOKENS), "--max_new_tokens", str(NEW_TOKENS)]  # fmt: skip
     for who, command, works in ((OURS, ours, (PLAIN, THINKING)), (THEIRS, [__file__, "--serve_theirs"], (PLAIN,))):
@@ -153,7 +158,8 @@ def measure(requests: int) -> dict[tuple[str, str, int], tuple[float, list[float
             load(address, 4, texts[:4], FIELDS[PLAIN])  # warm-up
             for work in works:
                 for clients in CLIENTS:
-                    found[work, who, clients] = load(address, clients, texts, FIELDS[work])
+                    whole, _ = found[work, who, clients] = load(address, clients, texts, FIELDS[work])
+                    print(f"{work}, {who}, {clients} clients: {whole:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
