@@ -1,4 +1,4 @@
-"""The server under load: python3 bench/serve.py [--requests 128] [--json FILE]
+"""The server under load: python3 bench/serve.py [--what plain thinking] [--requests 128] [--json FILE]
 
 SmolLM2-135M on a CPU, requests of one sentence of examples/ each, over loopback. Clients send their next request when
 the last one is answered. The server, without rationales and with rationales of at most 32 tokens, beside a plain loop
@@ -33,6 +33,7 @@ NAME = "bench"
 BAR = 1 / 3
 OURS, LOOP, THEIRS = "the server", "a loop over encode", "sentence-transformers, same app"
 PLAIN, THINKING = "no rationales", f"rationales of at most {NEW_TOKENS} tokens"
+WORKS = {"plain": PLAIN, "thinking": THINKING}
 FIELDS: dict[str, dict[str, Any]] = {PLAIN: {"think": False}, THINKING: {"max_new_tokens": NEW_TOKENS}}
 
 
@@ -144,19 +145,22 @@ def serve_theirs() -> None:
     raise SystemExit(parts.run_program(parse_args(["--model", MODEL, "--name", NAME, "--port", "0", "--no_thinking"])))
 
 
-def measure(requests: int) -> dict[tuple[str, str, int], tuple[float, list[float]]]:
+def measure(requests: int, works: list[str]) -> dict[tuple[str, str, int], tuple[float, list[float]]]:
     """Seconds of all and of each request, by work, who does it and clients."""
     texts = sentences(requests)
     found = {}
-    for work, fields in FIELDS.items():
-        found[work, LOOP, 1] = loop(texts, fields)
+    for work in works:
+        found[work, LOOP, 1] = loop(texts, FIELDS[work])
         print(f"{work}, {LOOP}: {found[work, LOOP, 1][0]:.1f} s", file=sys.stderr, flush=True)
     ours = ["-m", "verl.serve", "--model", MODEL, "--name", NAME, "--port", "0", "--device", "cpu",
             "--max_prompt_length", str(PROMPT_TOKENS), "--max_new_tokens", str(NEW_TOKENS)]  # fmt: skip
-    for who, command, works in ((OURS, ours, (PLAIN, THINKING)), (THEIRS, [__file__, "--serve_theirs"], (PLAIN,))):
+    theirs = [__file__, "--serve_theirs"]
+    for who, command, served in ((OURS, ours, works), (THEIRS, theirs, [work for work in works if work == PLAIN])):
+        if not served:
+            continue
         with server(command) as address:
             load(address, 4, texts[:4], FIELDS[PLAIN])  # warm-up
-            for work in works:
+            for work in served:
                 for clients in CLIENTS:
                     whole, _ = found[work, who, clients] = load(address, clients, texts, FIELDS[work])
                     print(f"{work}, {who}, {clients} clients: {whole:.1f} s", file=sys.stderr, flush=True)
@@ -165,6 +169,7 @@ def measure(requests: int) -> dict[tuple[str, str, int], tuple[float, list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--requests", type=int, default=128, help="of each row of the table")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve_theirs", action="store_true", help=argparse.SUPPRESS)
@@ -172,19 +177,20 @@ def main() -> None:
     if args.serve_theirs:
         serve_theirs()
     get_model()
-    found = measure(args.requests)
+    found = measure(args.requests, [WORKS[name] for name in args.what])
     rows = []
     for (work, who, clients), (whole, each) in found.items():
         p50, p95 = statistics.median(each), statistics.quantiles(each, n=20)[-1]
         rows.append([work, who, clients, f"{args.requests / whole:.1f}", f"{p50:.2f}", f"{p95:.2f}"])
     print(markdown(["work", "who", "clients", "requests/s", "p50, s", "p95, s"], rows))
-    most = CLIENTS[-1]
-    what = f"serving {args.requests} requests of {most} clients, {PLAIN}"
-    ours = found[PLAIN, OURS, most][0]
-    comparisons = [
-        Comparison(what, ours, LOOP, found[PLAIN, LOOP, 1][0], bar=BAR),
-        Comparison(what, ours, THEIRS, found[PLAIN, THEIRS, most][0]),
-    ]
+    most, comparisons = CLIENTS[-1], []
+    if "plain" in args.what:
+        what = f"serving {args.requests} requests of {most} clients, {PLAIN}"
+        ours = found[PLAIN, OURS, most][0]
+        comparisons = [
+            Comparison(what, ours, LOOP, found[PLAIN, LOOP, 1][0], bar=BAR),
+            Comparison(what, ours, THEIRS, found[PLAIN, THEIRS, most][0]),
+        ]
     write_json(args.json, {"table": rows}, comparisons)
 
 
