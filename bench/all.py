@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from common import REPO, Comparison, machine, markdown
+from common import ALONE, REPO, Comparison, machine, markdown
 
 RESULTS = REPO / "bench_results"
 DOCUMENT = REPO / "docs/performance.md"
@@ -95,7 +95,7 @@ def draw(found: list[Comparison]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "performance"
     from matplotlib import pyplot
 
-    shown = [c for c in found if c.theirs][::-1]
+    shown = [c for c in found if c.theirs and c.other != ALONE][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.75 * len(shown) + 1), layout="constrained")
     for y, c in enumerate(shown):
         assert c.theirs is not None

@@ -20,7 +20,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from common import Comparison, EncoderProcess, installed_engines, markdown, prepare_data, spread, train, write_json
+from common import (
+    ALONE,
+    Comparison,
+    EncoderProcess,
+    installed_engines,
+    markdown,
+    prepare_data,
+    spread,
+    train,
+    write_json,
+)
 
 from verl.utils.cpus import waiting_environment
 
@@ -120,7 +130,7 @@ def main() -> None:
             size = "{} triplets x {} x {} tokens".format(*args.shape)
             name = f"a training step, {size}, {engine}, beside 2 busy processes"
             medians = (statistics.median(values), statistics.median(alone))
-            comparisons.append(Comparison(name, medians[0], "it alone", medians[1], bar=BAR))
+            comparisons.append(Comparison(name, medians[0], ALONE, medians[1], bar=BAR))
     head = ["what", "engine", "busy processes", "waiting", "seconds, median (min to max)", "times the quiet one"]
     print(markdown(head, table))
     write_json(

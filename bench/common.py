@@ -40,6 +40,10 @@ def installed_engines() -> list[str]:
     return ["hf", *(["vllm"] if find_spec("vllm") else [])]
 
 
+# What a work beside others is compared with: itself, without them.
+ALONE = "it alone"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One line of the first table of docs/performance.md: seconds of a piece of work, here and elsewhere."""
