@@ -11,6 +11,8 @@ from verl.embedding.metrics import top_variance_share
 from verl.embedding.ngrams import distinct_n, repetition
 from verl.embedding.pooling import unit
 from verl.embedding.rationale_use import ProbeVectors, probe_report
+from verl.protocol import DataProto
+from verl.trainer.ppo.diagnostics import token_mean
 
 TRIPLET = ["positive", "query", "negative"]
 
@@ -127,3 +129,9 @@ def test_the_correlation_within_groups_does_not_see_what_groups_differ_in():
     expected = np.corrcoef(*deviations)[0, 1]
     assert within_group_correlation(length, reward, group) == pytest.approx(expected, abs=1e-5)
     assert within_group_correlation(length, torch.tensor([1.0, 1, 1, 5, 5, 5]), group) is None
+
+
+def test_a_likelihood_is_the_mean_over_the_rationales_own_tokens():
+    rows = DataProto.from_dict({"responses": torch.zeros(2, 4), "response_length": torch.tensor([2, 4])}, {})
+    log_probs = torch.tensor([[-1.0, -2.0, -50.0, -50.0], [-1.0, -2.0, -3.0, -4.0]])
+    assert token_mean(rows, log_probs).tolist() == [-1.5, -2.5]

@@ -86,7 +86,7 @@ class Diagnostics:
         vectors, log_probs = self._embed(first, second, log_probs=wants_likelihood and step == 0)
         if wants_likelihood and log_probs is None:
             log_probs = self._by_untrained(first)
-        likelihood = None if log_probs is None else _token_mean(first, log_probs)
+        likelihood = None if log_probs is None else token_mean(first, log_probs)
         lines = self._lines(first, vectors, likelihood)
         self._save(step, lines, vectors)
         found = {
@@ -159,7 +159,7 @@ def _with_role(rows: DataProto, role: str) -> DataProto:
     return DataProto(rows.batch, columns, rows.meta_info)
 
 
-def _token_mean(rows: DataProto, log_probs: Tensor) -> Tensor:
+def token_mean(rows: DataProto, log_probs: Tensor) -> Tensor:
     """[P]: the mean log-prob of each row's tokens."""
     return (log_probs * response_mask(rows)).sum(1) / rows.batch["response_length"]
 
