@@ -10,8 +10,10 @@ from steps import build_actor, tiny_policy, trained_rows, with_log_probs
 from tiny import tiny_tokenizer
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.training_state import load_training_state, save_training_state, save_transformers_folder
 from verl.embedding.settings import EmbedderSettings
+from verl.errors import UserError
 from verl.models.fsdp import full_weights
 from verl.workers.actor import Actor
 
@@ -132,6 +134,14 @@ def test_a_write_that_fails_anywhere_raises_the_disks_error(what, rows, tmp_path
         largest_file(size)
         with pytest.raises(OSError, match="File too large"):
             write()
+
+
+def test_an_error_that_says_more_than_the_disks_is_left_as_it_is():
+    with pytest.raises(UserError, match="add its files"), disk_errors():
+        try:
+            raise FileNotFoundError(2, "No such file or directory")
+        except OSError as error:
+            raise UserError("no tokenizer: No such file (os error 2); add its files") from error
 
 
 def test_a_tokenizer_that_cannot_be_written_raises_the_disks_error(tmp_path, largest_file):

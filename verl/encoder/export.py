@@ -161,8 +161,8 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
     shutil.rmtree(making, ignore_errors=True)
     try:
         say(f"{PROGRAM}: building the modules of sentence-transformers")
+        model = with_rationales(encoder) if rationales else build(encoder, texts)
         with disk_errors():
-            model = with_rationales(encoder) if rationales else build(encoder, texts)
             model.save_pretrained(str(making), create_model_card=False)
         say(f"{PROGRAM}: loading what was written, and comparing")
         gap = largest_gap(making, texts, expected, rationales)
@@ -199,9 +199,14 @@ def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:
 
 
 def probe_texts(encoder: GraceEncoder) -> list[str]:
-    """Texts that fit, and one that is cut. It has no spaces: only GraceEncoder drops a space before a cut."""
-    fitting = [text for text, prompt in zip(TEXTS, render(encoder, TEXTS), strict=True) if not prompt.shortened]
-    return [*fitting, "qzjxvkwpf" * encoder.settings.max_prompt_length]
+    """Texts that fit, and, unless that is an error, one that is cut.
+
+    It has no spaces: only GraceEncoder drops a space before a cut.
+    """
+    most = encoder.settings.max_prompt_length
+    lengths = encoder.renderer.lengths([rationale_messages(text, encoder.settings.system_prompt) for text in TEXTS])
+    fitting = [text for text, length in zip(TEXTS, lengths, strict=True) if length <= most]
+    return fitting if encoder.settings.truncation == "error" else [*fitting, "qzjxvkwpf" * most]
 
 
 def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:

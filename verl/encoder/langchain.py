@@ -1,8 +1,10 @@
-"""LangChain's interface of embeddings (needs langchain-core).
+"""LangChain's interface of embeddings.
 
-from verl.encoder.langchain import GraceEmbeddings
+    from verl.encoder.langchain import GraceEmbeddings
 
-store = InMemoryVectorStore(GraceEmbeddings("path/to/model", encode_options={"max_new_tokens": 64}))
+    store = InMemoryVectorStore(GraceEmbeddings("path/to/model", encode_options={"max_new_tokens": 64}))
+
+It needs the package langchain-core.
 """
 
 import asyncio

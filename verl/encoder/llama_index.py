@@ -1,8 +1,10 @@
-"""LlamaIndex's interface of embeddings (needs llama-index-core).
+"""LlamaIndex's interface of embeddings.
 
-from verl.encoder.llama_index import GraceEmbedding
+    from verl.encoder.llama_index import GraceEmbedding
 
-Settings.embed_model = GraceEmbedding("path/to/model", encode_options={"max_new_tokens": 64})
+    Settings.embed_model = GraceEmbedding("path/to/model", encode_options={"max_new_tokens": 64})
+
+It needs the package llama-index-core.
 """
 
 import asyncio

@@ -44,15 +44,13 @@ class GraceModule(InputModule):
         return cls(GraceEncoder(model_name_or_path, **(model_kwargs or {})))
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """The texts as they are.
+        """The inputs as they are; the encoder refuses what is no text.
 
         Raises:
-            UserError: an input is no text, or a prompt was given.
+            UserError: a prompt was given.
         """
         if prompt:
             raise UserError("the prompt of this model is in its embedder_config.json; give none")
-        if wrong := next((one for one in inputs if not isinstance(one, str)), None):
-            raise UserError(f"this model embeds texts, and was given a {type(wrong).__name__}")
         return {"texts": list(inputs)}
 
     def forward(self, features: dict[str, Any], task: str | None = None, **options: Any) -> dict[str, Any]:

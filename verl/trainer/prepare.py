@@ -104,10 +104,12 @@ def load_model_config(config: RunConfig) -> Any:
     return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
 
 
-def check_dimensions(config: RunConfig, dims: list[int] | None) -> None:
-    """Raise `UserError` unless the model's embeddings have the dimensions `dims` at which they are to be compared."""
+def check_matryoshka_dims(config: RunConfig, dims: list[int] | None) -> None:
+    """Raise `UserError` unless the model's embeddings have as many dimensions as `dims` wants to compare."""
+    if dims is None:
+        return
     hidden = load_model_config(config).get_text_config().hidden_size
-    if dims and max(dims) > hidden:
+    if max(dims) > hidden:
         raise UserError(
             f"reward_model.reward_kwargs.matryoshka_dims={dims}: {max(dims)} is more than the {hidden} dimensions of "
             f"{config.actor_rollout_ref.model.path}; lower it."

@@ -17,7 +17,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
-from verl.trainer.prepare import build_renderer, check_dimensions, check_engine_groups, find_devices, sample_roles
+from verl.trainer.prepare import build_renderer, check_engine_groups, check_matryoshka_dims, find_devices, sample_roles
 from verl.trainer.trackers import check_packages
 from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
@@ -94,7 +94,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         renderer = build_renderer(config)
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
-        check_dimensions(config, reward_manager.matryoshka_dims)
+        check_matryoshka_dims(config, reward_manager.matryoshka_dims)
         collate = build_collate(config, dataset, renderer, reward_manager)
         held_out = None
         if config.validates or (config.diagnoses and has_val_files(config)):
