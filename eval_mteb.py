@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.embedding.settings import add_vector_flags
-from verl.encoder.arguments import BATCH_SIZE
+from verl.encoder.arguments import BATCH_SIZE_HELP
 from verl.evaluation.options import ASK_ABOVE_HOURS, SUITES
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.cpus import let_waiting_threads_sleep
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--ignore_eos", action="store_true", help="generate every rationale to its full length (a control)"
     )
-    how.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward; hf decodes as many at once")
+    how.add_argument("--batch_size", type=int, help=BATCH_SIZE_HELP)
     how.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="generates the rationales")
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     how.add_argument(

@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the sampling")
     add("--engine", choices=("auto", "hf", "vllm"), default="auto", help="generates the answers")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--batch_size", type=int, default=64, help="prompts that hf decodes at once")
+    add("--batch_size", type=int, help="prompts that hf decodes at once; default: what the memory is enough for")
     add("--instruction", default=INSTRUCTION, help="appended to every question; default: %(default)s")
     add("--output_dir", type=Path, default=Path("results/generation"))
     return parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """The encoder's vectors are those that training rewards, whatever the batch, the store and the order of texts."""
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -16,12 +17,14 @@ from transformers import AutoModelForCausalLM
 from verl import GraceEncoder
 from verl.data.dataset import PromptCollator
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.backend import Backend
 from verl.encoder.store import EmbeddingStore
 from verl.errors import UserError
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.protocol import DataProto
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.rollout.base import RolloutError, finish
+from verl.workers.rollout.decoding import rows_that_fit
 from verl.workers.scoring import score
 
 TEXTS = [
@@ -149,6 +152,26 @@ def test_batch_size_order_padding_side_and_other_texts_do_not_change_a_vector(en
     np.testing.assert_array_equal(expected[0], expected[3])
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-5)
     assert encoder.encode(texts, return_rationales=True, batch_size=7, **options)[1] == rationales
+
+
+@pytest.mark.parametrize(("processes", "at_once"), [(1, 3), (2, 1)])
+def test_as_many_rationales_are_written_at_once_as_the_memory_is_enough_for(
+    encoder, tiny_folder, monkeypatch, processes, at_once
+):
+    texts = [f"text number {n}" for n in range(7)]
+    prompts = [encoder.renderer.render([chat(encoder, text)])[0].ids for text in texts]
+    limited = GraceEncoder(tiny_folder, device="cpu", ignore_eos=True)
+    lm = limited.backend.policy.lm
+    longest = max(map(len, prompts)) + GREEDY["max_new_tokens"]
+    row = next(memory for memory in itertools.count(0, 64) if rows_that_fit(lm, longest, 2 * memory) == 2)
+    monkeypatch.setattr("verl.encoder.backend.usable_memory", lambda: 3 * row)
+    limited.backend = Backend(limited.backend.spec, processes)
+    ended = [len(part) for part in limited.backend.generate(prompts, 0.0, 12, [0] * 7, None)]
+    assert ended == [at_once] * (7 // at_once) + [1] * (7 % at_once)
+    np.testing.assert_allclose(
+        limited.encode(texts, **GREEDY), GraceEncoder(tiny_folder, device="cpu", ignore_eos=True).encode(texts, **GREEDY),
+        atol=1e-5,
+    )  # fmt: skip
 
 
 def test_a_repeated_text_is_embedded_once(encoder):

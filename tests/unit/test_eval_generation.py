@@ -239,7 +239,7 @@ class TestRun:
         assert [row["text"] for row in rows] == answers
         assert (record["read_after_mark"], record["read_last_number"], record["truncated"]) == (4, 1, 0)
         assert record["mean_tokens"] == pytest.approx(sum(len(text.encode()) + 1 for text in answers) / 5)
-        assert calls[0].sampling == (0.5, 16, row_seeds(2, 5), 64)
+        assert calls[0].sampling == (0.5, 16, row_seeds(2, 5), None)
         assert calls[0].spec.max_model_len == max(map(len, calls[0].prompts)) + 16
 
     def test_the_limit_and_missing_numbers_are_counted(self, tiny_folder, tmp_path, monkeypatch):

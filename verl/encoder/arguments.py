@@ -7,11 +7,8 @@ from typing import Any
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 
-BATCH_SIZE = 128
-"""Texts that the hf engine decodes at once, and most rows of one forward, unless the user says otherwise.
-
-On a CPU every pass reads all weights once, so more rows share it: docs/performance.md."""
-
+BATCH_SIZE_HELP = "rows of a forward, and rationales that hf writes at once; default: what the memory is enough for"
+"""Of the programs that embed."""
 _SHOWN_CHARS = 60
 
 
@@ -57,14 +54,23 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     return number
 
 
-def check_options(temperature: float | None, batch_size: int) -> None:
+def check_batch_size(batch_size: Any) -> int | None:
+    """`batch_size` as an int, or None.
+
+    Raises:
+        UserError: it is neither None nor a whole number of 1 or more.
+    """
+    return None if batch_size is None else whole_number("batch_size", batch_size, 1)
+
+
+def check_options(temperature: float | None, batch_size: int | None) -> None:
     """Check the arguments of `encode` that a program can check before it loads a model.
 
     Raises:
         UserError: one is out of its range.
     """
     EmbedderSettings().changed(temperature=temperature)
-    whole_number("batch_size", batch_size, 1)
+    check_batch_size(batch_size)
 
 
 def _described(value: Any) -> str:

@@ -22,10 +22,12 @@ from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.cpus import threads_wanted, usable_cpus
+from verl.utils.memory import usable_memory
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.rollout.base import Responses, Rollout
 from verl.workers.rollout.choose import load_vllm_adapter
+from verl.workers.rollout.decoding import rows_that_fit
 from verl.workers.rollout.hf import HFRollout
 
 # Tokens of one packed forward. On a CPU: enough to keep two cores busy, few enough to fit their caches.
@@ -82,10 +84,16 @@ class Batch:
 
 
 class Backend:
-    """Loads the policy at once, and vllm when the first rationale is generated; hf uses the policy's weights."""
+    """Loads the policy at once, and vllm when the first rationale is generated; hf uses the policy's weights.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Args:
+        processes: those that share this machine, each of them with a backend.
+    """
+
+    def __init__(self, spec: ModelSpec, processes: int = 1) -> None:
         self.spec = spec
+        # Each process has a GPU of its own; the memory of a CPU is everyone's.
+        self._memory = torch.cuda.mem_get_info()[1] if spec.device == "cuda" else usable_memory() // processes
         if spec.device == "cpu" and threads_wanted() is None:
             # By itself torch takes all CPUs of the machine, also where a container may use a few of them.
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
@@ -111,14 +119,15 @@ class Backend:
         )
 
     def run(
-        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int,
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int | None,
         rank: int = 0, group: int = 1,
     ) -> Iterator[Batch]:  # fmt: skip
         """Fill in the rationale and the vector of every record that has none, and yield the records as they change.
 
         Args:
             sampling: None where every record has its rationale.
-            batch_size: texts that the hf engine decodes at once, and most rows of one forward.
+            batch_size: texts that the hf engine decodes at once, and most rows of one forward; None = see
+                `rows_that_fit`.
             rank, group: number of this process among the `group` processes that share an engine. All of them generate
                 together, the first one yields the rationales, and each embeds every `group`-th text.
         """
@@ -140,27 +149,27 @@ class Backend:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
-        batch_size: int, pool_starts: Sequence[int] | None = None, mix: Mix = NO_MIX,
+        batch_size: int | None, pool_starts: Sequence[int] | None = None, mix: Mix = NO_MIX,
     ) -> Iterator[Responses]:  # fmt: skip
         """Generate a response to each prompt; see `Rollout.generate`.
 
         Args:
-            batch_size: prompts that the hf engine decodes at once; vllm has its own limit.
+            batch_size: prompts that the hf engine decodes at once, None = see `rows_that_fit`; vllm has its own limit.
             pool_starts, mix: see `RunningPool`, a start per prompt: the hf engine pools too, vllm does not. None = no
                 pooling.
         """
-        engine = self._engine(batch_size)
+        engine = self._engine(batch_size, max(map(len, prompts), default=0) + max_new_tokens)
         temperatures = [temperature] * len(prompts)
         if pool_starts is not None and isinstance(engine, HFRollout):
             return engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts, mix)
         return engine.generate(prompts, temperatures, max_new_tokens, seeds)
 
     @torch.no_grad()
-    def embed(self, rows: Sequence[Row], batch_size: int) -> np.ndarray:
+    def embed(self, rows: Sequence[Row], batch_size: int | None) -> np.ndarray:
         """[N,H] float32: the vector of each row by its `pool_start` and `mix`, by the forward of training.
 
         Args:
-            batch_size: most rows of one forward.
+            batch_size: most rows of one forward; None = as many as have its number of tokens.
         """
         vectors = np.zeros((len(rows), self.size.hidden), np.float32)
         for part in pack_rows(
@@ -178,7 +187,7 @@ class Backend:
         """Nothing to end: the engine is part of this process. `ProcessesBackend` ends its processes here."""
 
     def _generate_rationales(
-        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int | None
     ) -> Iterator[Batch]:
         """Fill in the rationales, and the missing vectors too where the engine pools; yields the rationales."""
         if not texts or sampling is None:
@@ -199,7 +208,7 @@ class Backend:
             yield Batch("rationale", [texts[row] for row in responses], time.perf_counter() - start, tokens)
             start = time.perf_counter()
 
-    def _embed_texts(self, texts: list[TextRecord], settings: EmbedderSettings, batch_size: int) -> Batch:
+    def _embed_texts(self, texts: list[TextRecord], settings: EmbedderSettings, batch_size: int | None) -> Batch:
         start = time.perf_counter()
         rows = []
         for text in texts:
@@ -212,9 +221,10 @@ class Backend:
         tokens = sum(len(row.prompt) + len(row.response) for row in rows)
         return Batch("vector", texts, time.perf_counter() - start, tokens)
 
-    def _engine(self, batch_size: int) -> Rollout:
+    def _engine(self, batch_size: int | None, longest: int) -> Rollout:
         if self.spec.engine == "hf":
-            return HFRollout(self.policy.lm, self._stop_ids, batch_size, self.spec.ignore_eos)
+            rows = batch_size or rows_that_fit(self.policy.lm, longest, self._memory)
+            return HFRollout(self.policy.lm, self._stop_ids, rows, self.spec.ignore_eos)
         if self._vllm is None:
             self._vllm = self._start_vllm()
         return self._vllm

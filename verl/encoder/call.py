@@ -24,7 +24,7 @@ class EncodeCall:
     """None embeds the prompts alone; then every record has an empty rationale from the beginning."""
     want_rationales: bool
     """Whether the caller wants the rationales too, also of texts whose vector is stored."""
-    batch_size: int
+    batch_size: int | None
     settings: EmbedderSettings
     backend: Backend | ProcessesBackend
     store: CallStore | NoStore

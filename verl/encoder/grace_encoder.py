@@ -21,7 +21,7 @@ from verl.embedding.centre import Centre
 from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Pooling, Span
-from verl.encoder.arguments import BATCH_SIZE, list_texts, whole_number
+from verl.encoder.arguments import check_batch_size, list_texts, whole_number
 from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
 from verl.encoder.call_store import CallStore, NoStore
@@ -147,7 +147,7 @@ class GraceEncoder:
         self,
         inputs: str | Iterable[str],
         *,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         precision: Precision = "float32",
         int8_ranges: np.ndarray | None = None,
@@ -168,7 +168,8 @@ class GraceEncoder:
         Args:
             inputs: one text, or N of them in a list, generator, one-dimensional array or series; a text that occurs
                 several times is embedded once.
-            batch_size: texts that the hf engine decodes at once, and most rows of one forward.
+            batch_size: texts that the hf engine decodes at once, and most rows of one forward; None = what the memory
+                is enough for, see `rows_that_fit`.
             show_progress_bar: None = on a terminal.
             precision: int8 = quantised by sentence-transformers, each dimension over its range of `int8_ranges`.
             int8_ranges: [2,D], the least and the largest value of each of the D dimensions that are returned; what lies
@@ -196,7 +197,7 @@ class GraceEncoder:
             StoreError: the store cannot be read or written.
         """
         texts = list_texts(inputs)
-        batch_size = whole_number("batch_size", batch_size, 1)
+        batch_size = check_batch_size(batch_size)
         self.warn_of_untrained(truncate_dim)
         form = VectorFormat(normalize_embeddings, truncate_dim, precision, int8_ranges, convert_to_tensor)
         form.check(self.embedding_dim)
@@ -209,7 +210,7 @@ class GraceEncoder:
         return (vectors, rationales) if return_rationales else vectors
 
     def encode_in_full(
-        self, inputs: Iterable[str], *, batch_size: int = BATCH_SIZE, think: bool = True,
+        self, inputs: Iterable[str], *, batch_size: int | None = None, think: bool = True,
         max_new_tokens: int | None = None, seed: int = 0,
     ) -> list[EncodedText]:  # fmt: skip
         """Embed N texts and tell all that is known of each, for programs that count tokens or choose the form later.
@@ -218,7 +219,7 @@ class GraceEncoder:
         """
         texts = list_texts(inputs)
         sampling = self._sampling(max_new_tokens, None, seed) if think else None
-        records = self._encode_records(texts, sampling, think, whole_number("batch_size", batch_size, 1), False)
+        records = self._encode_records(texts, sampling, think, check_batch_size(batch_size), False)
         return [
             EncodedText(mean, self._decode(record), len(record.prompt.ids), record.rationale_tokens,
                         record.prompt.shortened)

@@ -15,7 +15,6 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from verl.encoder.arguments import BATCH_SIZE
 from verl.encoder.shared import SharedEncoder
 
 
@@ -35,7 +34,7 @@ class GraceEmbedding(BaseEmbedding):
     _encoder: SharedEncoder = PrivateAttr()
 
     def __init__(
-        self, path: str | Path, encode_options: Mapping[str, Any] | None = None, embed_batch_size: int = BATCH_SIZE,
+        self, path: str | Path, encode_options: Mapping[str, Any] | None = None, embed_batch_size: int = 512,
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(model_name=str(path), embed_batch_size=embed_batch_size)

@@ -75,7 +75,7 @@ class ProcessesBackend:
             raise
 
     def run(
-        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int | None
     ) -> Iterator[Batch]:
         """See `Backend.run`; texts are spread over the engines by their tokens.
 
@@ -110,7 +110,7 @@ class ProcessesBackend:
                 process.kill()
 
     def _send(
-        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int | None
     ) -> None:
         """Give each engine a share of the texts with about as many tokens as the others' shares."""
         if self._connections[0].closed:
@@ -147,7 +147,7 @@ def _serve(connection: Connection, spec: ModelSpec, which: _Process) -> None:
     """
     try:
         _set_up_process(spec, which)
-        backend = Backend(spec)
+        backend = Backend(spec, which.num_processes)
         connection.send(backend.size)
         while True:
             texts, settings, sampling, batch_size = connection.recv()

@@ -39,6 +39,8 @@ from verl.workers.rollout.base import RolloutError
 
 EXIT_TASK_FAILED = 1
 _CHECKOUT = Path(__file__).parents[2]
+# Of mteb's data loader, which would warn if it were not told; the encoder gets all texts of a call together.
+_LOADER_ROWS = 256
 # What the rate is measured on where no local task has texts.
 SAMPLE_FILE = _CHECKOUT / "examples" / "sentences.txt"
 
@@ -78,7 +80,7 @@ class Evaluation:
         self.encoder = open_encoder(args)
         self.options = encode_options(args)
         name = args.model_name or name_of(args.model_path)
-        self.model = GraceMTEB(self.encoder, name, self.options)
+        self.model = GraceMTEB(self.encoder, name, self.options, args.batch_size)
         self.cache = mteb.ResultCache(args.output_dir)
         self.folder = summary_folder(args.output_dir, name, args.no_thinking)
         self.summary = Summary(
@@ -144,7 +146,7 @@ class Evaluation:
         result = mteb.evaluate(
             self.model, task, cache=self.cache, raise_error=False, co2_tracker=False,
             overwrite_strategy="always" if outdated or self.args.overwrite else "only-missing",
-            encode_kwargs={"batch_size": self.args.batch_size, "show_progress_bar": False}, show_progress_bar=False,
+            encode_kwargs={"batch_size": _LOADER_ROWS, "show_progress_bar": False}, show_progress_bar=False,
         )  # fmt: skip
         spent = self.encoder.usage - before
         if result.exceptions:

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from verl.checkpoint.model_folder import model_folder, weights_revision
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.arguments import check_batch_size
 from verl.encoder.backend import Backend, ModelSpec
 from verl.errors import UserError
 from verl.evaluation.exact_match import Judged, Question, compare, judge, read_questions, score
@@ -36,7 +37,7 @@ from verl.workers.rollout.choose import choose_device_and_engine
 EXIT_ENGINE_FAILED = 1
 EXIT_USER_ERROR = 2
 # The smallest value of each numeric option.
-LEAST = {"num_examples": 1, "max_new_tokens": 1, "max_prompt_length": 1, "batch_size": 1, "temperature": 0, "seed": 0}
+LEAST = {"num_examples": 1, "max_new_tokens": 1, "max_prompt_length": 1, "temperature": 0, "seed": 0}
 # The rows of the table by key of the record: title, format, and whether the difference to the base model is shown.
 SHOWN = {
     "exact_match": ("exact match, %", ".2f", True),
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
+    check_batch_size(args.batch_size)
     for name, least in LEAST.items():
         value = getattr(args, name)
         if not least <= value < math.inf:
@@ -179,7 +181,7 @@ def generate(
 
 def describe(args: argparse.Namespace, spec: ModelSpec, name: str) -> dict[str, Any]:
     """Model, settings and versions that the results belong to."""
-    settings = {key: value for key, value in vars(args).items() if key in LEAST or key == "instruction"}
+    settings = {key: value for key, value in vars(args).items() if key in (*LEAST, "batch_size", "instruction")}
     return {
         "model": {"name": name, "path": args.model_path, "revision": weights_revision(Path(spec.folder))},
         "settings": {"data": str(args.data), **settings, "engine": spec.engine, "device": spec.device},

@@ -13,7 +13,6 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
-from verl.encoder.arguments import BATCH_SIZE
 from verl.encoder.grace_encoder import GraceEncoder
 
 
@@ -24,12 +23,15 @@ class GraceMTEB(AbsEncoder):
         name: of the model in result folders, after the owner `GRACE/`.
         options: arguments of `GraceEncoder.encode`, the same for every task. Vectors are not scaled to unit length
             unless `normalize_embeddings` is among them: the paper's scores come from vectors as they are.
+        batch_size: of `GraceEncoder.encode`. The one of mteb's encode_kwargs is only that of its data loader.
     """
 
     mteb_model_meta: ModelMeta
 
-    def __init__(self, encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> None:
-        self.encoder = encoder
+    def __init__(
+        self, encoder: GraceEncoder, name: str, options: Mapping[str, Any], batch_size: int | None = None
+    ) -> None:
+        self.encoder, self.batch_size = encoder, batch_size
         self.options = {"normalize_embeddings": False, **options}
         self.mteb_model_meta = model_meta(encoder, name, self.options)
 
@@ -39,7 +41,7 @@ class GraceMTEB(AbsEncoder):
     ) -> np.ndarray:  # fmt: skip
         """[N,H] float32; a failure of the engine is the task's failure."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.encoder.encode(texts, batch_size=kwargs.get("batch_size", BATCH_SIZE), **self.options)
+        return self.encoder.encode(texts, batch_size=self.batch_size, **self.options)
 
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:

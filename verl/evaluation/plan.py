@@ -93,7 +93,7 @@ def sample_texts(tasks: Sequence[Any], sample_file: Path) -> list[str]:
 
 
 def measure_rate(
-    encoder: GraceEncoder, texts: Sequence[str], options: Mapping[str, Any], batch_size: int
+    encoder: GraceEncoder, texts: Sequence[str], options: Mapping[str, Any], batch_size: int | None
 ) -> Rate | None:
     """The rate of embedding `texts`, after a warm-up with two others; None when all were in the store."""
     encoder.encode([f"{text} " * 2 for text in texts[:2]], batch_size=batch_size, show_progress_bar=False, **options)

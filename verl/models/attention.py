@@ -67,6 +67,19 @@ for _kernel, _name in ATTENTIONS.items():
     AttentionInterface.register(_name, partial(grace_attention, kernel=_kernel))
 
 
+def key_shape(text_config: Any) -> tuple[int, int]:
+    """The number of key heads of a layer, and the size of a head."""
+    heads = text_config.num_attention_heads
+    key_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    return key_heads, getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+
+
+def cache_bytes(text_config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    key_heads, size = key_shape(text_config)
+    return 2 * text_config.num_hidden_layers * key_heads * size * dtype.itemsize
+
+
 def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
     """In words, what computes the attention of a model in bfloat16 on a device.
 
@@ -77,8 +90,7 @@ def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
         return "torch's own attention"
     text = config.get_text_config()
     heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads, size = key_shape(text)
     window, softcap = (getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
     problem = flash_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
     if problem and kernel == "flash_attention_2":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from verl.embedding.pooling import RunningPool
+from verl.models.attention import cache_bytes
 from verl.models.decoding_cache import DecodingCache
 from verl.models.logits import logit_form
 from verl.models.packing import Row, common_beginning, pack
@@ -23,6 +24,11 @@ from verl.workers.rollout.sampling import sample, uniform_draws
 _PREFILL_TOKENS = 8192
 # Prompts are started when this share of the places is free: one forward of many tokens is faster than many of few.
 _REFILLED_SHARE = 0.25
+# `rows_that_fit`: what decoding may take of the memory, and the most rows, beyond which they gain nothing on two cores.
+_MEMORY_SHARE = 0.25
+_MOST_ROWS = 512
+# Float32 numbers of a row for each entry of the vocabulary, while a token is drawn: logits, scaled, exponentials.
+_LOGIT_COPIES = 3
 
 
 class Forward:
@@ -40,6 +46,20 @@ class Forward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden states."""
         return self._form.logits(self.lm.get_output_embeddings()(hidden).float())
+
+
+def rows_that_fit(lm: Any, longest: int, memory: int) -> int:
+    """How many rows a quarter of the memory is enough for, from 1 to 512: their keys, values and logits.
+
+    On a CPU every forward reads all weights once, however many rows share it: docs/performance.md.
+
+    Args:
+        longest: tokens of the longest prompt and response together.
+        memory: bytes.
+    """
+    config = lm.config.get_text_config()
+    row = longest * cache_bytes(config, lm.dtype) + _LOGIT_COPIES * config.vocab_size * torch.float32.itemsize
+    return max(1, min(_MOST_ROWS, int(_MEMORY_SHARE * memory / row)))
 
 
 class Decoding:

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 
 from verl.config import ModelConfig, RolloutConfig
+from verl.models.attention import cache_bytes
 from verl.workers.rollout.base import (
     EngineState,
     HeldWeight,
@@ -312,7 +313,5 @@ def _host_cache_bytes(settings: dict[str, Any], share: float) -> int:
     config = AutoConfig.from_pretrained(
         settings["model"], trust_remote_code=settings["trust_remote_code"], **settings["hf_overrides"]
     ).get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_size  # keys, values; float32
-    wanted = token_bytes * settings["max_num_seqs"] * settings["max_model_len"] // settings["tensor_parallel_size"]
+    wanted = cache_bytes(config, torch.float32) * settings["max_num_seqs"] * settings["max_model_len"] // settings["tensor_parallel_size"]
     return min(wanted, int(share * psutil.virtual_memory().available))
