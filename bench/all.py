@@ -4,8 +4,8 @@
     python3 bench/all.py --full [--only NAME ...]     every benchmark, with more repetitions
 
 A table is between `<!-- NAME -->` and `<!-- end NAME -->`, under the command that made it. Each benchmark's JSON goes
-to bench_results/. The first table and the picture are made of the comparisons in all JSON files there: a benchmark
-that did not run again keeps its own.
+to bench/results/. The first table and the picture are made of the comparisons in all JSON files there: a benchmark
+that did not run again keeps its own, with the machine it was measured on.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 
 from common import ALONE, REPO, Comparison, machine, markdown
 
-RESULTS = REPO / "bench_results"
+RESULTS = REPO / "bench/results"
 DOCUMENT = REPO / "docs/performance.md"
 PICTURE = REPO / "docs/performance.svg"
 # By the name of the table: a program of bench/ and its arguments. The short form leaves out larger shapes, repetitions,
@@ -37,6 +37,7 @@ FULL = {
     "data": ["data.py", "--lines", "200000"],
     "start": ["start.py"],
     "encode": ["encode.py"],
+    "encode_1000": ["encode.py", "--what", "thinking", "--engines", "hf", "--texts", "1000", "--rounds", "1"],
     "busy": ["busy.py", "--what", "encoding", "--rounds", "2"],
     "busy_steps": ["busy.py", "--what", "step", "--waiting", "own", "--rounds", "1"],
     "step_vs_trl": ["step_vs_trl.py"],

@@ -111,8 +111,8 @@ def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
             "advantages": torch.randn(16, 1).expand(16, NEW_TOKENS).clone(),
             "old_log_probs": torch.tensor([r.log_probs for r in responses]),
             "mini_batch": torch.zeros(16, dtype=torch.int64),
-        },
-        {"role": ["positive"] * 16},
+            "trained": torch.ones(16, dtype=torch.bool),
+        }
     )
 
 

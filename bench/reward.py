@@ -34,7 +34,12 @@ def paper_rows() -> DataProto:
         "uid": uids,
         "text": [f"{role} {uid}" for role, uid in zip(roles, uids, strict=True)],
     }
-    return DataProto.from_dict({"embeddings": vectors, "truncated": torch.zeros(len(roles), dtype=torch.bool)}, columns)
+    tensors = {
+        "embeddings": vectors,
+        "truncated": torch.zeros(len(roles), dtype=torch.bool),
+        "trained": torch.tensor([role == "positive" for role in roles]),
+    }
+    return DataProto.from_dict(tensors, columns)
 
 
 def row_by_row(rows: DataProto) -> Tensor:

@@ -41,6 +41,7 @@ def trained_rows(seed: int = 0, groups: int = 4, n: int = 3) -> DataProto:
             "advantages": torch.randn(count, 1, generator=generator).repeat(1, MAX_RESPONSE),
             "old_log_probs": torch.zeros(count, MAX_RESPONSE),
             "ref_log_prob": torch.zeros(count, MAX_RESPONSE),
+            "trained": torch.ones(count, dtype=torch.bool),
             "mini_batch": torch.arange(groups).repeat_interleave(n) * 2 // groups,
         },
         {"role": ["positive"] * count, "uid": uids},
@@ -66,6 +67,7 @@ def whole_step(seed: int = 0, groups: int = 4, n: int = 3, negatives: bool = Tru
     rows.batch["advantages"][anchor] = 0
     rows.batch["mini_batch"].zero_()
     tensors = {name: rows.batch[name] for name in rows.batch.keys()}
+    tensors["trained"] = ~anchor
     tensors["truncated"] = torch.zeros(len(rows), dtype=torch.bool)
     columns = {"role": roles * groups, "uid": rows.non_tensor_batch["uid"], "text": texts}
     return DataProto.from_dict(tensors, columns, {"step": 1})

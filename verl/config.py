@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace
+from verl.text_roles import TEXT, RoleSettings, Template
 
 PROJECT = Path(__file__).parents[1]
 """The folder of the checkout."""
@@ -77,6 +78,15 @@ class DataConfig(_Section):
     a system turn (Gemma, Mistral v0.1)."""
     template_date: Day | None = None
     """Day that a chat template shows where it asks for today's (Llama 3); null = 2024-07-26."""
+    trained_text: Literal["positive", "query"] = "positive"
+    """Supervised: the text of a triplet whose rationales are trained. query, with document.think=False: queries that
+    think beside plain documents, which are cheap to embed."""
+    template: Template = TEXT
+    """The user's turn of a prompt: {text} is the text, {instruction} one of data.instructions."""
+    instructions: dict[str, str] = {}
+    """What {instruction} stands for, by the `source` of a sample; `default` for all other samples."""
+    query: RoleSettings = RoleSettings()
+    document: RoleSettings = RoleSettings()
     reward_fn_key: str = "data_source"
     """Column that names the rule by which the naive reward manager rewards a row."""
     train_batch_size: PositiveInt = 64

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from verl.config import HiddenRewardConfig, RunConfig, file_list
 from verl.config_fields import closest_key, nested, walk_fields, wrong_values
 from verl.errors import UserError
+from verl.text_roles import DEFAULT_TASK, INSTRUCTION
 from verl.unread_settings import unread_reward_kwargs, unread_settings
 from verl.verl_keys import (
     ABSENT_REWARD_KWARGS,
@@ -191,6 +192,31 @@ def _check_batch_sizes(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_roles(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    trained = data.query if data.trained_text == "query" else data.document
+    if config.train_mode == "supervised" and not trained.think:
+        role, other = ("query", "positive") if data.trained_text == "query" else ("document", "query")
+        yield (
+            f"data.{role}.think=False, but data.trained_text={data.trained_text} trains what {role} texts think. Leave "
+            f"it out, or train the other text: data.trained_text={other}."
+        )
+    templates = {"data.template": data.template}
+    for role, own in (("query", data.query), ("document", data.document)):
+        templates[f"data.{role}.template"] = own.template or ""
+        if (own.max_new_tokens or 0) > data.max_response_length:
+            yield (
+                f"data.{role}.max_new_tokens={own.max_new_tokens} is more than "
+                f"data.max_response_length={data.max_response_length}. Lower it, or raise that."
+            )
+    asking = [key for key, template in templates.items() if INSTRUCTION in template]
+    if asking and DEFAULT_TASK not in data.instructions:
+        yield (
+            f"{asking[0]} has {INSTRUCTION}, and data.instructions={data.instructions} has none named {DEFAULT_TASK}, "
+            f"for texts whose task is not named. Add it: +data.instructions.{DEFAULT_TASK}='...'."
+        )
+
+
 def _check_micro_batches(config: RunConfig) -> Iterator[str]:
     """Each kind of forward needs a size of micro-batches, its own or the actor's."""
     section = config.actor_rollout_ref
@@ -328,6 +354,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_required,
     _check_only_values,
     _check_batch_sizes,
+    _check_roles,
     _check_micro_batches,
     _check_engine,
     _check_attention,

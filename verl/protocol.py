@@ -10,6 +10,8 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | pool_start | [N] int64, first pooled position of prompt and response | data.dataset | actor |
 | text_share | [N] float64, of the mean; no column where every token counts the same | data.dataset | actor |
 | no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.dataset | actor |
+| trained | [N] bool, rewarded and trained; the others are anchors | data.dataset | everyone |
+| max_new_tokens | [N] int64, most tokens of the response; 0 = no rationale is written | data.dataset | engine |
 | temperature | [N] float32, of sampling | step_rows.expand | engine |
 | responses | [N,R] int64, right-padded | engine | actor, metrics |
 | response_length | [N] int64, end token included | engine | actor, rewards, metrics |
@@ -36,9 +38,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-
-TRAINED_ROLE = "positive"
-"""The role of the rows that are rewarded and trained."""
 
 Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -184,7 +183,7 @@ def response_mask(rows: DataProto) -> torch.Tensor:
 
 def is_trained(rows: DataProto) -> np.ndarray:
     """[N] bool: the rows that are rewarded and trained; the others are anchors."""
-    return rows.non_tensor_batch["role"] == TRAINED_ROLE
+    return rows.batch["trained"].numpy()
 
 
 def left_padded(ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

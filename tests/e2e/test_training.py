@@ -40,7 +40,7 @@ GOLDEN_TOLERANCE = {
     "actor/grad_norm": 1e-4,
     "actor/entropy": 5e-5,
     "embedding/mean_cosine": 5e-6,
-    "rationale/positive_tokens_mean": 0,
+    "rationale/trained_tokens_mean": 0,
 }
 # With the recipe's own learning rate, rounding changes weights within a step, and then the rationales that are drawn.
 GOLDEN_LR = "actor_rollout_ref.actor.optim.lr=1e-4"

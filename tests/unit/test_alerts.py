@@ -5,8 +5,8 @@ import pytest
 from verl.trainer.ppo.alerts import AlertWatch
 
 HEALTHY = {
-    "reward/mean": 0.5, "group/flat_share": 0.1, "actor/pg_loss": 0.0, "rationale/positive_tokens_mean": 50.0,
-    "rationale/positive_truncated": 0.1, "group/length_reward_correlation": 0.2,
+    "reward/mean": 0.5, "group/flat_share": 0.1, "actor/pg_loss": 0.0, "rationale/trained_tokens_mean": 50.0,
+    "rationale/trained_truncated": 0.1, "group/length_reward_correlation": 0.2,
 }  # fmt: skip
 DIAGNOSED = {
     "diag/effective_rank": 20.0, "diag/cos_without": 0.8, "diag/cos_other_rationale": 0.7,
@@ -94,9 +94,9 @@ def test_no_signal_is_the_mean_of_the_last_steps_that_follow_the_policy():
 
 @pytest.mark.parametrize("factor", [2.1, 1 / 2.1])
 def test_length_drift_compares_the_last_steps_with_the_first(factor):
-    drift = run(60, **{"rationale/positive_tokens_mean": lambda step: 50 * (factor if step > 30 else 1)})
+    drift = run(60, **{"rationale/trained_tokens_mean": lambda step: 50 * (factor if step > 30 else 1)})
     assert names(drift) == [(40, "length_drift")]
-    mild = run(60, **{"rationale/positive_tokens_mean": lambda step: 50 * (1.9 if step > 30 else 1)})
+    mild = run(60, **{"rationale/trained_tokens_mean": lambda step: 50 * (1.9 if step > 30 else 1)})
     assert names(mild) == []
 
 

@@ -35,6 +35,12 @@ VARIANTS = {
     "whole prompt": {"pool_system_prompt": True},
     "centred, with a mix for rationales": {"centre": True, "text_share": 0.3, "no_rationale_weight": 0.5},
     "no system turn": {"system_prompt": None},
+    "roles": {
+        "template": "Text: {text}",
+        "query": {"template": "Instruct: {instruction}\nQuery: {text}"},
+        "document": {"template": "{text} (end)"},
+        "instructions": {"default": "find 'what' answers", "other": "another"},
+    },
     "other system turn": {"system_prompt": 'It\'s "quoted" {{ text }}, naïve 🦊\nand\\n two lines.'},
 }
 # Run in a process that cannot import verl.
@@ -87,8 +93,8 @@ def test_vectors_are_those_of_the_encoder_whatever_the_batch(pair):
     for size in (1, 3, 64):
         np.testing.assert_allclose(model.encode(TEXTS, batch_size=size), expected, atol=1e-5)
         np.testing.assert_allclose(model.encode(TEXTS[::-1], batch_size=size)[::-1], expected, atol=1e-5)
-    np.testing.assert_allclose(model.encode_query(TEXTS), expected, atol=1e-5)
-    np.testing.assert_allclose(model.encode_document(TEXTS), expected, atol=1e-5)
+    for encode, role in ((model.encode_query, "query"), (model.encode_document, "document")):
+        np.testing.assert_allclose(encode(TEXTS), encoder.encode(TEXTS, role=role, think=False), atol=1e-5)
     np.testing.assert_allclose(model.encode(TEXTS[0]), expected[0], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(model.encode(TEXTS), axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(model.similarity(expected, expected).numpy(), expected @ expected.T, atol=1e-5)
@@ -100,8 +106,9 @@ def test_a_text_that_is_cut_after_a_space_or_within_a_character_keeps_the_end_of
     texts = [f"{'x' * shift}{text * 200}" for text in ("ab ", "東") for shift in range(3)]
     chats = [rationale_messages(text, encoder.settings.system_prompt) for text in texts]
     model = SentenceTransformer(str(folder), device="cpu")
+    around = [encoder.settings.around(None)] * len(texts)
     more = []
-    for text, prompt in zip(texts, encoder.renderer.render(chats), strict=True):
+    for text, prompt in zip(texts, encoder.renderer.render(chats, around), strict=True):
         ids = model.preprocess([text])["input_ids"][0].tolist()
         assert len(ids) == LENGTH
         start, end = prompt.text_start, len(prompt.ids) - len("#\n#assistant\n")

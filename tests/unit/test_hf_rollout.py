@@ -50,6 +50,16 @@ def test_greedy_output_is_that_of_generate_with_rows_that_end_early(max_num_seqs
     assert any(r.truncated for r in responses) and not all(r.truncated for r in responses)
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 100])
+def test_each_response_may_have_a_limit_of_its_own(max_num_seqs):
+    limits = [3, 24, 1, 8]
+    stop_ids = [greedy_reference(prompts()[1], [], 24)[11]]
+    expected = [greedy_reference(p, stop_ids, limit) for p, limit in zip(prompts(), limits, strict=True)]
+    responses = finish(engine(stop_ids, max_num_seqs).generate(prompts(), [0.0] * 4, limits, row_seeds(0, 4)))
+    assert [r.ids for r in responses] == expected
+    assert [r.truncated for r in responses] == [ids[-1] not in stop_ids for ids in expected]
+
+
 def test_every_response_is_yielded_once_when_it_ends():
     stop_ids = [greedy_reference(prompts()[0], [], 24)[5]]
     parts = list(engine(stop_ids).generate(prompts(), [0.0] * 4, 24, row_seeds(0, 4)))

@@ -59,6 +59,7 @@ def as_data(rows: list[Row]) -> DataProto:
         {
             "embeddings": torch.tensor([row.vector for row in rows]),
             "truncated": torch.tensor([row.truncated for row in rows]),
+            "trained": torch.tensor([row.role == "positive" for row in rows]),
         },
         {name: [getattr(row, name) for row in rows] for name in ("uid", "role", "text")},
     )
@@ -344,12 +345,12 @@ def test_samples_are_grouped_by_uid_and_not_by_text() -> None:
 
 
 def test_a_sample_without_a_query_is_an_error() -> None:
-    with pytest.raises(ValueError, match="needs a query row"):
+    with pytest.raises(ValueError, match="needs an anchor for every sample"):
         reward(positives(make_rows([2, 2])))
 
 
 def test_a_missing_column_is_named() -> None:
-    data = as_data(make_rows([2, 2])).select(["embeddings"], ["uid", "role", "text"])
+    data = as_data(make_rows([2, 2])).select(["embeddings", "trained"], ["uid", "role", "text"])
     with pytest.raises(KeyError, match="truncated"):
         HiddenRewardManager()(data)
 
@@ -400,3 +401,20 @@ def test_centred_rewards_compare_what_is_left_without_the_steps_mean(negatives: 
     torch.testing.assert_close(reward(rows, centre=True).scores, expected, atol=1e-5, rtol=0)
     assert (reward(rows).scores - expected).abs().max() > 1e-3
     assert torch.equal(reward(rows, centre=False).scores, reward(rows).scores)
+
+
+@pytest.mark.parametrize("objective", ["grace", "infonce"])
+def test_trained_queries_are_rewarded_as_positives_are_but_beside_their_own_negatives(objective: str) -> None:
+    rows = make_rows([3, 2, 4])
+    other = {"positive": "query", "query": "positive", "negative": "negative"}
+    data = as_data([replace(row, role=other[row.role]) for row in rows])
+    data.batch["trained"] = torch.tensor([row.role == "positive" for row in rows])
+    kwargs = {"objective": objective, "enable_clustering": True, **WEIGHTS}
+    if objective == "infonce":
+        del kwargs["cross_group_weight"]
+    found, same = HiddenRewardManager(**kwargs)(data), reward(rows, **kwargs)
+    assert found.columns.keys() == same.columns.keys()
+    negative = [-10 * dot(row.vector, anchor(rows, "negative", row.uid).vector) for row in positives(rows)]
+    for name in found.columns.keys() - {"before_penalty"}:
+        expected = negative if name == "negative" else same.columns[name].tolist()
+        assert found.columns[name].tolist() == pytest.approx(expected, abs=1e-5)

@@ -36,8 +36,8 @@ def rows_to_train() -> DataProto:
 
 def with_anchors(rows: DataProto) -> DataProto:
     """The trained rows with every third one an anchor."""
-    roles = ["query" if i % 3 == 1 else "positive" for i in range(len(rows))]
-    return DataProto.from_dict({k: rows.batch[k] for k in rows.batch.keys()}, {"role": roles, "uid": range(len(rows))})
+    tensors = {**{k: rows.batch[k] for k in rows.batch.keys()}, "trained": torch.arange(len(rows)) % 3 != 1}
+    return DataProto.from_dict(tensors, {"uid": range(len(rows))})
 
 
 def step_of(one_update: bool, limit: int, loss: str) -> tuple[DataProto, dict, dict, int]:

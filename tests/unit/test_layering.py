@@ -26,6 +26,7 @@ LAYERS: list[list[str]] = [
     ["verl", "verl.errors", "verl.verl_keys"],
     [
         "verl.prompt_options",
+        "verl.text_roles",
         "verl.config",
         "verl.config_fields",
         "verl.unread_settings",

@@ -90,7 +90,10 @@ class TestSentenceTransformers:
 
         folder = tmp_path_factory.mktemp("rationales")
         model = save_tiny(folder / "model")
-        EmbedderSettings(max_prompt_length=400, span="rationale", truncation="error").write(model)
+        settings = EmbedderSettings(
+            max_prompt_length=400, span="rationale", truncation="error", query={"template": "Query: {text}"}
+        )  # fmt: skip
+        settings.write(model)
         assert program.main(["--model_path", str(model), "--output", str(folder / "out"), "--rationales"]) == 0
         return folder
 
@@ -108,7 +111,9 @@ class TestSentenceTransformers:
         expected = encoder.encode(TEXTS, **THINK)
         for size in (1, 3, 64):
             np.testing.assert_allclose(model.encode(TEXTS, batch_size=size, **THINK), expected, atol=1e-5)
-        np.testing.assert_allclose(model.encode_query(TEXTS, **THINK), expected, atol=1e-5)
+        query = encoder.encode(TEXTS, role="query", **THINK)
+        assert np.abs(query - expected).max() > 1e-3
+        np.testing.assert_allclose(model.encode_query(TEXTS, **THINK), query, atol=1e-5)
         np.testing.assert_allclose(model.encode_document(TEXTS[0], **THINK), expected[0], atol=1e-5)
         assert model.get_embedding_dimension() == 64 and model.similarity_fn_name == "cosine"
         other = model.encode(TEXTS, **{**THINK, "seed": 4})

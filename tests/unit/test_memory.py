@@ -39,7 +39,7 @@ def test_a_containers_limit_is_the_memory_that_a_process_may_use(tmp_path, monke
 def test_rows_fit_a_quarter_of_the_memory_by_what_their_buffers_really_take(dtype):
     lm = tiny_model().to(dtype)
     lm.set_attn_implementation(ATTENTION)
-    decoding = Decoding(Forward(lm), PROMPTS, [0.0] * 3, 4, row_seeds(0, 3), (), 3, None)
+    decoding = Decoding(Forward(lm), PROMPTS, [0.0] * 3, [4] * 3, row_seeds(0, 3), (), 3, None)
     list(decoding.run())
     buffers = [cached.rows for caches in (decoding.cache._keys, decoding.cache._values) for cached in caches.values()]
     a_row = sum(buffer.nbytes for buffer in buffers) // 3

@@ -80,7 +80,10 @@ def test_an_unknown_data_source_is_an_error_with_the_rules_and_the_ways_out() ->
 def make_rows(cases: list[tuple[str, str, str]]) -> DataProto:
     """Rows of (data source, rationale, ground truth)."""
     return DataProto.from_dict(
-        {"response_length": torch.ones(len(cases), dtype=torch.int64)},
+        {
+            "response_length": torch.ones(len(cases), dtype=torch.int64),
+            "trained": torch.ones(len(cases), dtype=torch.bool),
+        },
         {
             "data_source": [c[0] for c in cases],
             "rationale": [c[1] for c in cases],

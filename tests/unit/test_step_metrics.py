@@ -26,7 +26,7 @@ def test_entropy_is_averaged_like_the_loss(mode, expected):
 
 STEP = {
     "reward/mean": 0.1, "group/std_median": 0.2, "group/duplicate_share": 0.0, "actor/grad_norm": 0.3,
-    "rationale/positive_tokens_mean": 9.0, "rationale/positive_truncated": 0.5, "perf/tokens_per_s": 100.0,
+    "rationale/trained_tokens_mean": 9.0, "rationale/trained_truncated": 0.5, "perf/tokens_per_s": 100.0,
     "time/step_s": 2.0, "actor/pg_loss": 0.0,
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ STEP = {
 @pytest.mark.parametrize(
     ("found", "why"),
     [
-        ({"rationale/positive_truncated": 1.0}, "every rationale was cut at data.max_response_length"),
+        ({"rationale/trained_truncated": 1.0}, "every rationale was cut at data.max_response_length"),
         ({"group/duplicate_share": 1.0}, "the rationales of each group are equal"),
         ({}, "the rewards of each group are equal"),
     ],

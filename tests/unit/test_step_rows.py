@@ -30,7 +30,7 @@ def batch(uid=(0, 0, 1, 1), lengths=(2, 2, 2, 2), **columns: torch.Tensor) -> Da
 
 def test_trained_prompts_are_copied_and_anchors_are_not_and_each_has_its_temperature():
     prompts = DataProto.from_dict(
-        {"number": torch.arange(4)}, {"role": ["positive", "query", "positive", "negative"], "uid": [0, 0, 1, 1]}
+        {"number": torch.arange(4), "trained": torch.tensor([True, False, True, False])}, {"uid": [0, 0, 1, 1]}
     )
     rows = expand(prompts, RolloutConfig(n=3, temperature=0.9, anchor_temperature=0.25))
     assert rows.batch["number"].tolist() == [0, 0, 0, 1, 2, 2, 2, 3]

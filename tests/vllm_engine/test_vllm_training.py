@@ -92,7 +92,7 @@ def test_five_steps_are_like_those_of_the_other_engine(tmp_path, model, triplets
         assert m["rollout/is_weight_mean"] == pytest.approx(1, abs=1e-3) and m["rollout/is_clipped_share"] == 0
     # The draws differ, the distributions do not: first steps have equal prompts and equal weights.
     for name, tolerance in (("data/prompt_tokens_mean", 1e-6), ("actor/entropy", 0.1), ("embedding/mean_cosine", 0.1),
-                            ("rationale/positive_tokens_mean", 0.1)):  # fmt: skip
+                            ("rationale/trained_tokens_mean", 0.1)):  # fmt: skip
         assert vllm[0][name] == pytest.approx(hf[0][name], rel=tolerance, abs=tolerance), name
     texts = [{s["rationale"] for s in read_samples(on_ray, n) if s["role"] == "positive"} for n in (1, 5)]
     assert len(texts[0]) > 8 and len(texts[1]) > 8, "rationales of a group must differ"

@@ -6,6 +6,7 @@ without any saved loader state, on any number of workers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError, WorkerError
 from verl.protocol import DataProto, left_padded
 from verl.step_schedule import StepSchedule
+from verl.text_roles import ROLES, TRIPLET_ROLES, Around, Role
 from verl.utils.files import sha256_of_all
 
 Sample = dict[str, Any]
@@ -33,12 +35,25 @@ _MEASURED = 2_000
 """Samples whose lengths say how many of all are over-long."""
 
 
+def text_settings(config: DataConfig) -> dict[str, Any]:
+    """The part of an encoder's settings that says what stands around a text, and how long its rationale may be."""
+    names = ("template", "instructions", "query", "document")
+    return {**{name: getattr(config, name) for name in names}, "max_new_tokens": config.max_response_length}
+
+
+def around_texts(sample: Sample, settings: EmbedderSettings) -> list[Around]:
+    """What the user's turn holds besides each text of a sample, in the order of its chats."""
+    source = (sample["extra_info"] or {}).get("source")
+    task = source if source in settings.instructions else None
+    return [settings.around(sample["text_roles"].get(name), task) for name in sample["chats"]]
+
+
 class PromptDataset(Dataset):
     """Samples with their texts as chats, by role.
 
     Args:
         files: parquet files.
-        roles: which texts a sample gives: `positive` alone, or anchors too.
+        roles: which texts a sample gives: `positive` alone, or anchors too; the trained one first.
         renderer: finds rows that cannot be rendered, and over-long ones.
 
     Raises:
@@ -52,6 +67,10 @@ class PromptDataset(Dataset):
         self.config = config
         self.roles = roles
         self.supervised = (config.train_mode or "supervised") == "supervised"
+        self.text_roles: dict[str, Role] = TRIPLET_ROLES if self.supervised and "query" in roles else {}
+        """As what each text is embedded; without an entry as neither query nor document."""
+        self.settings = EmbedderSettings(**text_settings(config))
+        """Whose templates, instructions and roles hold for the texts."""
         tables = [self._read(name, renderer) for name in files]
         try:
             self.table = pa.concat_tables(tables, promote_options="permissive")
@@ -80,7 +99,7 @@ class PromptDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         row = _row(self.table, index)
-        return {**row, "uid": index, "chats": self._chats(row)}
+        return {**row, "uid": index, "chats": self._chats(row), "text_roles": self.text_roles}
 
     def length_lines(self) -> Iterator[tuple[str, str]]:
         """What happens to over-long samples, as (what, how much) lines; none where there are no such samples."""
@@ -127,14 +146,11 @@ class PromptDataset(Dataset):
         prompt: list[Message] = row[self.config.prompt_key]
         if self.config.system_prompt is not None:
             prompt = with_system_prompt(prompt, self.config.system_prompt or None)
-        if self.roles == ("positive",):
-            return {"positive": prompt}
-        if not self.supervised:
-            return {role: prompt for role in self.roles}
+        if not self.text_roles:
+            return dict.fromkeys(self.roles, prompt)
         system = system_prompt_of(prompt)
-        texts = {role: row[TRIPLET][column] for role, column in TRIPLET_FIELDS.items()}
-        anchors = {role: rationale_messages(texts[role], system) for role in self.roles if role in texts}
-        return {"positive": prompt, **anchors}
+        others = {role: rationale_messages(row[TRIPLET][column], system) for role, column in TRIPLET_FIELDS.items()}
+        return {role: {"positive": prompt, **others}[role] for role in self.roles}
 
     def _treat_overlong(self, renderer: PromptRenderer) -> None:
         """Drop over-long samples, refuse them, or estimate how many there are."""
@@ -162,7 +178,8 @@ class PromptDataset(Dataset):
         for start in range(0, len(indices), 1000):
             samples = [self[int(index)] for index in indices[start : start + 1000]]
             chats = [chat for sample in samples for chat in sample["chats"].values()]
-            lengths = iter(renderer.lengths(chats))
+            around = [each for sample in samples for each in around_texts(sample, self.settings)]
+            lengths = iter(renderer.lengths(chats, around))
             overlong += [max([next(lengths) for _ in s["chats"]]) > self.config.max_prompt_length for s in samples]
         return np.array(overlong, bool)
 
@@ -206,22 +223,33 @@ class PromptCollator:
     """Renders samples to prompt rows: a row per sample and role, samples in order, the trained row first.
 
     Args:
-        settings: how a row is pooled; the same settings are written for the encoder.
+        settings: what stands around a text, whether it gets a rationale, and how a row is pooled; the same settings are
+            written for the encoder.
         reward_fn_key: the column that `data_source` is taken from.
+        trained_text: the role of the trained rows.
     """
 
     renderer: PromptRenderer
     settings: EmbedderSettings
     reward_fn_key: str
+    trained_text: str = "positive"
 
     def __call__(self, samples: Sequence[Sample]) -> DataProto:
         """See verl/protocol.py for the columns."""
         owners = [(sample, role) for sample in samples for role in sample["chats"]]
-        prompts = self.renderer.render([sample["chats"][role] for sample, role in owners])
+        around = [each for sample in samples for each in around_texts(sample, self.settings)]
+        prompts = self.renderer.render([sample["chats"][role] for sample, role in owners], around)
+        limits = [self._limits[sample["text_roles"].get(role)] for sample, role in owners]
+        starts = [
+            self.settings.pool_start(prompt, has_rationale=bool(limit))
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
         tensors = {
             "prompts": left_padded([prompt.ids for prompt in prompts], self.renderer.tokenizer.pad_token_id),
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
-            "pool_start": torch.tensor([self.settings.pool_start(prompt, has_rationale=True) for prompt in prompts]),
+            "pool_start": torch.tensor(starts),
+            "trained": torch.tensor([role == self.trained_text for _, role in owners]),
+            "max_new_tokens": torch.tensor(limits),
         }
         share, weight = self.settings.mix
         if share is not None:
@@ -237,6 +265,12 @@ class PromptCollator:
             "extra_info": [sample["extra_info"] for sample, _ in owners],
         }
         return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+
+    @cached_property
+    def _limits(self) -> dict[Role | None, int]:
+        """Most tokens of a rationale, by what a text is embedded as; 0 = none is written."""
+        found = {role: self.settings.of_role(role) for role in (None, *ROLES)}
+        return {role: (own.max_new_tokens or 0) * own.think for role, own in found.items()}
 
 
 def prompt_batches(

@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 from verl.embedding.chat_template import ChatTemplate, Message, last_user_turn
 from verl.embedding.constant_start import constant_start
+from verl.errors import UserError
 from verl.prompt_options import SystemPromptPlace
+from verl.text_roles import BARE, Around
 
 SYSTEM_PROMPT = (
     "Read the text. Inside <think> and </think>, reason about its topic, meaning and intent. "
@@ -93,28 +95,33 @@ class PromptRenderer:
         """The day that prompts show, as 2024-07-26; None where a setting cannot change what they show."""
         return self._template.date
 
-    def render(self, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+    def render(
+        self, conversations: Sequence[Sequence[Message]], around: Sequence[Around] | None = None
+    ) -> list[Prompt]:
         """Render each conversation (its last user turn is the text to embed) in one tokenizer call.
 
+        Args:
+            around: what each last user turn holds besides the text, and what is never cut; None = nothing.
+
         Raises:
-            UserError: the chat template cannot be used; see `ChatTemplate.frame`.
+            UserError: the chat template cannot be used, see `ChatTemplate.frame`; or `around` has a marker of it.
             ValueError: a text is empty or not valid Unicode, or a prompt is over-long and `truncation` is `error`, or
                 nothing of the text would be left.
         """
         if not conversations:
             return []
-        framed = [(self.frame(c), self._user_text(c)) for c in conversations]
+        framed = self._framed(conversations, around)
         encoded = self._tokenize([(prefix, text, suffix) for (prefix, suffix), text in framed])
         return [
             self._finish(frame, text, ids, offsets)
             for (frame, text), (ids, offsets) in zip(framed, encoded, strict=True)
         ]
 
-    def lengths(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
-        """Number of token ids of each rendered prompt, before any shortening."""
+    def lengths(self, conversations: Sequence[Sequence[Message]], around: Sequence[Around] | None = None) -> list[int]:
+        """Number of token ids of each rendered prompt, before any shortening; see `render`."""
         if not conversations:
             return []
-        parts = [(prefix, self._user_text(c), suffix) for c in conversations for prefix, suffix in [self.frame(c)]]
+        parts = [(prefix, text, suffix) for (prefix, suffix), text in self._framed(conversations, around)]
         counts = {i: len(self._tokenize_marked(*part)[0]) for i, part in enumerate(parts) if self._has_marker(part[1])}
         backend = self._plain_backend()
         plain = [part for i, part in enumerate(parts) if i not in counts]
@@ -144,6 +151,21 @@ class PromptRenderer:
     def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The rendered characters before and after the last user text; see `ChatTemplate.frame`."""
         return self._template.frame(messages)
+
+    def _framed(
+        self, conversations: Sequence[Sequence[Message]], around: Sequence[Around] | None
+    ) -> list[tuple[tuple[str, str], str]]:
+        """The characters before and after each conversation's text, and the text."""
+        framed = []
+        for chat, (before, after) in zip(conversations, around or [BARE] * len(conversations), strict=True):
+            if self._has_marker(before + after):
+                raise UserError(
+                    f"the template or instruction {before + after!r} holds a marker of the chat template, which would "
+                    "end the user's turn; leave it out"
+                )
+            prefix, suffix = self.frame(chat)
+            framed.append(((prefix + before, after + suffix), self._user_text(chat)))
+        return framed
 
     def _user_text(self, messages: Sequence[Message]) -> str:
         text = messages[last_user_turn(messages)]["content"].strip()
@@ -230,7 +252,7 @@ class PromptRenderer:
             # A text that is cut inside a word can have a few more tokens than it had as part of the whole text.
             keep -= len(ids) - self.max_length
         raise ValueError(
-            f"the chat template alone fills data.max_prompt_length={self.max_length} and leaves no room for text; "
+            f"the prompt without the text fills data.max_prompt_length={self.max_length} and leaves no room for text; "
             "raise it"
         )
 

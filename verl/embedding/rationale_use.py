@@ -34,13 +34,14 @@ class ProbeVectors:
         return {f"cos_{name}": (self.own * vectors).sum(1) for name, vectors in others.items()}
 
 
-def probe_report(vectors: ProbeVectors, roles: Sequence[str]) -> dict[str, float]:
+def probe_report(vectors: ProbeVectors, roles: Sequence[str], thinks: Tensor) -> dict[str, float]:
     """The figures of a probe.
 
     Args:
-        roles: [P] of the texts: of every sample a positive, a query and a negative in this order, or a positive alone.
+        roles: [P] of the texts: of every sample a positive, a query and a negative, in one order, or a positive alone.
+        thinks: [P] bool: which texts have rationales; what rationales do is told of these.
     """
-    cosines = vectors.cosines()
+    cosines = {name: values[thinks] for name, values in vectors.cosines().items()}
     gain, error = _mean_and_error(cosines["cos_second_rationale"] - cosines["cos_other_rationale"])
     found = {
         **spread_report(vectors.own),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
 from verl.errors import UserError
 from verl.prompt_options import Day, SystemPromptPlace
+from verl.text_roles import DEFAULT_TASK, INSTRUCTION, ROLES, TEXT, Around, Role, RoleSettings, Template, fill
 from verl.utils.files import replace_file
 
 FILE_NAME = "embedder_config.json"
@@ -50,6 +51,16 @@ class EmbedderSettings(BaseModel):
     """Turn that this text stands in: system, or user for chat templates that take no system turn."""
     template_date: Day | None = None
     """Day that the chat template shows where it asks for today's; null = 2024-07-26."""
+    template: Template = TEXT
+    """The user's turn of a prompt: {text} is the text, {instruction} what it is embedded for, of `instructions`. What
+    stands before the text is not pooled, unless the system prompt is; it is never cut."""
+    instructions: dict[str, str] = {}
+    """What {instruction} stands for in a template, by the name of a task (mteb's names work for its tasks, their types,
+    and `query` and `document`); `default` where no task is named."""
+    query: RoleSettings = RoleSettings()
+    """Template, thinking and token limit of texts that are embedded as queries."""
+    document: RoleSettings = RoleSettings()
+    """The same of texts that are embedded as documents."""
     pooling: Pooling = "mean"
     """mean: the mean of the hidden states of the span; last: that of its last token (`eos` is an old name for last)."""
     span: Span = "input+rationale"
@@ -93,6 +104,53 @@ class EmbedderSettings(BaseModel):
                         f"give {name}={off}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "EmbedderSettings":
+        for role in ROLES:
+            if self.span == "rationale" and not self.of_role(role).think:
+                raise ValueError(f"{role}.think=False needs span={EmbedderSettings.model_fields['span'].default}")
+        if self.uses_instructions and DEFAULT_TASK not in self.instructions:
+            raise ValueError(
+                f"a template has {INSTRUCTION}, so that instructions needs one named {DEFAULT_TASK}, for texts whose "
+                "task is not named"
+            )
+        return self
+
+    def of_role(self, role: Role | None) -> RoleSettings:
+        """What holds for texts of a role, with nothing left to the settings without a role."""
+        own = RoleSettings() if role is None else getattr(self, role)
+        return RoleSettings(
+            template=own.template or self.template, think=own.think,
+            max_new_tokens=own.max_new_tokens or self.max_new_tokens,
+        )  # fmt: skip
+
+    def around(self, role: Role | None, task: str | None = None, instruction: str | None = None) -> Around:
+        """What the user's turn holds besides a text.
+
+        Args:
+            task: the name of an instruction of the settings; None = the one named `default`.
+            instruction: in place of one of the settings.
+
+        Raises:
+            UserError: the settings have no such task.
+        """
+        if task is not None and task not in self.instructions:
+            known = ", ".join(sorted(self.instructions)) or "none"
+            raise UserError(f"task={task!r} is none of the settings' instructions, which are: {known}")
+        if instruction is None:
+            instruction = self.instructions.get(DEFAULT_TASK if task is None else task, "")
+        return fill(self.of_role(role).template or TEXT, instruction)
+
+    @property
+    def uses_instructions(self) -> bool:
+        """Whether any template has a place for an instruction."""
+        return any(INSTRUCTION in (self.of_role(role).template or "") for role in (None, *ROLES))
+
+    @property
+    def longest_rationale(self) -> int:
+        """Most tokens of a rationale of any role."""
+        return max(self.of_role(role).max_new_tokens or 0 for role in (None, *ROLES))
 
     @property
     def mix(self) -> Mix:

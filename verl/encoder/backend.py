@@ -119,8 +119,8 @@ class Backend:
         )
 
     def run(
-        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None, batch_size: int | None,
-        rank: int = 0, group: int = 1,
+        self, texts: Sequence[TextRecord], settings: EmbedderSettings, sampling: Sampling | None,
+        batch_size: int | None, rank: int = 0, group: int = 1,
     ) -> Iterator[Batch]:  # fmt: skip
         """Fill in the rationale and the vector of every record that has none, and yield the records as they change.
 

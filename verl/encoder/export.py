@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from verl.embedding.prompts import Prompt, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.sentence_transformers import GraceModule
+from verl.text_roles import ROLES, Role
 from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 
@@ -36,8 +37,9 @@ TEMPLATE = (
     "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
     "{{ raise_exception('the prompt of this model is built in: give texts, and neither a prompt nor chats') }}"
     "{% endif %}{% if task is defined and task not in ['query', 'document'] %}"
-    "{{ raise_exception('this model embeds every text alike: give no task') }}"
-    "{% endif %}{{ prefix ~ (messages[0]['content'] | trim) ~ suffix }}"
+    "{{ raise_exception('this model knows queries, documents and other texts: give no other task') }}"
+    "{% endif %}{% set before, after = frames[(task or '') if task is defined else ''] %}"
+    "{{ before ~ (messages[0]['content'] | trim) ~ after }}"
 )
 CARD = """\
 ---
@@ -54,8 +56,9 @@ from sentence_transformers import SentenceTransformer  # 6 or newer
 vectors = SentenceTransformer("path/to/this/folder").encode(["a text", "another"])  # {hidden} dimensions, unit length
 ```
 
-The prompt is built in, for queries and documents alike: give none. Texts are cut so that text and prompt have at most
-{length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves their size and rounds the vectors.
+The prompt is built in, also that of queries and documents (`encode_query`, `encode_document`): give none. Texts are cut
+so that text and prompt have at most {length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves
+their size and rounds the vectors.
 
 The model was trained to write a rationale about a text and to embed both. Those embeddings need GRACE and the original
 model folder:
@@ -156,7 +159,9 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
     encoder = GraceEncoder(folder, engine="hf", device="cpu")
     texts = probe_texts(encoder)
     options: dict[str, Any] = {"max_new_tokens": _PROBE_TOKENS} if rationales else {"think": False}
-    expected = encoder.encode(texts, **options)
+    settings = encoder.settings
+    roles = [None, *(role for role in ROLES if settings.of_role(role) != settings.of_role(None))]
+    expected = {role: encoder.encode(texts, role=role, **options) for role in roles}
     making = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(making, ignore_errors=True)
     try:
@@ -181,12 +186,18 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
     say(f"{PROGRAM}: wrote {output}")
 
 
-def largest_gap(folder: Path, texts: Sequence[str], expected: np.ndarray, rationales: bool) -> float:
-    """The largest difference of a number between the vectors of a written folder and those of the encoder."""
+def largest_gap(
+    folder: Path, texts: Sequence[str], expected: Mapping[Role | None, np.ndarray], rationales: bool
+) -> float:
+    """The largest difference of a number between the vectors of a written folder and those of the encoder, by role."""
     where: dict[str, Any] = {"model_kwargs": {"engine": "hf", "device": "cpu"}} if rationales else {}
     model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=rationales, **where)
     options: dict[str, Any] = {"max_new_tokens": _PROBE_TOKENS} if rationales else {}
-    return float(np.abs(model.encode(list(texts), batch_size=2, **options) - expected).max())
+    gaps = []
+    for role, vectors in expected.items():
+        encode = {"query": model.encode_query, "document": model.encode_document}.get(role or "", model.encode)
+        gaps.append(np.abs(encode(list(texts), batch_size=2, **options) - vectors).max())
+    return float(max(gaps))
 
 
 def with_rationales(encoder: GraceEncoder) -> SentenceTransformer:
@@ -194,8 +205,16 @@ def with_rationales(encoder: GraceEncoder) -> SentenceTransformer:
     return SentenceTransformer(modules=[GraceModule(encoder)], device="cpu", similarity_fn_name="cosine")
 
 
-def render(encoder: GraceEncoder, texts: Sequence[str]) -> list[Prompt]:
-    return encoder.renderer.render([rationale_messages(text, encoder.settings.system_prompt) for text in texts])
+def render(encoder: GraceEncoder, texts: Sequence[str], role: Role | None) -> list[Prompt]:
+    chats = [rationale_messages(text, encoder.settings.system_prompt) for text in texts]
+    return encoder.renderer.render(chats, [encoder.settings.around(role)] * len(texts))
+
+
+def frame(encoder: GraceEncoder, role: Role | None) -> tuple[str, str]:
+    """The characters before and after a text of a role."""
+    prefix, suffix = encoder.renderer.frame(rationale_messages("", encoder.settings.system_prompt))
+    before, after = encoder.settings.around(role)
+    return prefix + before, after + suffix
 
 
 def probe_texts(encoder: GraceEncoder) -> list[str]:
@@ -204,7 +223,14 @@ def probe_texts(encoder: GraceEncoder) -> list[str]:
     It has no spaces: only GraceEncoder drops a space before a cut.
     """
     most = encoder.settings.max_prompt_length
-    lengths = encoder.renderer.lengths([rationale_messages(text, encoder.settings.system_prompt) for text in TEXTS])
+    chats = [rationale_messages(text, encoder.settings.system_prompt) for text in TEXTS]
+    lengths = [
+        max(of_roles)
+        for of_roles in zip(
+            *(encoder.renderer.lengths(chats, [encoder.settings.around(role)] * len(TEXTS)) for role in (None, *ROLES)),
+            strict=True,
+        )
+    ]
     fitting = [text for text, length in zip(TEXTS, lengths, strict=True) if length <= most]
     return fitting if encoder.settings.truncation == "error" else [*fitting, "qzjxvkwpf" * most]
 
@@ -229,15 +255,16 @@ def build(encoder: GraceEncoder, texts: Sequence[str]) -> SentenceTransformer:
     # With padding on the left, a text's positions would depend on the other texts of its batch.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = settings.max_prompt_length
-    prompts = render(encoder, texts)
-    prefix, suffix = encoder.renderer.frame(rationale_messages(texts[0], settings.system_prompt))
+    prompts = {role: render(encoder, texts, role) for role in (None, *ROLES)}
+    frames = {role or "": frame(encoder, role) for role in prompts}
     copies: dict[int, str] = {}
     if settings.pooling == "mean" and not settings.pool_system_prompt:
-        head = prompts[0].ids[: prompts[0].text_start]
-        copies = copy_tokens(transformer, sorted(set(head)))
-        prefix = "".join(copies[token] for token in head)
-    tokenizer.chat_template = f"{{% set prefix, suffix = {prefix!r}, {suffix!r} %}}{TEMPLATE}"
-    check_tokens(transformer, texts, prompts, copies)
+        heads = {role or "": own[0].ids[: own[0].text_start] for role, own in prompts.items()}
+        copies = copy_tokens(transformer, sorted({token for head in heads.values() for token in head}))
+        frames = {name: ("".join(copies[token] for token in heads[name]), after) for name, (_, after) in frames.items()}
+    tokenizer.chat_template = f"{{% set frames = {frames!r} %}}{TEMPLATE}"
+    for role, own in prompts.items():
+        check_tokens(transformer, texts, role, own, copies)
     masks = [MultiVectorMask(list(copies.values()), skiplist_tasks=["query", "document"])] if copies else []
     pooling = Pooling(encoder.embedding_dim, "lasttoken" if settings.pooling == "last" else "mean")
     modules = [transformer, *masks, pooling, *centring(encoder), Normalize()]
@@ -284,16 +311,17 @@ def input_embedding(transformer: Transformer) -> torch.nn.Embedding:
 
 
 def check_tokens(
-    transformer: Transformer, texts: Sequence[str], prompts: Sequence[Prompt], copies: dict[int, str]
-) -> None:
-    """Compare the tokens of the modules, with copies read as their originals, with those of the encoder.
+    transformer: Transformer, texts: Sequence[str], role: Role | None, prompts: Sequence[Prompt],
+    copies: dict[int, str],
+) -> None:  # fmt: skip
+    """Compare the tokens of the modules, with copies read as their originals, with those of the encoder for a role.
 
     Raises:
         ValueError: they differ: the tokenizer splits a text differently beside the copies, or where it is cut.
     """
     originals = {tokenizer_of(transformer).convert_tokens_to_ids(name): token for token, name in copies.items()}
     for text, prompt in zip(texts, prompts, strict=True):
-        ids = transformer.preprocess([text])["input_ids"][0].tolist()
+        ids = transformer.preprocess([text], task=role)["input_ids"][0].tolist()
         masked = [originals[token] for token in ids if token in originals]
         same = [originals.get(token, token) for token in ids] == prompt.ids
         if not same or (copies and masked != prompt.ids[: prompt.text_start]):

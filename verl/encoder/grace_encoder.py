@@ -32,6 +32,7 @@ from verl.encoder.usage import Usage
 from verl.encoder.vector_format import Precision, VectorFormat
 from verl.errors import UserError
 from verl.prompt_options import SystemPromptPlace, read_system_prompt
+from verl.text_roles import INSTRUCTION, TEXT, Around, Role
 from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.choose import choose_device_and_engine
@@ -111,7 +112,7 @@ class GraceEncoder:
             folder=str(self.folder),
             engine=engine,
             device=device,
-            max_model_len=self.settings.max_prompt_length + self.settings.max_new_tokens,
+            max_model_len=self.settings.max_prompt_length + self.settings.longest_rationale,
             trust_remote_code=trust_remote_code,
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -154,7 +155,10 @@ class GraceEncoder:
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
-        think: bool = True,
+        role: Role | None = None,
+        task: str | None = None,
+        instruction: str | None = None,
+        think: bool | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         seed: int = 0,
@@ -183,7 +187,13 @@ class GraceEncoder:
                 LogisticRegression as it is) underfits.
             truncate_dim: keep this many dimensions, the first ones; a warning where training did not look at that
                 number (`EmbedderSettings.matryoshka_dims`).
-            think: False embeds the prompt alone, without a rationale.
+            role: query or document: the template, thinking and token limit that the settings have for it; None =
+                those of a text without a role.
+            task: name of the instruction of the settings that {instruction} in a template stands for; None = the one
+                named `default`.
+            instruction: in place of one of the settings, which have a task for each.
+            think: False embeds the prompt alone, without a rationale; None = as the settings say for the role, True
+                without one.
             max_new_tokens, temperature: of the rationales; None = those of the settings.
             seed: of the sampling.
             return_rationales: also return the rationales as text.
@@ -201,38 +211,41 @@ class GraceEncoder:
         self.warn_of_untrained(truncate_dim)
         form = VectorFormat(normalize_embeddings, truncate_dim, precision, int8_ranges, convert_to_tensor)
         form.check(self.embedding_dim)
-        sampling = self._sampling(max_new_tokens, temperature, seed) if think else None
-        records = self._encode_records(texts, sampling, return_rationales, batch_size, show_progress_bar)
-        vectors = form.apply(self._means(records, think))
+        around = self.settings.around(role, task, instruction)
+        sampling = self._sampling(role, think, max_new_tokens, temperature, seed)
+        records = self._encode_records(texts, around, sampling, return_rationales, batch_size, show_progress_bar)
+        vectors = form.apply(self._means(records, sampling is not None))
         rationales = [self._decode(record) for record in records] if return_rationales else []
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
         return (vectors, rationales) if return_rationales else vectors
 
     def encode_in_full(
-        self, inputs: Iterable[str], *, batch_size: int | None = None, think: bool = True,
-        max_new_tokens: int | None = None, seed: int = 0,
+        self, inputs: Iterable[str], *, batch_size: int | None = None, role: Role | None = None,
+        task: str | None = None, think: bool | None = None, max_new_tokens: int | None = None, seed: int = 0,
     ) -> list[EncodedText]:  # fmt: skip
         """Embed N texts and tell all that is known of each, for programs that count tokens or choose the form later.
 
         `VectorFormat.apply` makes of the vectors what `encode` returns. Arguments and errors are those of `encode`.
         """
         texts = list_texts(inputs)
-        sampling = self._sampling(max_new_tokens, None, seed) if think else None
-        records = self._encode_records(texts, sampling, think, check_batch_size(batch_size), False)
+        around = self.settings.around(role, task)
+        sampling = self._sampling(role, think, max_new_tokens, None, seed)
+        thinks = sampling is not None
+        records = self._encode_records(texts, around, sampling, thinks, check_batch_size(batch_size), False)
         return [
             EncodedText(mean, self._decode(record), len(record.prompt.ids), record.rationale_tokens,
                         record.prompt.shortened)
-            for mean, record in zip(self._means(records, think), records, strict=True)
+            for mean, record in zip(self._means(records, thinks), records, strict=True)
         ]  # fmt: skip
 
     def encode_query(self, inputs: str | Iterable[str], **options: Any) -> Any:
-        """Embed queries. They get the same prompt as any text; options are those of `encode`."""
-        return self.encode(inputs, **options)
+        """Embed queries: `encode` with the role query; the other options are those of `encode`."""
+        return self.encode(inputs, role="query", **options)
 
     def encode_document(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """Embed documents; see `encode_query`."""
-        return self.encode(inputs, **options)
+        return self.encode(inputs, role="document", **options)
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
         """[N,M] cosines of [N,H] and [M,H]."""
@@ -254,14 +267,22 @@ class GraceEncoder:
 
     def describe(self, **options: Any) -> dict[str, Any]:
         """Everything besides text and weights that decides the float32 vectors of `encode` with these options."""
-        sampling = None
-        if options.get("think", True):
-            sampling = self._sampling(options.get("max_new_tokens"), options.get("temperature"), options.get("seed", 0))
+        role = options.get("role")
+        sampling = self._sampling(
+            role, options.get("think"), options.get("max_new_tokens"), options.get("temperature"),
+            options.get("seed", 0),
+        )  # fmt: skip
         prompt = self.settings.model_dump(
             include={"system_prompt", "system_prompt_in", "max_prompt_length", "truncation"}
         )
         prompt["template_date"] = self.renderer.template_date
         prompt["normalize_embeddings"] = options.get("normalize_embeddings", True)
+        # Where there are none, the description is that of earlier versions, whose results are still right.
+        if (template := self.settings.of_role(role).template) != TEXT:
+            prompt["template"] = template
+        if INSTRUCTION in (template or ""):
+            prompt["instructions"] = self.settings.instructions
+            prompt["task"] = options.get("task")
         if self.centre is not None:
             prompt["centre"] = hashlib.sha256(self.centre.mean(sampling is not None).tobytes()).hexdigest()
         return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling(sampling)}
@@ -297,8 +318,15 @@ class GraceEncoder:
             )
         return without_direction(torch.from_numpy(vectors), torch.from_numpy(mean)).numpy()
 
-    def _sampling(self, max_new_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
-        settings = self.settings.changed(max_new_tokens=max_new_tokens, temperature=temperature)
+    def _sampling(
+        self, role: Role | None, think: bool | None, max_new_tokens: int | None, temperature: float | None, seed: int
+    ) -> Sampling | None:
+        """How rationales are sampled; None without rationales."""
+        own = self.settings.of_role(role)
+        if not (own.think if think is None else think):
+            return None
+        limit_given = own.max_new_tokens if max_new_tokens is None else max_new_tokens
+        settings = self.settings.changed(max_new_tokens=limit_given, temperature=temperature)
         limit = settings.max_new_tokens
         context = self.backend.size.context
         if context is not None and settings.max_prompt_length + limit > context:
@@ -306,19 +334,19 @@ class GraceEncoder:
                 f"max_prompt_length={settings.max_prompt_length} and max_new_tokens={limit} are more than the model's "
                 f"{context} positions, beyond which its output is meaningless; lower one of them"
             )
-        if limit > self.settings.max_new_tokens and self.backend.spec.engine == "vllm":
+        if limit > self.settings.longest_rationale and self.backend.spec.engine == "vllm":
             raise UserError(
-                f"max_new_tokens={limit} is more than the {self.settings.max_new_tokens} that vllm is started for; "
+                f"max_new_tokens={limit} is more than the {self.settings.longest_rationale} that vllm is started for; "
                 f"give GraceEncoder(..., max_new_tokens={limit})"
             )
         return Sampling(limit, settings.temperature, whole_number("seed", seed))
 
     def _encode_records(
-        self, texts: Sequence[str], sampling: Sampling | None, want_rationales: bool, batch_size: int,
-        show_progress_bar: bool | None,
+        self, texts: Sequence[str], around: Around, sampling: Sampling | None, want_rationales: bool,
+        batch_size: int | None, show_progress_bar: bool | None,
     ) -> list[TextRecord]:  # fmt: skip
         """The complete records of `texts`; equal texts share one."""
-        records = self._records(list(dict.fromkeys(texts)), sampling)
+        records = self._records(list(dict.fromkeys(texts)), around, sampling)
         self.usage.texts += len(texts)
         with count_bar(len(records), "thinking" if sampling else "embedding", show_progress_bar) as advance:
             EncodeCall(
@@ -327,9 +355,10 @@ class GraceEncoder:
             ).run()  # fmt: skip
         return [records[text] for text in texts]
 
-    def _records(self, texts: Sequence[str], sampling: Sampling | None) -> dict[str, TextRecord]:
+    def _records(self, texts: Sequence[str], around: Around, sampling: Sampling | None) -> dict[str, TextRecord]:
         """A record for each of several different texts; without sampling their rationales are empty."""
-        prompts = self.renderer.render([rationale_messages(text, self.settings.system_prompt) for text in texts])
+        chats = [rationale_messages(text, self.settings.system_prompt) for text in texts]
+        prompts = self.renderer.render(chats, [around] * len(texts))
         self.usage.unique_texts += len(texts)
         self.usage.shortened += sum(prompt.shortened for prompt in prompts)
         self.usage.empty_texts += sum(not prompt.text for prompt in prompts)

@@ -13,6 +13,7 @@ from sentence_transformers.base.modules.input_module import InputModule
 
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
+from verl.text_roles import ROLES
 
 # What sentence-transformers writes itself, and what says of a folder what it is.
 _OTHERS = ("modules.json", "config_sentence_transformers.json", "README.md")
@@ -55,10 +56,9 @@ class GraceModule(InputModule):
 
     def forward(self, features: dict[str, Any], task: str | None = None, **options: Any) -> dict[str, Any]:
         """Add `sentence_embedding`, [N,H] float32, to the N `texts`."""
-        encode = {"query": self._encoder.encode_query, "document": self._encoder.encode_document}.get(
-            task or "", self._encoder.encode
-        )
-        return {**features, "sentence_embedding": encode(features["texts"], convert_to_tensor=True, **options)}
+        role = next((role for role in ROLES if role == task), None)
+        vectors = self._encoder.encode(features["texts"], role=role, convert_to_tensor=True, **options)
+        return {**features, "sentence_embedding": vectors}
 
     def get_embedding_dimension(self) -> int:
         return self._encoder.embedding_dim

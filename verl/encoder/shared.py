@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from verl.encoder.grace_encoder import GraceEncoder
-
-Role = Literal["query", "document"]
+from verl.text_roles import Role
 
 
 class SharedEncoder:
@@ -38,5 +37,4 @@ class SharedEncoder:
         self._thread.shutdown()
 
     def _lists(self, texts: list[str], role: Role) -> list[list[float]]:
-        encode = self._encoder.encode_query if role == "query" else self._encoder.encode_document
-        return [vector.tolist() for vector in encode(texts, **self._encode_options)]
+        return [vector.tolist() for vector in self._encoder.encode(texts, role=role, **self._encode_options)]

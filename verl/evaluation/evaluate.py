@@ -64,9 +64,8 @@ def open_encoder(args: argparse.Namespace) -> GraceEncoder:
 
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `GraceEncoder.encode`, the same for every task."""
-    options = {
-        "think": not args.no_thinking, "seed": args.seed, "normalize_embeddings": args.normalize_embeddings,
-    }  # fmt: skip
+    options = {"seed": args.seed, "normalize_embeddings": args.normalize_embeddings}
+    options |= {"think": False} if args.no_thinking else {}
     return options if args.temperature is None else {**options, "temperature": args.temperature}
 
 
@@ -117,7 +116,7 @@ class Evaluation:
         """
         args, tasks = self.args, self.selection.tasks
         engine = f"{self.encoder.backend.spec.engine} ({self.encoder.engine_reason})"
-        thinks = self.options["think"]
+        thinks = not args.no_thinking
         self.console.print(
             f"{len(tasks)} tasks ({self.selection.title}); rationales: {engine if thinks else 'none'}", markup=False
         )
@@ -276,7 +275,7 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
         f"{usage.generated_tokens:,} rationale tokens; {usage.hit_rate:.0%} of the vectors were stored or used a "
         f"stored rationale; {usage.shortened:,} texts were cut to fit, {usage.empty_texts:,} were empty"
     )
-    title = f"{summary.title}{'' if evaluation.options['think'] else ', without rationales'}"
+    title = f"{summary.title}{', without rationales' if evaluation.args.no_thinking else ''}"
     if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
         console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
     console.print(f"summary: {evaluation.folder}/summary.md   results: {evaluation.args.output_dir}/results")
@@ -287,7 +286,7 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
 def show_rationales(encoder: GraceEncoder, evaluation: Evaluation, count: int) -> list[str]:
     """`count` texts with their rationales, for people to read; none without rationales."""
     texts = sample_texts(evaluation.selection.tasks, SAMPLE_FILE)[:count]
-    if not texts or not evaluation.options["think"]:
+    if not texts or evaluation.args.no_thinking:
         return []
     rationales = encoder.encode(texts, return_rationales=True, show_progress_bar=False, **evaluation.options)[1]
     name = evaluation.summary.model["name"]

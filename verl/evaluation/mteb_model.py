@@ -14,6 +14,7 @@ from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
 from verl.encoder.grace_encoder import GraceEncoder
+from verl.text_roles import ROLES
 
 
 class GraceMTEB(AbsEncoder):
@@ -34,14 +35,31 @@ class GraceMTEB(AbsEncoder):
         self.encoder, self.batch_size = encoder, batch_size
         self.options = {"normalize_embeddings": False, **options}
         self.mteb_model_meta = model_meta(encoder, name, self.options)
+        self.prompts_dict = encoder.settings.instructions
 
     def encode(
         self, inputs: DataLoader[BatchedInput], *, task_metadata: Any, hf_split: str, hf_subset: str,
         prompt_type: PromptType | None = None, **kwargs: Any,
     ) -> np.ndarray:  # fmt: skip
-        """[N,H] float32; a failure of the engine is the task's failure."""
+        """[N,H] float32; a failure of the engine is the task's failure.
+
+        Texts of a task that has queries and documents get their role. Where a template has a place for an instruction,
+        it is the settings' for the task, its type or the role, else the task's own of mteb.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.encoder.encode(texts, batch_size=self.batch_size, **self.options)
+        asks = self.encoder.settings.uses_instructions
+        instruction = self.get_instruction(task_metadata, prompt_type) if asks else None
+        role = None if prompt_type is None else next(role for role in ROLES if role == prompt_type.value)
+        return self.encoder.encode(
+            texts, batch_size=self.batch_size, role=role, instruction=instruction, **self.options
+        )  # fmt: skip
+
+
+def described(encoder: GraceEncoder, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the vectors besides weights and texts, of the roles too where they differ."""
+    alone = encoder.describe(**options)
+    roles = {role: encoder.describe(role=role, **options) for role in ROLES}
+    return alone | {role: own for role, own in roles.items() if own != alone}
 
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
@@ -64,8 +82,8 @@ def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> 
         public_training_data=None,
         framework=["PyTorch"],
         similarity_fn_name="cosine",
-        use_instructions=True,
+        use_instructions=encoder.settings.uses_instructions,
         training_datasets=None,
         adapted_from=encoder.settings.base_model,
-        experiment_kwargs=encoder.describe(**options),
+        experiment_kwargs=described(encoder, options),
     )

@@ -100,7 +100,7 @@ def measure_rate(
     before, start = replace(encoder.usage), time.perf_counter()
     encoder.encode(texts, batch_size=batch_size, **options)
     seconds, spent = time.perf_counter() - start, encoder.usage - before
-    thinks = options.get("think", True)
+    thinks = options.get("think") is not False
     made = spent.rationales_made if thinks else spent.vectors_made
     if made == 0:
         return None

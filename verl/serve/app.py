@@ -168,16 +168,21 @@ def _options(service: Service, encoder: GraceEncoder, wanted: EmbeddingsRequest)
                 400, f"input[{index}] has {len(text)} characters, and {most} are taken; the model reads at most "
                 f"{settings.max_prompt_length} tokens of a text: split it", param="input", code="text_too_long",
             )  # fmt: skip
-    limit = wanted.max_new_tokens or settings.max_new_tokens
-    if limit > settings.max_new_tokens:
+    role = settings.of_role(wanted.input_type)
+    limit = wanted.max_new_tokens or role.max_new_tokens or settings.max_new_tokens
+    if limit > settings.longest_rationale:
         raise ApiError(
-            400, f"max_new_tokens must be at most the server's {settings.max_new_tokens}", param="max_new_tokens",
+            400, f"max_new_tokens must be at most the server's {settings.longest_rationale}", param="max_new_tokens",
             code="too_many_tokens",
         )  # fmt: skip
-    thinks = service.thinks if wanted.think is None else wanted.think
+    if wanted.task is not None and wanted.task not in settings.instructions:
+        known = ", ".join(sorted(settings.instructions)) or "none"
+        raise ApiError(400, f"task must be one of the model's instructions: {known}", param="task", code="unknown_task")
+    thinks = service.thinks and role.think if wanted.think is None else wanted.think
     if not thinks and settings.span == "rationale":
         raise ApiError(400, "the model's settings pool the rationale alone; it needs think=true", param="think")
-    return Options(True, limit, wanted.seed) if thinks else Options(False, 0, 0)
+    sampling = (limit, wanted.seed) if thinks else (0, 0)
+    return Options(thinks, *sampling, wanted.input_type, wanted.task)
 
 
 def _describe(encoder: GraceEncoder, options: Options) -> dict[str, Any]:

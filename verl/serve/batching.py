@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from verl.encoder.record import EncodedText
+from verl.text_roles import Role
 
 # Seconds to wait for the next requests of clients that have just been answered together. Without it the first of them
 # to come back would be embedded alone, and the others meanwhile wait.
@@ -27,10 +28,12 @@ class Options(NamedTuple):
     """0 without thinking."""
     seed: int
     """0 without thinking."""
+    role: Role | None = None
+    task: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Those of `GraceEncoder.encode`."""
-        return self._asdict() if self.think else {"think": False}
+        return self._asdict() if self.think else {"think": False, "role": self.role, "task": self.task}
 
 
 class QueueFullError(Exception):

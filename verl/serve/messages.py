@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from verl.encoder.record import EncodedText
 from verl.encoder.vector_format import VectorFormat
+from verl.text_roles import Role
 
 MOST_INPUTS = 2048
 _TOKEN_IDS = (
@@ -55,16 +56,19 @@ class EmbeddingsRequest(BaseModel):
     user: str | None = None
     """Accepted and not used."""
     think: bool | None = None
-    """Whether the model writes a rationale, which the embedding covers; null = as the server was started (yes, unless
-    with --no_thinking)."""
+    """Whether the model writes a rationale, which the embedding covers; null = as the server was started (not with
+    --no_thinking), and as the model's settings say for the input_type."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Most tokens of a rationale; null = the server's, which is also the most."""
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Of the sampling of rationales; equal requests with equal seeds get equal vectors."""
     return_rationales: bool = False
     """Return the rationale of each text as `data[i].rationale`."""
-    input_type: Literal["query", "document"] | None = None
-    """Accepted and without effect: the model has one prompt, for queries and documents alike."""
+    input_type: Role | None = None
+    """The prompt, thinking and token limit that the model's settings have for queries or documents; null = those of
+    texts that are neither."""
+    task: str | None = None
+    """Name of one of the instructions in the model's settings, for prompts that have a place for it."""
 
 
 class Embedding(BaseModel):

@@ -89,8 +89,8 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         + (f" ({', '.join(parts)})" if parts else "")
         + _contrast(m)
         + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
-        + f"  tokens {m['rationale/positive_tokens_mean']:.0f}"
-        + f" ({m['rationale/positive_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
+        + f"  tokens {m['rationale/trained_tokens_mean']:.0f}"
+        + f" ({m['rationale/trained_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
         + f"  {_times(m)}"
         + (f"  loss {m['actor/pg_loss']:+.4f}{nothing_learned(m)}" if "actor/pg_loss" in m else "")
     )
@@ -112,7 +112,7 @@ def nothing_learned(m: dict[str, float]) -> str:
     """Why the gradient of a step that trains the policy was exactly 0, where it was; else nothing."""
     if m["actor/grad_norm"] != 0:
         return ""
-    if m["rationale/positive_truncated"] == 1:
+    if m["rationale/trained_truncated"] == 1:
         why = "every rationale was cut at data.max_response_length, and the rewards of each group are equal"
     elif m["group/duplicate_share"] == 1:
         why = "the rationales of each group are equal"

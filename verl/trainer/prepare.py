@@ -17,15 +17,24 @@ from verl.utils.cpus import usable_cpus
 from verl.utils.tokenizer import load_tokenizer
 
 
-def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
-    """The roles of the texts of a sample that get a rationale; the first is the trained one.
+def sample_roles(train_mode: str, needs_embeddings: bool, trained_text: str) -> tuple[str, ...]:
+    """The roles of the texts of a sample that are embedded; the first is the trained one.
 
     Args:
         needs_embeddings: False = the reward comes from a rule, and there are no anchors.
+        trained_text: positive or query, of a triplet.
+
+    Raises:
+        UserError: there is no such text.
     """
-    if not needs_embeddings:
-        return ("positive",)
-    return ("positive", "query", "negative") if train_mode == "supervised" else ("positive", "query")
+    if needs_embeddings and train_mode == "supervised":
+        anchors = [role for role in ("positive", "query", "negative") if role != trained_text]
+        return (trained_text, *anchors)
+    if trained_text != "positive":
+        raise UserError(
+            f"data.trained_text={trained_text} needs triplets, and a reward manager that embeds queries; leave it out."
+        )
+    return ("positive", "query") if needs_embeddings else ("positive",)
 
 
 def find_devices(config: RunConfig) -> tuple[str, int]:

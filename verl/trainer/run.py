@@ -10,7 +10,7 @@ from verl.batch_plan import BatchPlan
 from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.config import RunConfig, file_list
-from verl.data.dataset import PromptCollator, PromptDataset
+from verl.data.dataset import PromptCollator, PromptDataset, text_settings
 from verl.embedding.chat_template import system_prompt_of
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
@@ -92,7 +92,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         get_adv_estimator_fn(config.algorithm.adv_estimator)
         reward_manager = load_reward_manager(config)
         renderer = build_renderer(config)
-        roles = sample_roles(config.train_mode, reward_manager.needs_embeddings)
+        roles = sample_roles(config.train_mode, reward_manager.needs_embeddings, config.data.trained_text)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
         check_matryoshka_dims(config, reward_manager.matryoshka_dims)
         collate = build_collate(config, dataset, renderer, reward_manager)
@@ -149,6 +149,7 @@ def build_collate(
     """The collator, with the settings by which training embeds; checkpoints hand them to the encoder."""
     data, rollout = config.data, config.actor_rollout_ref.rollout
     settings = EmbedderSettings(
+        **text_settings(data),
         system_prompt=system_prompt_of(dataset[0]["chats"]["positive"]),
         system_prompt_in=data.system_prompt_in,
         template_date=renderer.template_date,
@@ -157,13 +158,12 @@ def build_collate(
         no_rationale_weight=reward_manager.no_rationale_weight,
         matryoshka_dims=reward_manager.matryoshka_dims,
         max_prompt_length=data.max_prompt_length,
-        max_new_tokens=data.max_response_length,
         # An encoder that stops at a long text is of no use.
         truncation="right" if data.truncation == "error" else data.truncation,
         temperature=rollout.temperature,
         base_model=config.actor_rollout_ref.model.path,
     )
-    return PromptCollator(renderer, settings, data.reward_fn_key)
+    return PromptCollator(renderer, settings, data.reward_fn_key, data.trained_text)
 
 
 @contextmanager

@@ -34,17 +34,17 @@ from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.actor import Actor
 from verl.workers.device_stages import DeviceStages
 from verl.workers.micro_batches import MicroBatchLimit
-from verl.workers.rollout.base import Response, Responses, Rollout, step_seeds
+from verl.workers.rollout.base import NO_RESPONSE, Response, Responses, Rollout, step_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
 from verl.workers.scoring import score
 from verl.workers.weight_sync import CANARY, WeightSync
 
 # What a packed forward needs, and what generation needs.
-_ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "role")
+_ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "trained")
 # Pooling that some runs have.
 _OWN_POOLING = ("text_share", "no_rationale_weight")
-_PROMPT = ("prompts", "prompt_length", "temperature")
+_PROMPT = ("prompts", "prompt_length", "temperature", "max_new_tokens")
 
 
 class ActorRolloutRefWorker(Worker):
@@ -112,8 +112,8 @@ class ActorRolloutRefWorker(Worker):
         return {**found, **proven, "proof_s": found["proof_s"] + proven.get("proof_s", 0.0)}
 
     @register(Dispatch.DP_STREAM_PROTO, columns=_PROMPT)
-    def generate(self, rows: DataProto, step: int, max_new_tokens: int) -> Iterator[int | DataProto]:
-        """Write a rationale for every row: yields finished counts, then the response columns.
+    def generate(self, rows: DataProto, step: int) -> Iterator[int | DataProto]:
+        """Write a rationale for every row that may have a token: yields finished counts, then the response columns.
 
         The ranks that share an engine get the same rows; the first of them returns the responses.
 
@@ -122,13 +122,18 @@ class ActorRolloutRefWorker(Worker):
         """
         engine, rank_in_engine = divmod(self.rank, self.config.rollout.ranks_per_engine)
         with self.stages.stage("generating", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
+            writing = rows.batch["max_new_tokens"].nonzero().flatten().tolist()
+            seeds = step_seeds(self.config.rollout.seed, step, engine, len(rows))
+            written = rows[writing]
             generation = self.rollout.generate(
-                prompt_ids(rows), rows.batch["temperature"].tolist(), max_new_tokens,
-                step_seeds(self.config.rollout.seed, step, engine, len(rows)),
+                prompt_ids(written), written.batch["temperature"].tolist(), written.batch["max_new_tokens"].tolist(),
+                [seeds[row] for row in writing],
             )  # fmt: skip
-            responses: Responses = {}
+            responses: Responses = {row: NO_RESPONSE for row in range(len(rows))}
+            if rank_in_engine == 0:
+                yield len(rows) - len(writing)
             for ended in generation:
-                responses |= ended
+                responses |= {writing[place]: response for place, response in ended.items()}
                 if rank_in_engine == 0:
                     yield len(ended)
             self.rollout.sleep()

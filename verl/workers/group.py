@@ -38,11 +38,9 @@ class ActorRolloutRefGroup:
     def init_model(self) -> dict[str, Any]:
         return self._group.call(ActorRolloutRefWorker.init_model)
 
-    def generate(
-        self, rows: DataProto, step: int, max_new_tokens: int, on_progress: Callable[[int], None]
-    ) -> DataProto:
+    def generate(self, rows: DataProto, step: int, on_progress: Callable[[int], None]) -> DataProto:
         """Responses for every row. A row's cost is its prompt and a full-length response."""
-        costs = (rows.batch["prompt_length"] + max_new_tokens).tolist()
+        costs = (rows.batch["prompt_length"] + rows.batch["max_new_tokens"]).tolist()
         size = self._ranks_per_engine
         parts = partition_rows(rows.non_tensor_batch["uid"], costs, self.world_size // size)
         results = self._group.stream_rows(
@@ -51,7 +49,6 @@ class ActorRolloutRefGroup:
             [parts[rank // size] for rank in range(self.world_size)],
             on_progress,
             step,
-            max_new_tokens,
         )
         return restore_order(results[::size], parts)
 

@@ -167,7 +167,7 @@ def no_signal(history: History) -> str | None:
     flat = [share for step, share in history.series("group/flat_share")[-_SHORT:] if step in follow]
     if len(flat) < _FEWEST or mean(flat) <= _MOST_FLAT:
         return None
-    cut = history.last("rationale/positive_truncated") or 0.0
+    cut = history.last("rationale/trained_truncated") or 0.0
     return (
         f"no signal: in {mean(flat):.0%} of the groups of the last {len(flat)} steps all rewards are equal, so that "
         f"they teach nothing ({cut:.0%} of the rationales are cut); raise actor_rollout_ref.rollout.temperature, "
@@ -176,14 +176,14 @@ def no_signal(history: History) -> str | None:
 
 
 def length_drift(history: History) -> str | None:
-    tokens = history.values("rationale/positive_tokens_mean")
+    tokens = history.values("rationale/trained_tokens_mean")
     if len(tokens) < 2 * _SHORT:
         return None
     first, now = mean(tokens[:_SHORT]), mean(tokens[-_SHORT:])
     if first / _LONGER <= now <= _LONGER * first:
         return None
     correlation = history.last("group/length_reward_correlation") or 0.0
-    cut = history.last("rationale/positive_truncated") or 0.0
+    cut = history.last("rationale/trained_truncated") or 0.0
     return (
         f"length drift: rationales have {now:.0f} tokens in the last {_SHORT} steps and had {first:.0f} in the first "
         f"{_SHORT} (correlation of length and reward {correlation:+.2f}, {cut:.0%} cut); read samples/step_N.jsonl, "
@@ -228,8 +228,8 @@ RULES = (
                                     "cos_second_rationale")
     )),
     Rule("gibberish", ("diag/log_likelihood",), gibberish),
-    Rule("no_signal", ("group/flat_share",), no_signal, ("actor/pg_loss", "rationale/positive_truncated")),
-    Rule("length_drift", ("rationale/positive_tokens_mean",), length_drift,
-         ("group/length_reward_correlation", "rationale/positive_truncated")),
+    Rule("no_signal", ("group/flat_share",), no_signal, ("actor/pg_loss", "rationale/trained_truncated")),
+    Rule("length_drift", ("rationale/trained_tokens_mean",), length_drift,
+         ("group/length_reward_correlation", "rationale/trained_truncated")),
     Rule("hacking", _HELD_OUT, hacking, ("reward/mean", "diag/samples")),
 )  # fmt: skip

@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from verl.embedding.rationale_use import ProbeVectors, probe_report
-from verl.protocol import TRAINED_ROLE, DataProto, object_array, response_mask
+from verl.protocol import DataProto, response_mask
 from verl.trainer.ppo.probe import RATIONALES_PER_TEXT, Probe, diagnosed_steps
 from verl.trainer.run import TrainingRun
 from verl.utils.files import replace_file
 from verl.utils.run_files import DIAGNOSTICS
 from verl.workers.group import ActorRolloutRefGroup
 
-# Rows of another role than the trained one get no log-probs.
-_NOT_SCORED = "query"
 _RESPONSE = ("responses", "response_length")
 
 
@@ -87,17 +85,19 @@ class Diagnostics:
         if wants_likelihood and log_probs is None:
             log_probs = self._by_untrained(first)
         likelihood = None if log_probs is None else token_mean(first, log_probs)
-        lines = self._lines(first, vectors, likelihood)
+        # Texts whose role writes no rationale have none to judge; of the trained role all have one.
+        thinks = first.batch["response_length"] > 0
+        lines = self._lines(first, vectors, likelihood, thinks)
         self._save(step, lines, vectors)
         found = {
             "texts": float(len(first)),
             "samples": float(len(first) // self.probe.texts_per_sample),
-            **probe_report(vectors, self.probe.roles),
-            "tokens_mean": float(first.batch["response_length"].float().mean()),
-            "truncated": float(first.batch["truncated"].float().mean()),
+            **probe_report(vectors, self.probe.roles, thinks),
+            "tokens_mean": float(first.batch["response_length"][thinks].float().mean()),
+            "truncated": float(first.batch["truncated"][thinks].float().mean()),
         }
         if likelihood is not None:
-            found["log_likelihood"] = float(likelihood.mean())
+            found["log_likelihood"] = float(likelihood[thinks].mean())
         return Diagnosis(
             {f"diag/{name}": value for name, value in found.items()},
             [{"text": text.text, **line} for text, line in zip(self.probe.texts, lines, strict=True)],
@@ -107,10 +107,10 @@ class Diagnostics:
         """The vectors, and log-probs [P,R] of the first rationales by the policy where wanted: one forward."""
         other = first[self.probe.other_texts()].batch
         variants = [
-            _with_role(first, TRAINED_ROLE),
-            _with_role(second, _NOT_SCORED),
-            _with_role(first.with_tensors(**{name: other[name] for name in _RESPONSE}), _NOT_SCORED),
-            _with_role(first.with_tensors(response_length=torch.zeros(len(first), dtype=torch.int64)), _NOT_SCORED),
+            _scored(first, True),
+            _scored(second, False),
+            _scored(first.with_tensors(**{name: other[name] for name in _RESPONSE}), False),
+            _scored(first.with_tensors(response_length=torch.zeros(len(first), dtype=torch.int64)), False),
         ]
         scored = self._workers.score(DataProto.concat(variants), log_probs, embed=True, for_update=False).batch
         vectors = ProbeVectors(*scored["embeddings"].chunk(len(variants)))
@@ -118,9 +118,11 @@ class Diagnostics:
 
     def _by_untrained(self, first: DataProto) -> Tensor:
         """[P,R] log-probs of the first rationales by the model that the run started from."""
-        return self._workers.compute_untrained_log_prob(_with_role(first, TRAINED_ROLE)).batch["log_probs"]
+        return self._workers.compute_untrained_log_prob(_scored(first, True)).batch["log_probs"]
 
-    def _lines(self, first: DataProto, vectors: ProbeVectors, likelihood: Tensor | None) -> list[dict[str, Any]]:
+    def _lines(
+        self, first: DataProto, vectors: ProbeVectors, likelihood: Tensor | None, thinks: Tensor
+    ) -> list[dict[str, Any]]:
         """What step_N.jsonl says of each text."""
         cosines = {name: values.tolist() for name, values in vectors.cosines().items()}
         return [
@@ -129,7 +131,7 @@ class Diagnostics:
                 "rationale": first.non_tensor_batch["rationale"][i],
                 "tokens": int(first.batch["response_length"][i]),
                 "finish_reason": "length" if first.batch["truncated"][i] else "stop",
-                "log_likelihood": None if likelihood is None else float(likelihood[i]),
+                "log_likelihood": None if likelihood is None or not thinks[i] else float(likelihood[i]),
                 **{name: values[i] for name, values in cosines.items()},
             }
             for i, text in enumerate(self.probe.texts)
@@ -154,9 +156,9 @@ def step_of(file: Path) -> int:
     return int(file.stem.rpartition("_")[2])
 
 
-def _with_role(rows: DataProto, role: str) -> DataProto:
-    columns = {**rows.non_tensor_batch, "role": object_array([role] * len(rows))}
-    return DataProto(rows.batch, columns, rows.meta_info)
+def _scored(rows: DataProto, wanted: bool) -> DataProto:
+    """The rows as ones whose log-probs are wanted, as those of trained rows are, or not."""
+    return rows.with_tensors(trained=torch.full((len(rows),), wanted))
 
 
 def token_mean(rows: DataProto, log_probs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from verl.algorithm.loss import token_weights
 from verl.config import RunConfig
 from verl.embedding.metrics import spread_report
 from verl.embedding.ngrams import distinct_n, repetition
-from verl.protocol import DataProto
+from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
 # Groups whose rewards spread less than this teach nothing.
@@ -84,19 +84,19 @@ def text_metrics(batch: DataProto, rewards: Tensor) -> dict[str, float]:
 
 
 def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:
-    """Rationale and prompt lengths in tokens, per role."""
+    """Rationale and prompt lengths in tokens: of the trained rows, and of the anchors of each role."""
     metrics = {
         "data/prompt_tokens_mean": float(rows.batch["prompt_length"].float().mean()),
         "data/prompts_shortened": float(num_shortened),
     }
-    roles = rows.non_tensor_batch["role"]
-    for role in dict.fromkeys(roles):
-        part = rows[roles == role].batch
+    names = np.where(is_trained(rows), "trained", rows.non_tensor_batch["role"])
+    for name in dict.fromkeys(names.tolist()):
+        part = rows[names == name].batch
         length = part["response_length"].float()
-        metrics[f"rationale/{role}_tokens_mean"] = float(length.mean())
-        metrics[f"rationale/{role}_tokens_min"] = float(length.min())
-        metrics[f"rationale/{role}_tokens_max"] = float(length.max())
-        metrics[f"rationale/{role}_truncated"] = float(part["truncated"].float().mean())
+        metrics[f"rationale/{name}_tokens_mean"] = float(length.mean())
+        metrics[f"rationale/{name}_tokens_min"] = float(length.min())
+        metrics[f"rationale/{name}_tokens_max"] = float(length.max())
+        metrics[f"rationale/{name}_truncated"] = float(part["truncated"].float().mean())
     return metrics
 
 

@@ -17,6 +17,7 @@ from verl.embedding.chat_template import last_user_turn
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.protocol import DataProto
+from verl.text_roles import TRIPLET_ROLES
 from verl.utils.files import replace_file
 from verl.utils.run_files import PROBE
 
@@ -64,6 +65,7 @@ class Probe:
             {
                 "uid": text.id, "chats": {text.role: rationale_messages(text.text, system)},
                 collate.reward_fn_key: "probe", "reward_model": None, "extra_info": None,
+                "text_roles": TRIPLET_ROLES if "negative" in self.roles else {},
             }
             for text in self.texts
         ]  # fmt: skip

@@ -203,9 +203,9 @@ class RayPPOTrainer:
             yield step, prompts
 
     def generate(self, rows: DataProto, step: int) -> DataProto:
-        """Add a rationale to every row: all roles in one engine call."""
+        """Add a rationale to every row that gets one: all roles in one engine call."""
         with self.display.generating(len(rows)) as advance:
-            responses = self.workers.generate(rows, step, self.config.data.max_response_length, advance)
+            responses = self.workers.generate(rows, step, advance)
         rows = rows.union(responses)
         texts = self.run.collate.renderer.tokenizer.batch_decode(response_ids(rows), skip_special_tokens=True)
         rows.non_tensor_batch["rationale"] = object_array(texts)

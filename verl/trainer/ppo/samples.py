@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from verl.protocol import TRAINED_ROLE, DataProto
+from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
 
@@ -14,11 +14,11 @@ def step_samples(rows: DataProto, batch: DataProto, reward: RewardOutput, num_sa
         batch: its trained rows [B], with advantages where their policy is trained, in the order of the reward.
     """
     chosen = set(list(dict.fromkeys(rows.non_tensor_batch["uid"]))[:num_samples])
-    trained_rows = iter(range(len(batch)))
+    trained, trained_rows = is_trained(rows), iter(range(len(batch)))
     lines = []
     for i in range(len(rows)):
         columns = {name: rows.non_tensor_batch[name][i] for name in ("uid", "role", "text", "rationale")}
-        place = next(trained_rows) if columns["role"] == TRAINED_ROLE else None
+        place = next(trained_rows) if trained[i] else None
         if columns["uid"] not in chosen:
             continue
         line = {

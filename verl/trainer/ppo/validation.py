@@ -113,8 +113,11 @@ class Validation:
             "positive": rationale_messages(pair["sentence1"], system),
             "query": rationale_messages(pair["sentence2"], system),
         }
-        others = {self.config.data.reward_fn_key: "sts", "reward_model": None, "extra_info": None}
-        return {"uid": index, "chats": chats, **others}
+        # The two texts of a pair are neither query nor document.
+        return {
+            "uid": index, "chats": chats, "text_roles": {}, self.config.data.reward_fn_key: "sts", "reward_model": None,
+            "extra_info": None,
+        }  # fmt: skip
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from verl.protocol import DataProto
 @dataclass
 class RewardOutput:
     scores: Tensor
-    """[B] float32, the reward of each trained row (role `positive`), in their order."""
+    """[B] float32, the reward of each trained row (`protocol.is_trained`), in their order."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Logged as reward/<name>."""
     columns: dict[str, Tensor] = field(default_factory=dict)

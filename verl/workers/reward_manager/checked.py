@@ -100,7 +100,7 @@ class CheckedRewardManager:
         if value.shape != (count,):
             raise RewardError(
                 f"{self._who}: {what} has the shape {list(value.shape)}; give one value for each of the {count} "
-                "trained rows (role positive), in their order."
+                "trained rows (protocol.is_trained), in their order."
             )
         self._check_on_cpu(what, value)
 

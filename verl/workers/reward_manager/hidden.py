@@ -1,7 +1,8 @@
 """The reward manager `hidden`: similarities of embeddings become rewards (arXiv 2510.04506, section 3).
 
 Pure functions of unit vectors, two matrix products and segment reductions each. Shapes: B trained rows,
-G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [G,H] negatives, g [B] group of each row.
+G groups, H hidden size; m [B,H] trained rows, q [G,H] their anchors, n [G,H] negatives, g [B] group of each row.
+Anchors are queries; where queries are trained (data.trained_text=query), they are positives.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from verl.algorithm.groups import group_size, groups_of, within_group
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
 from verl.embedding.pooling import unit, without_direction
-from verl.protocol import TRAINED_ROLE, DataProto, is_trained
+from verl.protocol import DataProto, is_trained
 from verl.workers.reward_manager.base import RewardOutput
 
 CUT_OFF_REWARD = -1.0
+# What a row is in the rewards.
+_TRAINED, _ANCHOR, _NEGATIVE = "trained", "anchor", "negative"
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,14 @@ def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
     return (m * q[g]).sum(1)
 
 
-def negative_similarity(q: Tensor, n: Tensor, g: Tensor) -> Tensor:
-    """[B] minus the cosine of the group's query and negative: the same for all rows of a group."""
-    return -(q * n).sum(1)[g]
+def negative_similarity(queries: Tensor, n: Tensor, g: Tensor) -> Tensor:
+    """[B] minus the cosine of each row's query with its group's negative.
+
+    Args:
+        queries: [B,H]: the group's query, so that all rows of a group have the same value; or, where queries are
+            trained, the row itself.
+    """
+    return -(queries * n[g]).sum(1)
 
 
 def clustering(m: Tensor, g: Tensor) -> Tensor:
@@ -92,12 +100,14 @@ def contrast(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence
     return query_log_probs(m, q, n, g, left_out, temperature).gather(1, g.unsqueeze(1)).squeeze(1)
 
 
-def grace_terms(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig) -> dict[str, Term]:
+def grace_terms(
+    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig, trains_queries: bool = False
+) -> dict[str, Term]:
     """The terms of the `grace` objective; their weighted sum is the reward before any penalty."""
     scale = 1.0 / config.temperature if config.with_scale else 1.0
     terms = {"positive": Term(positive_similarity(m, q, g), scale)}
     if n is not None:
-        terms["negative"] = Term(negative_similarity(q, n, g), scale)
+        terms["negative"] = Term(negative_similarity(m if trains_queries else q[g], n, g), scale)
     if config.enable_clustering:
         terms["clustering"] = Term(clustering(m, g), scale * config.clustering_weight)
         if n is not None:
@@ -175,12 +185,15 @@ class HiddenRewardManager:
     def __call__(self, rows: DataProto) -> RewardOutput:
         rows.require("embeddings", "truncated", "uid", "role", "text")
         at = _positions(rows)
-        if "query" not in at:
-            raise ValueError("the reward manager hidden needs a query row for every sample")
-        main = rows[at[TRAINED_ROLE]]
+        if _ANCHOR not in at:
+            raise ValueError("the reward manager hidden needs an anchor for every sample: a query or a positive")
+        main = rows[at[_TRAINED]]
         g = groups_of(main)
         groups = _groups(rows, at, g)
-        terms = mean_terms([self._terms(view, at, g, groups) for view in self._views(rows.batch["embeddings"])])
+        trains_queries = main.non_tensor_batch["role"][0] == "query"
+        terms = mean_terms(
+            [self._terms(view, at, g, groups, trains_queries) for view in self._views(rows.batch["embeddings"])]
+        )
         rewards = total_reward(terms)
         scores = rewards
         if self.config.enable_length_penalty:
@@ -198,12 +211,14 @@ class HiddenRewardManager:
         dims = self.config.matryoshka_dims
         return [whole] if dims is None else [unit(whole[:, :count]) for count in dims]
 
-    def _terms(self, vectors: Tensor, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group]) -> dict[str, Term]:
+    def _terms(
+        self, vectors: Tensor, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group], trains_queries: bool
+    ) -> dict[str, Term]:
         """The terms of the objective from vectors [N,D] of all rows."""
-        m, q = vectors[at[TRAINED_ROLE]], vectors[at["query"]]
-        n = vectors[at["negative"]] if "negative" in at else None
+        m, q = vectors[at[_TRAINED]], vectors[at[_ANCHOR]]
+        n = vectors[at[_NEGATIVE]] if _NEGATIVE in at else None
         if self.config.objective == "grace":
-            return grace_terms(m, q, n, g, self.config)
+            return grace_terms(m, q, n, g, self.config, trains_queries)
         return infonce_terms(m, q, n, g, groups, self.config)
 
     def _contrastive_weight(self, rows: DataProto) -> float:
@@ -230,9 +245,9 @@ class HiddenRewardManager:
     ) -> tuple[Tensor, Tensor]:
         """The loss of vectors [N,D] of all rows, and its accuracy."""
         anchors = vectors if self.config.contrastive_anchors else vectors.detach()
-        n = anchors.index_select(0, at["negative"]) if "negative" in at else None
+        n = anchors.index_select(0, at[_NEGATIVE]) if _NEGATIVE in at else None
         return symmetric_infonce(
-            vectors.index_select(0, at[TRAINED_ROLE]), anchors.index_select(0, at["query"]), n, g, groups,
+            vectors.index_select(0, at[_TRAINED]), anchors.index_select(0, at[_ANCHOR]), n, g, groups,
             self.config.contrastive_temperature,
         )  # fmt: skip
 
@@ -248,23 +263,23 @@ def _metrics(terms: dict[str, Term], g: Tensor) -> dict[str, float]:
 
 
 def _positions(rows: DataProto) -> dict[str, Tensor]:
-    """The positions of the rows by role: of trained rows in their order, of anchors in the order of the groups."""
+    """The positions of the trained rows in their order, and of anchors and negatives in the order of the groups."""
     roles, uids = rows.non_tensor_batch["role"], rows.non_tensor_batch["uid"]
-    found = {TRAINED_ROLE: torch.from_numpy(np.flatnonzero(is_trained(rows)))}
-    groups = dict.fromkeys(uids[found[TRAINED_ROLE].numpy()])
+    found = {_TRAINED: torch.from_numpy(np.flatnonzero(is_trained(rows)))}
+    groups = dict.fromkeys(uids[found[_TRAINED].numpy()])
     for role in dict.fromkeys(roles[~is_trained(rows)]):
         place = {uids[i]: int(i) for i in np.flatnonzero(roles == role)}
-        found[role] = torch.tensor([place[uid] for uid in groups])
+        found[_NEGATIVE if role == _NEGATIVE else _ANCHOR] = torch.tensor([place[uid] for uid in groups])
     return found
 
 
 def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
     """The texts of each group."""
     texts = rows.non_tensor_batch["text"]
-    query, negative = (at[role].tolist() if role in at else None for role in ("query", "negative"))
+    query, negative = (at[kind].tolist() if kind in at else None for kind in (_ANCHOR, _NEGATIVE))
     assert query is not None
     # Of each group the first row.
-    positive = at[TRAINED_ROLE][np.unique(g.numpy(), return_index=True)[1]].tolist()
+    positive = at[_TRAINED][np.unique(g.numpy(), return_index=True)[1]].tolist()
     return [
         Group(
             query=texts[query[i]],

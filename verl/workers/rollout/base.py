@@ -27,6 +27,9 @@ class Response:
     """[H] float32, the pooled hidden states of prompt and rationale; None = the engine was not asked to pool."""
 
 
+NO_RESPONSE = Response([], [], truncated=False)
+"""Of a row for which nothing is generated."""
+
 Responses = dict[int, Response]
 """By the position of their prompts."""
 
@@ -97,14 +100,15 @@ class Rollout(ABC):
         self.state = EngineState.AWAKE
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
-    ) -> Iterator[Responses]:
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int | Sequence[int],
+        seeds: Sequence[int],
+    ) -> Iterator[Responses]:  # fmt: skip
         """Yield responses as they end, each once.
 
         Args:
             prompts: token ids; equal prompts are computed once.
             temperatures: one per prompt; 0 is greedy.
-            max_new_tokens: length limit of a response.
+            max_new_tokens: length limits of the responses, 1 or more, one per prompt or one for all.
             seeds: one per prompt, below 2**63. Each row draws from its own, so its response does not depend on the
                 other rows.
 
@@ -112,7 +116,7 @@ class Rollout(ABC):
             RolloutError: the engine is not AWAKE, or a request failed.
         """
         self._require_awake()
-        return self._generate(prompts, temperatures, max_new_tokens, seeds)
+        return self._generate(prompts, temperatures, limit_each(max_new_tokens, len(prompts)), seeds)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over full tensors under their transformers names; then the engine holds the policy's weights.
@@ -172,7 +176,11 @@ class Rollout(ABC):
 
     @abstractmethod
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        limits: Sequence[int],
+        seeds: Sequence[int],
     ) -> Iterator[Responses]: ...
 
     @abstractmethod
@@ -223,3 +231,8 @@ def finish(generation: Iterator[Responses]) -> list[Response]:
     for some in generation:
         ended |= some
     return [ended[row] for row in range(len(ended))]
+
+
+def limit_each(max_new_tokens: int | Sequence[int], count: int) -> Sequence[int]:
+    """The length limit of each of `count` responses, of one for all or of theirs."""
+    return [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens

@@ -66,7 +66,8 @@ class Decoding:
     """Decodes the prompts of one call; a prompt takes the place of a row that has ended.
 
     Args:
-        prompts, temperatures, max_new_tokens, seeds: see `Rollout.generate`.
+        prompts, temperatures, seeds: see `Rollout.generate`.
+        limits: length limit of each response.
         stop_ids: token ids that end a response.
         max_rows: most rows decoded together.
         pool: pools the hidden states of each row by the number of its prompt; None = nothing is pooled.
@@ -76,26 +77,27 @@ class Decoding:
     """
 
     def __init__(
-        self, forward: Forward, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
-        seeds: Sequence[int], stop_ids: Sequence[int], max_rows: int, pool: RunningPool | None,
+        self, forward: Forward, prompts: Sequence[Sequence[int]], temperatures: Sequence[float],
+        limits: Sequence[int], seeds: Sequence[int], stop_ids: Sequence[int], max_rows: int, pool: RunningPool | None,
     ) -> None:  # fmt: skip
         device = forward.lm.device
-        self.forward, self.seeds, self.max_new_tokens, self.pool = forward, seeds, max_new_tokens, pool
+        self.forward, self.seeds, self.most_draws, self.pool = forward, seeds, max(limits), pool
         self.prompts = [tuple(prompt) for prompt in prompts]
         self.stop_ids = frozenset(stop_ids)
         self.max_rows = min(max_rows, len(prompts))
-        longest = max(map(len, prompts)) + max_new_tokens
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         check_longest_row(forward.lm.config, longest)
         # The longest first, so that the cache's buffers have their size from the beginning. Rows of similar lengths are
         # decoded together, and equal prompts are neighbours.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(self.prompts[i]), self.prompts[i])))
         self.cache = DecodingCache(self.max_rows, len(common_beginning(self.prompts)), longest, device)
         self.temperatures = torch.tensor(temperatures, device=device)
+        self.limits = torch.tensor(limits, device=device)
         self.written: dict[int, tuple[list[int], list[float]]] = {}  # ids and log-probs, by the number of the prompt
         # Of the rows being decoded, in the cache's order:
         self.rows = torch.empty(0, dtype=torch.int64, device=device)  # [B], numbers of their prompts
         self.drawn = torch.empty(0, dtype=torch.int64, device=device)  # [B], tokens of their responses
-        self.draws = torch.empty(0, max_new_tokens, dtype=torch.float64, device=device)  # see `uniform` of `sample`
+        self.draws = torch.empty(0, self.most_draws, dtype=torch.float64, device=device)  # see `uniform` of `sample`
         self.hidden = torch.empty(0, device=device)  # [B,H], of their newest token
         self.token = torch.empty(0, dtype=torch.int64, device=device)  # [B], the token that follows it
 
@@ -141,7 +143,7 @@ class Decoding:
         self.hidden = torch.cat([self.hidden, newest]) if len(self.rows) else newest
         self.rows = torch.cat([self.rows, torch.tensor(rows, device=device)])
         self.drawn = torch.cat([self.drawn, self.drawn.new_zeros(len(rows))])
-        draws = uniform_draws([self.seeds[row] for row in rows], self.max_new_tokens)
+        draws = uniform_draws([self.seeds[row] for row in rows], self.most_draws)
         self.draws = torch.cat([self.draws, draws.to(device)])
         self.written |= {row: ([], []) for row in rows}
 
@@ -156,7 +158,7 @@ class Decoding:
             ids.append(token)
             log_probs.append(value)
         stopped = torch.tensor([token in self.stop_ids for token in tokens], device=self.token.device)
-        return stopped | (self.drawn == self.max_new_tokens)
+        return stopped | (self.drawn == self.limits[self.rows])
 
     def _feed(self) -> None:
         """Compute the hidden states of every row's newest token."""

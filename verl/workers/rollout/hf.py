@@ -16,7 +16,7 @@ from verl.embedding.pooling import RunningPool
 from verl.embedding.settings import NO_MIX, Mix
 from verl.models.onednn import PackedLinear
 from verl.models.packing import Row, pack
-from verl.workers.rollout.base import HeldWeight, Responses, Rollout, held_by_product
+from verl.workers.rollout.base import HeldWeight, Responses, Rollout, held_by_product, limit_each
 from verl.workers.rollout.decoding import Decoding, Forward
 
 
@@ -53,7 +53,7 @@ class HFRollout(Rollout):
         return parts
 
     def generate_and_pool(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int | Sequence[int],
         seeds: Sequence[int], pool_starts: Sequence[int], mix: Mix = NO_MIX,
     ) -> Iterator[Responses]:  # fmt: skip
         """`generate`, and pool each row's hidden states, which decoding computes anyway but for the last token's.
@@ -64,16 +64,16 @@ class HFRollout(Rollout):
         """
         self._require_awake()
         pool = RunningPool(pool_starts, self.lm.config.get_text_config().hidden_size, self.lm.device, mix)
-        return self._generate(prompts, temperatures, max_new_tokens, seeds, pool)
+        return self._generate(prompts, temperatures, limit_each(max_new_tokens, len(prompts)), seeds, pool)
 
     @torch.no_grad()
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int,
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], limits: Sequence[int],
         seeds: Sequence[int], pool: RunningPool | None = None,
     ) -> Iterator[Responses]:  # fmt: skip
         if prompts:
             yield from Decoding(
-                self._forward, prompts, temperatures, max_new_tokens, seeds, self.stop_ids, self.max_num_seqs, pool
+                self._forward, prompts, temperatures, limits, seeds, self.stop_ids, self.max_num_seqs, pool
             ).run()
 
     def wake_weights(self) -> None:

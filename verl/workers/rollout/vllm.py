@@ -130,14 +130,15 @@ class VLLMRollout(Rollout):
         return [self._through_product(path, module, sent, slice(start, start + size), most_columns)]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], max_new_tokens: int, seeds: Sequence[int]
-    ) -> Iterator[Responses]:
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], limits: Sequence[int],
+        seeds: Sequence[int],
+    ) -> Iterator[Responses]:  # fmt: skip
         engine = self._llm.llm_engine
         open_rows = set(range(len(prompts)))
         try:
             for row, prompt in enumerate(prompts):
-                self._check_length(row, prompt, max_new_tokens)
-                sampling = self._sampling(temperatures[row], max_new_tokens, seeds[row])
+                self._check_length(row, prompt, limits[row])
+                sampling = self._sampling(temperatures[row], limits[row], seeds[row])
                 engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, sampling)
             while engine.has_unfinished_requests():
                 ended = dict(_response(output) for output in engine.step() if output.finished)
@@ -313,5 +314,6 @@ def _host_cache_bytes(settings: dict[str, Any], share: float) -> int:
     config = AutoConfig.from_pretrained(
         settings["model"], trust_remote_code=settings["trust_remote_code"], **settings["hf_overrides"]
     ).get_text_config()
-    wanted = cache_bytes(config, torch.float32) * settings["max_num_seqs"] * settings["max_model_len"] // settings["tensor_parallel_size"]
+    tokens = settings["max_num_seqs"] * settings["max_model_len"]
+    wanted = tokens * cache_bytes(config, torch.float32) // settings["tensor_parallel_size"]
     return min(wanted, int(share * psutil.virtual_memory().available))

@@ -1,0 +1,103 @@
+"""Thinking queries beside plain documents, from a training step to the encoder of its checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import main_here, prepare, read_samples, recipe, steps_of, train_here, write_texts
+
+from verl import GraceEncoder
+
+ROLES = ["data.trained_text=query", "data.document.think=False", "data.query.template='Query: {text}'"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny_folder, triplets):
+    run_dir = tmp_path_factory.mktemp("runs") / "queries"
+    done = train_here(
+        *recipe(tiny_folder, triplets, run_dir), *ROLES, "trainer.total_training_steps=2", "trainer.save_freq=2",
+        "trainer.test_freq=2", "trainer.diag_freq=2", "trainer.diag_texts=6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_queries_are_trained_and_documents_write_nothing(run_dir):
+    for step in (1, 2):
+        samples = read_samples(run_dir, step)
+        of = {role: [s for s in samples if s["role"] == role] for role in ("query", "positive", "negative")}
+        assert {role: len(found) for role, found in of.items()} == {"query": 12, "positive": 4, "negative": 4}
+        assert all("reward" in s and s["tokens"] > 0 for s in of["query"])
+        assert not any("reward" in s or s["tokens"] or s["rationale"] for s in of["positive"] + of["negative"])
+        # A query's text is the user's, without the template.
+        assert not any("Query:" in s["text"] for s in samples)
+    step = steps_of(run_dir)[0]
+    assert step["rationale/trained_tokens_mean"] > 0 == step["rationale/positive_tokens_max"]
+    # A query's own negative is not the same for all of its rationales.
+    assert step["reward/negative/variance_share"] != pytest.approx(0, abs=1e-3)
+    assert step["actor/grad_norm"] > 0 and step["rollout/probs_diff_max"] < 1e-4
+
+
+def test_the_first_steps_rewards_are_those_of_the_encoders_vectors(run_dir, tiny_folder):
+    """Documents have no rationale, so their vectors are known without what was drawn."""
+    encoder = GraceEncoder(tiny_folder, device="cpu", max_prompt_length=220)
+    samples = read_samples(run_dir, 1)
+    for uid in {s["uid"] for s in samples}:
+        group = [s for s in samples if s["uid"] == uid]
+        positive, negative = (
+            encoder.encode(next(s["text"] for s in group if s["role"] == role), think=False)
+            for role in ("positive", "negative")
+        )
+        parts = np.array([[s["reward_parts"][n] for n in ("positive", "negative")] for s in group if "reward" in s])
+        # |cos(q, p) - cos(q, n)| <= |p - n| for every unit vector q.
+        assert np.abs(parts.sum(1) * 0.1).max() <= np.linalg.norm(positive - negative) + 1e-5
+
+
+def test_the_checkpoints_encoder_thinks_about_queries_alone(run_dir):
+    folder = run_dir / "global_step_2" / "huggingface"
+    settings = json.loads((folder / "embedder_config.json").read_text())
+    assert settings["query"]["template"] == "Query: {text}" and settings["document"]["think"] is False
+    with GraceEncoder(folder, device="cpu") as encoder:
+        texts = ["a river", "a stone"]
+        np.testing.assert_array_equal(encoder.encode_document(texts), encoder.encode(texts, think=False))
+        assert encoder.usage.rationales_made == 0
+        query = encoder.encode_query(texts, return_rationales=True)[1]
+        assert all(query) and encoder.usage.rationales_made == 2
+
+
+def test_diagnoses_judge_rationales_of_texts_that_have_one(run_dir):
+    for step in (0, 2):
+        lines = [json.loads(line) for line in (run_dir / f"diagnostics/step_{step}.jsonl").read_text().splitlines()]
+        probe = json.loads((run_dir / "diagnostics/probe.json").read_text())["texts"]
+        for line in lines:
+            thinks = probe[line["id"]]["role"] == "query"
+            assert (line["tokens"] > 0) is (line["log_likelihood"] is not None) is thinks
+            assert thinks or line["cos_without"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.document.think=False"],
+            "data.document.think=False, but data.trained_text=positive trains what",
+        ),
+        (["data.trained_text=query", "data.query.think=False"], "data.query.think=False, but data.trained_text=query"),
+        (["data.query.max_new_tokens=11"], "data.query.max_new_tokens=11 is more than data.max_response_length=10"),
+        (
+            ["data.template='{instruction}: {text}'"],
+            "data.template has {instruction}, and data.instructions={} has",
+        ),
+        (["data.query.template=text"], "data.query.template='text': a template has {text} once"),
+    ],
+    ids=str,
+)
+def test_roles_that_cannot_work_end_the_run_before_it_starts(tiny_folder, triplets, tmp_path, overrides, message):
+    done = main_here(*recipe(tiny_folder, triplets, tmp_path), *overrides)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_plain_texts_have_no_queries_to_train(tiny_folder, tmp_path):
+    texts = prepare("unsupervised", write_texts(tmp_path / "raw.txt"), tmp_path / "data")
+    done = main_here(*recipe(tiny_folder, texts, tmp_path, "unsupervised"), "data.trained_text=query")
+    assert done.returncode == 2 and "data.trained_text=query needs triplets" in done.stderr
