@@ -63,7 +63,7 @@ def start_workers(config: RunConfig, device: str) -> ActorRolloutRefGroup:
 def prompt_rows(config: RunConfig, model: str, train_file: Path) -> DataProto:
     renderer = PromptRenderer(load_tokenizer(model), config.data.max_prompt_length)
     samples = PromptDataset([str(train_file)], config.data, ("positive", "query", "negative"), renderer)
-    collate = PromptCollator(renderer, EmbedderSettings(), config.data.reward_fn_key)
+    collate = PromptCollator(renderer, EmbedderSettings(max_new_tokens=TOKENS), config.data.reward_fn_key)
     return expand(collate([samples[i] for i in range(TRIPLETS)]), config.actor_rollout_ref.rollout)
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         prompts = prompt_rows(config, args.model, train_file)
         for step in range(2):
             phase("sync", workers.sync_rollout_weights)
-            responses = phase("gen", partial(workers.generate, prompts, step, TOKENS, on_progress=lambda count: None))
+            responses = phase("gen", partial(workers.generate, prompts, step, on_progress=lambda count: None))
             rows = prompts.union(responses)
             scored = phase("score", partial(workers.score, rows, log_probs=True, embed=True, for_update=True))
             phase("update", partial(workers.update_actor, trained_rows(rows, scored), 1))
