@@ -64,7 +64,7 @@ def test_every_program_is_found():
     "command",
     [
         ["eval_mteb.py", "--model_path", "m"],
-        ["-m", "verl.encoder", "--model", "m", "--input", "i", "--output", "o.txt"],
+        ["-m", "verl.encoder", "--model", "m", "--input", "i", "--output", "o.parquet", "--shard_rows", "9"],
         ["-m", "verl.trainer.main_ppo", "trainer.no_such_key=1"],
         ["-m", "verl.trainer.main_ppo", "--config-name", "no_such_yaml"],
         ["-m", "verl.doctor", "trainer.no_such_key=1"],

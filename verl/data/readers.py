@@ -64,15 +64,24 @@ def read_samples(path: Path, mode: Mode) -> Iterator[Sample]:
         UserError: see `open_source`; or a line holds no sample, and the message has its number.
     """
     with open_source(path, mode) as source:
-        for record in source.records:
-            if record.problem:
-                raise UserError(f"{path}, line {record.line_idx + 1}: {record.problem}")
-            if record.fields is None:
-                continue
-            try:
-                yield read_sample(record.fields, mode)
-            except BadSample as error:
-                raise UserError(f"{path}, line {record.line_idx + 1}: {error}") from error
+        yield from samples_of(source, path, mode)
+
+
+def samples_of(source: Source, path: Path, mode: Mode) -> Iterator[Sample]:
+    """The samples of an open file, as `read_samples` gives them, for readers that look at its position too.
+
+    Raises:
+        UserError: a line holds no sample, and the message has its number.
+    """
+    for record in source.records:
+        if record.problem:
+            raise UserError(f"{path}, line {record.line_idx + 1}: {record.problem}")
+        if record.fields is None:
+            continue
+        try:
+            yield read_sample(record.fields, mode)
+        except BadSample as error:
+            raise UserError(f"{path}, line {record.line_idx + 1}: {error}") from error
 
 
 def _text_records(opened: Opened, path: Path, mode: Mode, columns: Sequence[str]) -> Iterator[Record]:

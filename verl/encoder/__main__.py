@@ -1,10 +1,16 @@
-"""Embed a file: python3 -m verl.encoder --model FOLDER --input texts.jsonl --output vectors.parquet
+"""Embed a file of texts.
+
+    python3 -m verl.encoder --model FOLDER --input texts.jsonl --output vectors.parquet
+    python3 -m verl.encoder --model FOLDER --input millions.jsonl.gz --output vectors
 
 The input is text (one text a line), JSON lines, CSV or parquet with a column `text` (or `sentence`); blank lines of a
 text file are skipped. The output has a row per text, in order: text, rationale, vector. Vectors have unit length, for
-cosines; --not_normalized is for training a classifier or a clustering on them. Rationales and vectors are written to
---store as they are made, so the same command continues a run that was killed; without --store a store next to the
-output is used, and removed when the output is complete.
+cosines; --not_normalized is for training a classifier or a clustering on them.
+
+The same command continues a run that was killed. Into one file, rationales and vectors are written to --store as they
+are made; without --store a store next to the output is used, and removed when the output is complete. Into a folder,
+the output is files of --shard_rows texts each, and those that are finished are kept, after a comparison of their texts
+and of what made them; neither the input nor the vectors are held in memory as a whole.
 """
 
 import argparse
@@ -13,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.embedding.settings import add_vector_flags
-from verl.encoder.arguments import BATCH_SIZE_HELP
+from verl.encoder.arguments import BATCH_SIZE_HELP, SHARD_ROWS
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.utils.cpus import let_waiting_threads_sleep
 
@@ -22,7 +28,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or hub name")
     parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="a .parquet file")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a .parquet file; any other name is that of a folder of them"
+    )
+    parser.add_argument(
+        "--shard_rows", type=int,
+        help="texts of each file of a folder: so many are held in memory together, and embedded again after a kill; "
+        f"default: {SHARD_ROWS:,}",
+    )  # fmt: skip
     parser.add_argument("--store", type=Path, help="folder of rationales and vectors to reuse and to add to")
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
     add_system_prompt_flag(parser, "the model's settings")
@@ -39,8 +52,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     args = parser.parse_args(argv)
-    if args.output.suffix != ".parquet":
-        parser.error(f"--output {args.output} must end in .parquet")
+    if args.output.suffix != ".parquet" or args.output.is_dir():
+        if args.shard_rows is None:
+            args.shard_rows = SHARD_ROWS
+    elif args.shard_rows is not None:
+        parser.error(f"--shard_rows is for a folder, and --output {args.output} is one file; give one of the two")
     return args
 
 

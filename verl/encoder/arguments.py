@@ -1,7 +1,7 @@
 """What `GraceEncoder.encode` is given, checked before anything is computed."""
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from verl.embedding.settings import EmbedderSettings
@@ -9,6 +9,8 @@ from verl.errors import UserError
 
 BATCH_SIZE_HELP = "rows of a forward, and rationales that hf writes at once; default: what the memory is enough for"
 """Of the programs that embed."""
+SHARD_ROWS = 10_000
+"""Texts of a file of a folder of vectors, where no number is given."""
 _SHOWN_CHARS = 60
 
 
@@ -18,8 +20,13 @@ def list_texts(inputs: Any) -> list[str]:
     Raises:
         UserError: it is none of these, or an item is not a string; the message has its position.
     """
+    return list(each_text(inputs))
+
+
+def each_text(inputs: Any) -> Iterator[str]:
+    """The texts of `list_texts`, each taken from `inputs` when it is asked for, and an item that is no string then."""
     if isinstance(inputs, str):
-        return [inputs]
+        return iter([inputs])
     # What is excluded can be iterated over too, and gives integers, keys, names of columns, or texts in no order.
     several = isinstance(inputs, Iterable) and not isinstance(inputs, (bytes, bytearray, Mapping, set, frozenset))
     if not several or getattr(inputs, "ndim", 1) != 1:
@@ -27,14 +34,17 @@ def list_texts(inputs: Any) -> list[str]:
             f"inputs is {_described(inputs)}; give one string, or a list, generator, one-dimensional array or series "
             "of strings"
         )
-    texts = list(inputs)
-    for position, text in enumerate(texts):
+    return _strings(inputs)
+
+
+def _strings(items: Iterable[Any]) -> Iterator[str]:
+    for position, text in enumerate(items):
         if not isinstance(text, str):
             raise UserError(
                 f"inputs[{position}] is {_described(text)}, and every text must be a string; leave out or fill in what "
                 "is missing, and give several texts as several items"
             )
-    return texts
+        yield text
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

@@ -6,7 +6,7 @@ rewarded. Argument names follow sentence-transformers.
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,11 @@ from verl.embedding.centre import Centre
 from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Pooling, Span
-from verl.encoder.arguments import check_batch_size, list_texts, whole_number
+from verl.encoder.arguments import SHARD_ROWS, check_batch_size, each_text, list_texts, whole_number
 from verl.encoder.backend import Backend, ModelSpec
 from verl.encoder.call import EncodeCall, row_seed
 from verl.encoder.call_store import CallStore, NoStore
+from verl.encoder.parquet_parts import Part, write_parts
 from verl.encoder.processes import ProcessesBackend
 from verl.encoder.record import NO_RATIONALE, EncodedText, Sampling, TextRecord
 from verl.encoder.store import EmbeddingStore
@@ -36,6 +37,12 @@ from verl.text_roles import INSTRUCTION, TEXT, Around, Role
 from verl.utils.progress import count_bar
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.choose import choose_device_and_engine
+
+# The others choose another form of the vectors, or of what is returned.
+_OPTIONS_OF_PARQUET = {
+    "batch_size", "show_progress_bar", "normalize_embeddings", "truncate_dim", "think", "max_new_tokens", "temperature",
+    "seed",
+}  # fmt: skip
 
 
 class GraceEncoder:
@@ -219,6 +226,45 @@ class GraceEncoder:
         if isinstance(inputs, str):
             return (vectors[0], rationales[0]) if return_rationales else vectors[0]
         return (vectors, rationales) if return_rationales else vectors
+
+    def encode_to_parquet(
+        self, texts: Iterable[str], folder: Path | str, *, shard_rows: int = SHARD_ROWS,
+        on_part: Callable[[Part], None] | None = None, **options: Any,
+    ) -> int:  # fmt: skip
+        """Embed any number of texts into a folder of parquet files, with a row of text, rationale and vector for each.
+
+        The same call continues one that was interrupted: finished files are kept, after a comparison with the texts and
+        with everything that makes the vectors. `pandas.read_parquet(folder)` reads them as one table, in order.
+
+        Args:
+            texts: taken as they are embedded, at most `shard_rows` ahead of what is on the disk.
+            shard_rows: texts of a file; so many are held in memory together, and embedded again after an interruption.
+            on_part: called with each file once it is on the disk, also with those that were there.
+            options: of `encode`, but for precision, int8_ranges, convert_to_tensor and return_rationales.
+
+        Returns:
+            The number of texts in the folder.
+
+        Raises:
+            UserError: the folder holds something else, or was made from other texts or with other options; there are no
+                texts; or see `encode`.
+            RolloutError, StoreError, OSError: see `encode`, or the folder cannot be written; its finished files stay.
+        """
+        shard_rows = whole_number("shard_rows", shard_rows, 1)
+        if unknown := sorted(options.keys() - _OPTIONS_OF_PARQUET):
+            raise UserError(f"{unknown[0]}={options[unknown[0]]!r}: encode_to_parquet has no such option; leave it out")
+        made_by = {
+            "weights": self.revision, **self.describe(**options), "truncate_dim": options.get("truncate_dim"),
+        }  # fmt: skip
+        total = 0
+        for part in write_parts(
+            each_text(texts), Path(folder), shard_rows, made_by,
+            lambda some: self.encode(some, return_rationales=True, **options),
+        ):  # fmt: skip
+            total += part.rows
+            if on_part:
+                on_part(part)
+        return total
 
     def encode_in_full(
         self, inputs: Iterable[str], *, batch_size: int | None = None, role: Role | None = None,

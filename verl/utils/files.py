@@ -2,8 +2,31 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing(file: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of `file` in one moment when the block ends.
+
+    After an error `file` is as it was, and what was written is gone.
+
+    Args:
+        durable: also after a power cut: the content and the name are on the disk when the block has ended.
+    """
+    written = file.with_name(f".{file.name}.writing")
+    try:
+        yield written
+        if durable:
+            flush_to_disk(written)
+        written.replace(file)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush_to_disk(file.parent)
 
 
 def replace_file(file: Path, content: str | bytes, durable: bool = False) -> None:
@@ -11,15 +34,10 @@ def replace_file(file: Path, content: str | bytes, durable: bool = False) -> Non
 
     Args:
         content: text is written as UTF-8.
-        durable: also after a power cut: the content and the name are on the disk when this returns.
+        durable: see `replacing`.
     """
-    written = file.with_name(f".{file.name}.writing")
-    written.write_bytes(content.encode() if isinstance(content, str) else content)
-    if durable:
-        flush_to_disk(written)
-    written.replace(file)
-    if durable:
-        flush_to_disk(file.parent)
+    with replacing(file, durable) as written:
+        written.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def flush_to_disk(path: Path) -> None:
