@@ -20,7 +20,7 @@ import orjson
 from verl.data.ingest import Counts, RejectLog, Spool, ingest
 from verl.data.publish import copy_to, describe_file, move_into
 from verl.data.readers import open_source
-from verl.data.samples import MODES, describe_fields
+from verl.data.samples import INSTRUCTION, MODES, describe_need
 from verl.data.schema import REPEATING_COLUMNS, SCHEMAS, build_rows
 from verl.data.split import DuplicateCounter, build_splitter
 from verl.data.writer import JsonArraySink, ParquetSink
@@ -103,8 +103,8 @@ def check_counts(args: argparse.Namespace, counts: Counts, first_rejects: list[s
     """Raise a UserError if too little of the input could be used."""
     if counts.accepted == 0 and counts.lacking_field == counts.rejected > 0:
         raise UserError(
-            f"no line of {args.input_file} has the fields of --mode {args.mode}: found "
-            f"{', '.join(counts.names_found) or '(none)'}, need {describe_fields(args.mode)}"
+            f"no line of {args.input_file} has the fields of a sample: found "
+            f"{', '.join(counts.names_found) or '(none)'}; {describe_need(args.mode, counts.names_found)}"
         )
     share = counts.rejected / max(counts.rejected + counts.accepted, 1)
     if share > args.max_rejected:
@@ -116,11 +116,10 @@ def check_counts(args: argparse.Namespace, counts: Counts, first_rejects: list[s
             f"more than --max_rejected {args.max_rejected}): {'; '.join(first_rejects)}. "
             f"All are in {args.local_dir / REJECTED}; {way_out}"
         )
-    if instruction := counts.lists.find_instruction():
-        field, text = instruction
+    if instruction := counts.positives.find_instruction():
         raise UserError(
-            f"every list in {field} of {args.input_file} begins with {text[:60]!r}; of a list the first text is used, "
-            "so write [instruction, text] as one text"
+            f"every list of positives in {args.input_file} begins with {instruction[:60]!r}, like an instruction; "
+            "write [instruction, text] as one text"
         )
     if counts.accepted == 0:
         raise UserError(
@@ -211,7 +210,16 @@ def summarise(args: argparse.Namespace, counts: Counts, totals: Totals) -> None:
         f"train {totals.train:,} rows, test {totals.test:,} rows, in {where}\n"
         f"{totals.duplicates:,} samples repeat an earlier one; {totals.test_also_in_train:,} test samples "
         f"are also in train\n"
-        f"first training prompt: {totals.example!r}"
+        f"first training prompt: {totals.example!r}" + _unread_instructions(counts)
+    )
+
+
+def _unread_instructions(counts: Counts) -> str:
+    if not counts.instructions:
+        return ""
+    return (
+        f"\nthe column {INSTRUCTION} of {counts.instructions:,} samples is not read; where it is an instruction that "
+        "the model is to see, write it into the query"
     )
 
 

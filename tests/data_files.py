@@ -52,7 +52,10 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
 
 
-def reference_triplet(split: str, index: int, line_idx: int, texts: tuple[str, str, str], source: str | None) -> dict:
+def reference_triplet(
+    split: str, index: int, line_idx: int, texts: tuple[str, str, str], source: str | None, **several: list[str]
+) -> dict:
+    """`several`: all positives or negatives of a sample that has more than one."""
     query, positive, negative = texts
     return {
         "data_source": "supervised",
@@ -69,6 +72,8 @@ def reference_triplet(split: str, index: int, line_idx: int, texts: tuple[str, s
             "line_idx": line_idx,
         },
         "multi_input": {"query": query, "instruction": positive, "negative_document": negative},
+        "positives": several.get("positives"),
+        "negatives": several.get("negatives"),
     }
 
 

@@ -21,7 +21,7 @@ BAD_JSON_LINES = [
     (b"null", "a JSON NoneType instead of an object"),
     (b'["query"]', "a JSON list instead of an object"),
     (b'"text"', "a JSON str instead of an object"),
-    (b'{"query": "q", "positive": "p"}', "no negative (negative|neg|negatives)"),
+    (b'{"query": "q", "positive": "p"}', "no negative (negative|neg|negatives|"),
     (b'{"query": "q", "positive": "p", "negative": null}', "negative is empty"),
     (b'{"query": "q", "positive": "p", "negatives": []}', "negatives is empty"),
     (b'{"query": "q", "positive": "p", "neg": ["", " "]}', "neg is empty"),

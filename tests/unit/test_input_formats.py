@@ -18,17 +18,20 @@ from verl.data.json_values import read_values
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "several"),
     [
-        {"query": "q", "positive": "p", "negative": "n"},
-        {"anchor": "q", "pos": "p", "neg": "n"},
-        {"anchor": ["q"], "pos": ["", "  ", "p", "p2"], "negatives": [None, "n", "n2"]},
-        {"query": None, "anchor": "q", "positive": "p", "negative": None, "neg": ["n"]},
+        ({"query": "q", "positive": "p", "negative": "n"}, {}),
+        ({"anchor": "q", "pos": "p", "neg": "n"}, {}),
+        (
+            {"anchor": ["q"], "pos": ["", "  ", "p", "p2"], "negatives": [None, "n", "n2"]},
+            {"positives": ["p", "p2"], "negatives": ["n", "n2"]},
+        ),
+        ({"query": None, "anchor": "q", "positive": "p", "negative": None, "neg": ["n"]}, {}),
     ],
 )
-def test_aliases_and_lists(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_aliases_and_lists(tmp_path: Path, record: dict[str, Any], several: dict[str, list[str]]) -> None:
     assert run("supervised", write_jsonl(tmp_path / "in.jsonl", [record]), tmp_path) == 0
-    assert rows_of(tmp_path, "train") == [reference_triplet("train", 0, 0, ("q", "p", "n"), None)]
+    assert rows_of(tmp_path, "train") == [reference_triplet("train", 0, 0, ("q", "p", "n"), None, **several)]
 
 
 def test_csv_and_parquet_give_the_rows_of_jsonl(tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ REFUSED = [
     ("in.tsv", table("\t", header=False), ("--columns", "id,query,positive,negative"), "3 between tabs"),
     ("in.json", json.dumps({name: ["a", "b"] for name in NAMES}).encode(), (), "query is a list of 2 texts"),
     ("in.json", json.dumps({name: {"0": "a"} for name in NAMES}, indent=1).encode(), (), "query is or holds dict"),
-    ("in.json", json.dumps({"data": TRIPLETS}).encode(), (), "found data, need query|anchor"),
+    ("in.json", json.dumps({"data": TRIPLETS}).encode(), (), "found data; --mode supervised needs query|anchor"),
     ("in.json", json.dumps(TRIPLETS).encode()[:-1], (), "line 1: the array is not closed; is the file cut off?"),
     ("in.json", json.dumps(TRIPLETS, indent=0).encode()[:-9], (), "the JSON value that begins here is not valid"),
     ("in.json", json.dumps(TRIPLETS).encode() * 2, (), "there is more after the end of the array"),

@@ -63,7 +63,8 @@ def write_triplets(path: Path, num: int = 60, **columns: list[str]) -> list[dict
     names = ("query", "positive", "negative")
     texts = {name: columns.get(name, some_texts(num, seed)) for seed, name in enumerate(names)}
     num = len(texts["query"])
-    samples = {**texts, "source": pa.nulls(num, pa.string()), "line_idx": list(range(num))}
+    lists = {name: pa.nulls(num, pa.list_(pa.string())) for name in ("positives", "negatives")}
+    samples = {**texts, **lists, "source": pa.nulls(num, pa.string()), "line_idx": list(range(num))}
     table = pa.Table.from_batches([build_rows("supervised", pa.record_batch(samples), "train", 0)])
     pq.write_table(table, path)
     return table.to_pylist()
@@ -131,7 +132,7 @@ def test_triplets_are_kept_by_every_length(
     assert table.to_pylist() == pq.read_table(out / "test.parquet").to_pylist() == expected
     names = ("positive", "query", "negative")
     assert table.schema.field("prompt_lengths").type == pa.struct([(name, pa.int32()) for name in names])
-    assert table.schema.remove(6).equals(SCHEMAS["supervised"])
+    assert table.schema.remove(8).equals(SCHEMAS["supervised"])
 
     fingerprint = PromptRenderer(tokenizer).fingerprint()
     assert table.schema.metadata == {

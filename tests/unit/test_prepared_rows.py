@@ -61,6 +61,8 @@ EXPECTED_SCHEMAS = {
             *COMMON,
             ("extra_info", pa.struct(EXTRA + TRIPLET_TEXTS + ENDS)),
             ("multi_input", pa.struct(TRIPLET)),
+            ("positives", pa.list_(pa.string())),
+            ("negatives", pa.list_(pa.string())),
         ]
     ),
     "unsupervised": pa.schema([*COMMON, ("extra_info", pa.struct([*EXTRA, ("text", pa.string()), *ENDS]))]),

@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 
 from verl.data.lines import Record
-from verl.data.samples import FIELDS, BadSample, MissingField, Mode, Sample, read_sample
+from verl.data.samples import FIELDS, INSTRUCTION, LISTS, BadSample, MissingField, Mode, Sample, read_sample
 
 _EXCERPT = 120
 _BATCH_ROWS = 8_192
@@ -22,39 +22,31 @@ _BATCH_CHARS = 4 * 2**20
 
 
 @dataclass
-class _Lists:
-    """The lists of several texts of one field."""
+class PositiveLists:
+    """Finds out whether the lists of several positives are [instruction, text] rather than alternatives.
 
-    first: str
-    second: str
-    count: int = 0
-    same_first: bool = True
-    same_second: bool = True
-
-
-class ListBeginnings:
-    """Finds fields whose lists are [instruction, text] where lists of alternatives are expected.
-
-    They all begin with the same text, and samples would be made of that.
+    Then they are pairs that all begin with the same text, on which samples would train. Lists of negatives are not
+    looked at: one text may be the hardest negative of every query.
     """
 
-    def __init__(self) -> None:
-        self._lists: dict[str, _Lists] = {}
+    count: int = 0
+    first: str = ""
+    second: str = ""
+    alike: bool = True
+    """All are pairs with the same first text."""
+    same_second: bool = True
 
-    def add(self, sample: Sample, fields: Iterable[str]) -> None:
-        for name, first in zip(fields, sample.texts, strict=True):
-            if second := sample.second.get(name):
-                lists = self._lists.setdefault(name, _Lists(first, second))
-                lists.count += 1
-                lists.same_first &= first == lists.first
-                lists.same_second &= second == lists.second
+    def add(self, texts: tuple[str, ...]) -> None:
+        """Look at the positives of a sample that has several."""
+        if self.count == 0:
+            self.first, self.second = texts[:2]
+        self.count += 1
+        self.alike &= len(texts) == 2 and texts[0] == self.first
+        self.same_second &= texts[1] == self.second
 
-    def find_instruction(self) -> tuple[str, str] | None:
-        """A field with three such lists or more, and the text that all of them begin with."""
-        for name, lists in self._lists.items():
-            if lists.count >= 3 and lists.same_first and not lists.same_second:
-                return name, lists.first
-        return None
+    def find_instruction(self) -> str | None:
+        """The text that three such lists or more, and all of them, begin with."""
+        return self.first if self.count >= 3 and self.alike and not self.same_second else None
 
 
 @dataclass
@@ -69,23 +61,29 @@ class Counts:
     """Rejected records that have none of a field's accepted names."""
     names_found: list[str] = field(default_factory=list)
     """The names in the first of those."""
-    lists: ListBeginnings = field(default_factory=ListBeginnings)
+    instructions: int = 0
+    """Accepted records with an instruction for the query, which is not read."""
+    positives: PositiveLists = field(default_factory=PositiveLists)
 
 
 class Spool:
-    """Samples on disk, as an Arrow stream with the mode's texts, `source`, `line_idx` and `hash`."""
+    """Samples on disk, as an Arrow stream with the mode's texts and lists, `source`, `line_idx` and `hash`."""
 
     def __init__(self, path: Path, mode: Mode) -> None:
         texts = dict.fromkeys(FIELDS[mode], pa.string())
-        self._schema = pa.schema({**texts, "source": pa.string(), "line_idx": pa.int64(), "hash": pa.int64()})
+        self._lists = [field for field in FIELDS[mode] if field in LISTS]
+        lists = dict.fromkeys((LISTS[field] for field in self._lists), pa.list_(pa.string()))
+        self._schema = pa.schema({**texts, **lists, "source": pa.string(), "line_idx": pa.int64(), "hash": pa.int64()})
         self._path = path
         self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._rows: list[tuple[Any, ...]] = []
         self._num_chars = 0
 
     def add(self, sample: Sample, line_idx: int) -> None:
-        self._rows.append((*sample.texts, sample.source, line_idx, hash(sample.texts)))
+        lists = tuple(sample.lists.get(field) for field in self._lists)
+        self._rows.append((*sample.texts, *lists, sample.source, line_idx, hash((*sample.texts, *lists))))
         self._num_chars += sum(map(len, sample.texts))
+        self._num_chars += sum(len(text) for texts in sample.lists.values() for text in texts)
         if len(self._rows) >= _BATCH_ROWS or self._num_chars >= _BATCH_CHARS:
             self._flush()
 
@@ -149,9 +147,11 @@ def ingest(records: Iterable[Record], mode: Mode, spool: Spool, rejects: RejectL
             rejects.add(record, str(problem))
             continue
         spool.add(sample, record.line_idx)
-        if sample.second:
-            counts.lists.add(sample, FIELDS[mode])
+        if positives := sample.lists.get("positive"):
+            counts.positives.add(positives)
         counts.accepted += 1
+        instruction = record.fields.get(INSTRUCTION)
+        counts.instructions += isinstance(instruction, str) and bool(instruction)
         if counts.accepted == max_samples:
             break
     return counts

@@ -10,12 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from verl.data.columns import describe_names, names_in
 from verl.data.delimited import header_separator, read_table, row_separator
 from verl.data.json_values import read_values, spans_lines
 from verl.data.lines import Line, Record, decoded, parse_record, read_lines, read_objects
 from verl.data.opened import Opened, open_input
 from verl.data.parquet_rows import ParquetRows
-from verl.data.samples import FIELDS, BadSample, Mode, Sample, describe_fields, read_sample
+from verl.data.samples import (
+    FIELDS,
+    FIND_NEGATIVES,
+    INSTRUCTION,
+    BadSample,
+    Mode,
+    Sample,
+    describe_need,
+    has_fields,
+    read_sample,
+)
 from verl.errors import UserError
 
 TEXT_SOURCE = "wiki1m"
@@ -51,8 +62,10 @@ def open_source(path: Path, mode: Mode, columns: Sequence[str] = ()) -> Iterator
             if columns:
                 raise UserError(f"{path} is parquet and has names of its own; leave --columns out")
             _check_columns(rows.names, str(path), mode)
-            accepted = {name for aliases in FIELDS[mode].values() for name in aliases} | {"source"}
-            yield Source(rows.records(accepted), lambda: rows.share_read(opened.size), opened.size)
+            accepted = {name for field in FIELDS[mode] for name in names_in(rows.names, field)}
+            yield Source(
+                rows.records(accepted | {"source", INSTRUCTION}), lambda: rows.share_read(opened.size), opened.size
+            )
         else:
             yield Source(_text_records(opened, path, mode, columns), opened.position, opened.size)
 
@@ -94,7 +107,7 @@ def _text_records(opened: Opened, path: Path, mode: Mode, columns: Sequence[str]
         return read_objects(opened.file, columns)
     if columns:
         return read_table(opened.file, row_separator(head, opened.suffix, columns, path), columns, path)
-    if separator := header_separator(head, opened.suffix, partial(_suffices, mode=mode)):
+    if separator := header_separator(head, opened.suffix, partial(has_fields, mode=mode)):
         return read_table(opened.file, separator, (), path)
     if opened.suffix not in _TABLES and (not head.strip() or any(map(_begins_an_object, head.split("\n")))):
         return read_objects(opened.file)  # the file begins with blank or damaged lines
@@ -113,15 +126,9 @@ def _begins_an_object(line: str) -> bool:
     return line.lstrip().startswith("{")
 
 
-def _suffices(names: Sequence[str], mode: Mode) -> bool:
-    return all(set(aliases) & set(names) for aliases in FIELDS[mode].values())
-
-
 def _check_columns(names: Sequence[str], where: str, mode: Mode) -> None:
-    if not _suffices(names, mode):
-        raise UserError(
-            f"{where} has the columns {', '.join(names) or '(none)'}; --mode {mode} needs {describe_fields(mode)}"
-        )
+    if not has_fields(names, mode):
+        raise UserError(f"{where} has the columns {', '.join(names) or '(none)'}; {describe_need(mode, names)}")
 
 
 def _unknown_form(opened: Opened, path: Path, mode: Mode) -> str:
@@ -129,9 +136,12 @@ def _unknown_form(opened: Opened, path: Path, mode: Mode) -> str:
     first_line = decoded(0, opened.head.partition(b"\n")[0])
     if first_line.problem:
         return f"the first line of {path} cannot be read: {first_line.problem}"
+    head = opened.head.decode(errors="replace")
+    if mode == "supervised" and header_separator(head, opened.suffix, partial(has_fields, mode="pairs")):
+        return f"{path} has no column of negatives ({describe_names('negative')}); {FIND_NEGATIVES}"
     one_text_a_line = " A file of one text a line is named .txt." if mode == "unsupervised" else ""
     return (
-        f"{path} is neither JSON nor a table with the columns that --mode {mode} needs ({describe_fields(mode)}): its "
-        f"first line is {first_line.text.strip()[:80]!r}. Begin a table with a line of its columns' names, or give "
-        f"them to process_data.py as --columns {','.join(FIELDS[mode])}.{one_text_a_line}"
+        f"{path} is neither JSON nor a table with the columns that it needs: {describe_need(mode, ())}. Its first line "
+        f"is {first_line.text.strip()[:80]!r}. Begin a table with a line of its columns' names, or give them to "
+        f"process_data.py as --columns {','.join(FIELDS[mode])}.{one_text_a_line}"
     )

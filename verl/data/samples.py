@@ -1,10 +1,11 @@
 """The fields of a sample: their accepted names, and the rules a record must meet."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from verl.data.columns import find_value, names_of
+from verl.data.columns import describe_names, find_value, names_in
 
 
 class BadSample(ValueError):
@@ -15,71 +16,97 @@ class MissingField(BadSample):
     """A record has none of the accepted names of a field."""
 
 
-Mode = Literal["supervised", "unsupervised"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+Mode = Literal["supervised", "unsupervised", "pairs"]
+"""Triplets, plain texts, or pairs of a query and its positives, to which negatives are yet to be found."""
+MODES: tuple[Mode, ...] = ("supervised", "unsupervised")
+"""Of training data."""
 
-FIELDS: dict[Mode, dict[str, tuple[str, ...]]] = {
-    "supervised": {name: names_of(name) for name in ("query", "positive", "negative")},
-    "unsupervised": {"text": names_of("text")},
+FIELDS: dict[Mode, tuple[str, ...]] = {
+    "supervised": ("query", "positive", "negative"),
+    "unsupervised": ("text",),
+    "pairs": ("query", "positive"),
 }
-"""Per mode, each field and the names under which a record may hold it; columns are never read by position."""
+"""Per mode, the fields that a record must have; columns are never read by position."""
 
-_ALTERNATIVES = ("positive", "negative")
-"""Fields of which a list may hold several texts; the first is used."""
+LISTS = {"positive": "positives", "negative": "negatives"}
+"""Fields that may have several texts, and the column of the training data that holds all of them."""
+
+INSTRUCTION = "prompt"
+"""The column of FlagEmbedding's instruction for the query, which nothing here reads."""
+
+FIND_NEGATIVES = "python3 -m verl.mine_negatives finds negatives for pairs"
 
 
 class Sample(NamedTuple):
     """The stripped texts of one sample, in the order of FIELDS, and where the sample says it is from."""
 
     texts: tuple[str, ...]
+    """Of several texts of a field the first one."""
     source: str | None
-    second: dict[str, str]
-    """Of each field that was a list of several texts, the one after the text that is used."""
+    lists: dict[str, tuple[str, ...]]
+    """Of each field of LISTS that has several different texts, all of them."""
 
 
 def describe_fields(mode: Mode) -> str:
     """The accepted names, for messages: `query|anchor, positive|pos, ...`."""
-    return ", ".join("|".join(aliases) for aliases in FIELDS[mode].values())
+    return ", ".join(map(describe_names, FIELDS[mode]))
+
+
+def describe_need(mode: Mode, found: Collection[str]) -> str:
+    """What a file of a mode must have, for messages, and the way out where it holds pairs.
+
+    Args:
+        found: the names that it has.
+    """
+    who = "pairs need" if mode == "pairs" else f"--mode {mode} needs"
+    is_pairs = mode == "supervised" and has_fields(found, "pairs") and not has_fields(found, mode)
+    return f"{who} {describe_fields(mode)}" + (f"; {FIND_NEGATIVES}" if is_pairs else "")
+
+
+def has_fields(names: Collection[str], mode: Mode) -> bool:
+    """Whether every field of a mode has a column among `names`."""
+    return all(names_in(names, field) for field in FIELDS[mode])
 
 
 def read_sample(record: dict[str, Any], mode: Mode) -> Sample:
     """The sample in `record`.
 
     Raises:
-        BadSample: a field is missing, empty, neither a string nor a list of strings, a list of several texts where one
-            is needed, or holds a NUL character.
+        BadSample: a field is missing, empty, neither a string nor a list of strings or passages, a list of several
+            texts where one is needed, or holds a NUL character.
     """
-    second: dict[str, str] = {}
-    texts = tuple(_read_text(record, field, second) for field in FIELDS[mode])
+    found = {field: _read_texts(record, field) for field in FIELDS[mode]}
     source = record.get("source")
-    return Sample(texts, source if isinstance(source, str) else _as_text(source), second)
+    return Sample(
+        tuple(texts[0] for texts in found.values()),
+        source if isinstance(source, str) else _as_text(source),
+        {field: texts for field, texts in found.items() if len(texts) > 1},
+    )
 
 
-def _read_text(record: dict[str, Any], field: str, second: dict[str, str]) -> str:
+def _read_texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
+    """The different texts of a field, at least one."""
     name, value = find_value(record, field)
+    remedy = f"; {FIND_NEGATIVES}" if field == "negative" else ""
     if name is None:
-        raise MissingField(f"no {field} ({'|'.join(names_of(field))})")
-    if value is None:
-        raise BadSample(f"{name} is empty")
-    if not isinstance(value, list):
-        text = _check_text(value, name)
-    else:
-        filled = [text for item in value if item is not None and (text := _check_text(item, name))]
-        if len(filled) > 1 and field not in _ALTERNATIVES:
-            raise BadSample(
-                f"{name} is a list of {len(filled)} texts, and a sample has one: write [instruction, text] as one "
-                "text, and a column as one sample a line"
-            )
-        if len(filled) > 1:
-            second[field] = filled[1]
-        text = filled[0] if filled else ""
-    if not text:
-        raise BadSample(f"{name} is empty")
-    return text
+        raise MissingField(f"no {field} ({describe_names(field)}){remedy}")
+    items = value if isinstance(value, list) else [value]
+    filled = [text for item in items if item is not None and (text := _read_text(item, name, field in LISTS))]
+    if not filled:
+        raise BadSample(f"{name} is empty{remedy}")
+    if len(filled) > 1 and field not in LISTS:
+        raise BadSample(
+            f"{name} is a list of {len(filled)} texts, and a sample has one: write [instruction, text] as one "
+            "text, and a column as one sample a line"
+        )
+    return tuple(dict.fromkeys(filled))
 
 
-def _check_text(value: Any, name: str) -> str:
-    """`value` stripped."""
+def _read_text(value: Any, name: str, may_be_passage: bool) -> str:
+    """A text, or the text of a passage {"title", "text"}, stripped."""
+    if may_be_passage and isinstance(value, dict) and "text" in value:
+        parts = [_read_text(value[part], f"{name}.{part}", False) for part in ("title", "text") if value.get(part)]
+        return " ".join(parts).strip()
     if not isinstance(value, str):
         raise BadSample(f"{name} is or holds {type(value).__name__}, not a string")
     if "\0" in value:

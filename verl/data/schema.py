@@ -7,7 +7,7 @@ them keeps its type.
 import numpy as np
 import pyarrow as pa
 
-from verl.data.samples import Mode
+from verl.data.samples import LISTS, Mode
 from verl.embedding.prompts import SYSTEM_PROMPT, rationale_messages
 
 ABILITY = "natural_language_inference"
@@ -33,9 +33,13 @@ def _extra_info(mode: Mode) -> pa.DataType:
 
 
 _MULTI_INPUT = pa.struct(dict.fromkeys(("query", "instruction", "negative_document"), pa.string()))
+_ALL_TEXTS = dict.fromkeys(LISTS.values(), pa.list_(pa.string()))
+"""All positives or negatives of a sample that has several; null where there is one, which the other columns hold."""
 
 SCHEMAS: dict[Mode, pa.Schema] = {
-    "supervised": pa.schema({**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT}),
+    "supervised": pa.schema(
+        {**_COMMON, "extra_info": _extra_info("supervised"), "multi_input": _MULTI_INPUT, **_ALL_TEXTS}
+    ),
     "unsupervised": pa.schema({**_COMMON, "extra_info": _extra_info("unsupervised")}),
 }
 
@@ -77,6 +81,7 @@ def build_rows(
     if is_supervised:
         # `instruction` holds the positive text: the name is verl's, the content is the method's.
         columns.append(_struct(_MULTI_INPUT, [samples["query"], main, samples["negative"]]))
+        columns += [samples[name] for name in _ALL_TEXTS]
     return pa.record_batch(columns, schema=SCHEMAS[mode])
 
 
