@@ -4,6 +4,7 @@ import json
 
 import mteb
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl import GraceEncoder
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.__main__ import main as encode_program
 from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.mteb_model import GraceMTEB
@@ -223,3 +225,29 @@ def test_the_libraries_interfaces_ask_by_role(tmp_path):
     np.testing.assert_allclose(index.get_query_embedding(TEXTS[0]), query, atol=1e-6)
     np.testing.assert_allclose(index.get_text_embedding_batch(TEXTS), documents, atol=1e-6)
     index.close()
+
+
+def test_a_file_of_texts_is_embedded_by_role_and_task(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    SETTINGS.write(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    output, shards = tmp_path / "out.parquet", tmp_path / "shards"
+    asked = ["--role", "query", "--task", "Search", "--temperature", "0"]
+    for target in (output, shards):
+        command = ["--model", str(folder), "--input", str(tmp_path / "texts.txt"), "--output", str(target), *asked]
+        assert encode_program(command) == 0
+    encoder = GraceEncoder(folder, device="cpu")
+    expected = encoder.encode(TEXTS, role="query", task="Search", **GREEDY)
+    for target in (output, shards):
+        np.testing.assert_allclose(np.stack(pd.read_parquet(target)["vector"]), expected, atol=1e-6)
+    with pytest.raises(UserError, match="template was .* instruction was 'find the topic' and is None"):
+        encoder.encode_to_parquet(TEXTS, shards, **GREEDY)
+
+
+def test_the_description_has_the_instruction_that_is_used(encoder):
+    told = [
+        encoder.describe(role="query", **options)["instruction"]
+        for options in ({}, {"task": "Search"}, {"instruction": "other"})
+    ]
+    assert told == ["find what answers", "find the topic", "other"]
+    assert "instruction" not in encoder.describe(role="document")

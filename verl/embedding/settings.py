@@ -135,12 +135,14 @@ class EmbedderSettings(BaseModel):
         Raises:
             UserError: the settings have no such task.
         """
+        return fill(self.of_role(role).template or TEXT, self.instruction(task, instruction))
+
+    def instruction(self, task: str | None, given: str | None) -> str:
+        """What {instruction} stands for; see `around`."""
         if task is not None and task not in self.instructions:
             known = ", ".join(sorted(self.instructions)) or "none"
             raise UserError(f"task={task!r} is none of the settings' instructions, which are: {known}")
-        if instruction is None:
-            instruction = self.instructions.get(DEFAULT_TASK if task is None else task, "")
-        return fill(self.of_role(role).template or TEXT, instruction)
+        return self.instructions.get(DEFAULT_TASK if task is None else task, "") if given is None else given
 
     @property
     def uses_instructions(self) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from verl.embedding.settings import add_vector_flags
 from verl.encoder.arguments import BATCH_SIZE_HELP, SHARD_ROWS
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
+from verl.text_roles import ROLES
 from verl.utils.cpus import let_waiting_threads_sleep
 
 
@@ -37,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"default: {SHARD_ROWS:,}",
     )  # fmt: skip
     parser.add_argument("--store", type=Path, help="folder of rationales and vectors to reuse and to add to")
+    parser.add_argument("--role", choices=ROLES, help="embed the texts as the model's settings say for this role")
+    parser.add_argument("--task", help="name of an instruction of the model's settings")
     parser.add_argument("--no_thinking", action="store_true", help="embed the texts alone")
     add_system_prompt_flag(parser, "the model's settings")
     add_template_flags(parser, "the model's settings")

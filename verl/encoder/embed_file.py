@@ -89,7 +89,8 @@ def open_encoder(args: argparse.Namespace, store: Path | None) -> GraceEncoder:
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `GraceEncoder.encode`."""
     return {
-        "batch_size": args.batch_size, "think": not args.no_thinking, "temperature": args.temperature,
+        "batch_size": args.batch_size, "role": args.role, "task": args.task,
+        "think": False if args.no_thinking else None, "temperature": args.temperature,
         "seed": args.seed, "normalize_embeddings": not args.not_normalized,
     }  # fmt: skip
 

@@ -40,8 +40,8 @@ from verl.workers.rollout.choose import choose_device_and_engine
 
 # The others choose another form of the vectors, or of what is returned.
 _OPTIONS_OF_PARQUET = {
-    "batch_size", "show_progress_bar", "normalize_embeddings", "truncate_dim", "think", "max_new_tokens", "temperature",
-    "seed",
+    "batch_size", "show_progress_bar", "normalize_embeddings", "truncate_dim", "role", "task", "instruction", "think",
+    "max_new_tokens", "temperature", "seed",
 }  # fmt: skip
 
 
@@ -327,8 +327,7 @@ class GraceEncoder:
         if (template := self.settings.of_role(role).template) != TEXT:
             prompt["template"] = template
         if INSTRUCTION in (template or ""):
-            prompt["instructions"] = self.settings.instructions
-            prompt["task"] = options.get("task")
+            prompt["instruction"] = self.settings.instruction(options.get("task"), options.get("instruction"))
         if self.centre is not None:
             prompt["centre"] = hashlib.sha256(self.centre.mean(sampling is not None).tobytes()).hexdigest()
         return {**prompt, **self._describe_sampling(sampling), **self._describe_pooling(sampling)}

@@ -59,7 +59,8 @@ def described(encoder: GraceEncoder, options: Mapping[str, Any]) -> dict[str, An
     """What decides the vectors besides weights and texts, of the roles too where they differ."""
     alone = encoder.describe(**options)
     roles = {role: encoder.describe(role=role, **options) for role in ROLES}
-    return alone | {role: own for role, own in roles.items() if own != alone}
+    instructions = {"instructions": encoder.settings.instructions} if encoder.settings.uses_instructions else {}
+    return alone | {role: own for role, own in roles.items() if own != alone} | instructions
 
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
