@@ -25,8 +25,13 @@ def probe(own: torch.Tensor, **others: torch.Tensor) -> ProbeVectors:
     return ProbeVectors(own, *(others.get(name, own) for name in ("second", "other", "without")))
 
 
+def report(vectors: ProbeVectors, roles: list[str]) -> dict[str, float]:
+    """Of texts that all have rationales."""
+    return probe_report(vectors, roles, torch.ones(len(roles), dtype=torch.bool))
+
+
 def test_collapsed_vectors():
-    found = probe_report(probe(random_unit(1, 8, 0).repeat(12, 1)), TRIPLET * 4)
+    found = report(probe(random_unit(1, 8, 0).repeat(12, 1)), TRIPLET * 4)
     assert found["effective_rank"] == pytest.approx(1, abs=1e-3)
     assert found["mean_cosine"] == pytest.approx(1, abs=1e-5) and found["uniformity"] == pytest.approx(0, abs=1e-5)
     assert found["top1_variance_share"] == 1 and found["alignment"] == pytest.approx(0, abs=1e-5)
@@ -36,7 +41,7 @@ def test_collapsed_vectors():
 def test_isotropic_vectors():
     """Every axis in both directions."""
     own = torch.cat([torch.eye(6), -torch.eye(6)])
-    found = probe_report(probe(own), TRIPLET * 4)
+    found = report(probe(own), TRIPLET * 4)
     assert found["effective_rank"] == pytest.approx(6, abs=1e-6)
     assert found["top1_variance_share"] == pytest.approx(1 / 6, abs=1e-9)
     assert found["mean_cosine"] == pytest.approx(-1 / 11, abs=1e-6)
@@ -46,7 +51,7 @@ def test_isotropic_vectors():
 
 def test_two_clusters():
     own = torch.eye(5)[[0] * 6 + [1] * 6]
-    found = probe_report(probe(own), TRIPLET * 4)
+    found = report(probe(own), TRIPLET * 4)
     assert found["effective_rank"] == pytest.approx(2, abs=1e-6)
     assert found["top1_variance_share"] == pytest.approx(1, abs=1e-9)
     assert found["mean_cosine"] == pytest.approx((15 + 15) / 66, abs=1e-6)
@@ -60,7 +65,7 @@ def test_the_largest_component_is_that_of_the_covariance():
 
 def test_cosines_and_retrieval_are_those_of_loops():
     vectors = ProbeVectors(*(unit(random_unit(15, 6, 7) + 0.7 * random_unit(15, 6, seed)) for seed in range(4)))
-    found = probe_report(vectors, TRIPLET * 5)
+    found = report(vectors, TRIPLET * 5)
     own, second, other, without = (part.double().numpy() for part in vectors.__dict__.values())
     gains = []
     for i in range(15):
@@ -83,9 +88,18 @@ def test_cosines_and_retrieval_are_those_of_loops():
 
 def test_plain_texts_are_aligned_with_their_second_rationale():
     own, second = random_unit(6, 4, 0), random_unit(6, 4, 1)
-    found = probe_report(probe(own, second=second), ["positive"] * 6)
+    found = report(probe(own, second=second), ["positive"] * 6)
     assert found["alignment"] == pytest.approx(float((own - second).square().sum(1).mean()), abs=1e-6)
     assert not [name for name in found if name.startswith("mrr")]
+
+
+def test_what_rationales_do_is_told_of_texts_that_have_one():
+    own, other = random_unit(6, 4, 0), random_unit(6, 4, 1)
+    roles, thinks = ["positive", "query", "negative"] * 2, torch.tensor([False, True, False] * 2)
+    found = probe_report(ProbeVectors(own, own, other, other), roles, thinks)
+    cosines = [float(own[i] @ other[i]) for i in (1, 4)]
+    assert found["cos_without"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found["own_rationale_gain"] == pytest.approx(1 - np.mean(cosines), abs=1e-6)
 
 
 def rows_of_ids() -> tuple[list[list[int]], torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ def test_the_model_is_listed_and_health_and_the_description_are_there(client, ad
     described = httpx.get(f"{address}/openapi.json").json()
     body = described["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == set(EmbeddingsRequest.model_fields)
-    assert "one prompt" in body["properties"]["input_type"]["description"]
+    assert "settings" in body["properties"]["input_type"]["description"]
 
 
 def test_langchain_sends_token_ids_by_default_and_is_told_the_setting(address, encoder, monkeypatch):
