@@ -14,7 +14,7 @@ from verl.errors import UserError
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 # The library says what it does not like of a card or of an answer by a ValueError, and that a file could not be sent by
 # a RuntimeError.
-_UPLOAD_ERRORS = (*HUB_ERRORS, ValueError, RuntimeError)
+_UPLOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError, RuntimeError)
 _SHOWN_CHARS = 300
 _WAYS_OUT = {
     401: "log in with `hf auth login`, or set HF_TOKEN, with a token that may write",

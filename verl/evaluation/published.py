@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCardData
 
 from verl.embedding.centre import Centre
 from verl.embedding.settings import NO_MIX, EmbedderSettings
@@ -87,14 +87,13 @@ def find_scores(results: Path, weights: str, settings: EmbedderSettings, centre:
     return found[0]
 
 
-def write_leaderboard(
-    scores: Scores, target: Path, repo: str, commit: str, license: str, base_model: str | None
-) -> list[Path]:
+def write_leaderboard(scores: Scores, target: Path, repo: str, commit: str, head: ModelCardData) -> list[Path]:
     """Write the scores as mteb's results repository wants them, and read them back with mteb.
 
     Args:
         target: gets results/<owner>__<name>/<commit>/.
         repo, commit: where the weights are on the hub.
+        head: of the card there.
 
     Returns:
         The files of results.
@@ -108,8 +107,8 @@ def write_leaderboard(
     model = ModelMeta.model_validate(
         {
             **meta, "name": repo, "revision": commit, "reference": f"https://huggingface.co/{repo}",
-            "release_date": date.today().isoformat(), "open_weights": True, "adapted_from": base_model,
-            "license": license if license in get_args(Licenses) else None,
+            "release_date": date.today().isoformat(), "open_weights": True, "adapted_from": head.base_model,
+            "license": head.license if head.license in get_args(Licenses) else None,
             # The scores are those of the model as it is on the hub, and not of an experiment with it.
             "experiment_kwargs": None,
         }

@@ -1,10 +1,10 @@
 """The card of a model on the hub: that of its folder, with what the hub and the leaderboards read at its head."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from verl.checkpoint.hub import HUB_ERRORS, in_one_line
@@ -17,8 +17,8 @@ _LICENCE = ("license", "license_name", "license_link")
 
 def published_card(
     folder: Path, settings: EmbedderSettings, licence: str | None, repo: str, entries: list[EvalResult]
-) -> ModelCard:
-    """The card that is uploaded. What the folder's own card says at its head stays, but for `licence` and the scores.
+) -> tuple[ModelCardData, str]:
+    """The card that is uploaded: its head, and all of it. What the folder's own card says at its head stays, but for `licence` and the scores.
 
     Args:
         licence: by the hub's name; None = that of the folder's card, else that of the base model's.
@@ -29,7 +29,7 @@ def published_card(
         UserError: there is no card, its head cannot be read, or the licence is not known.
     """
     card = _read(folder)
-    data = card.data
+    data = cast(ModelCardData, card.data)
     base = settings.base_model
     if data.base_model is None and base and is_hub_name(base):
         data.base_model = base
@@ -45,7 +45,8 @@ def published_card(
     if entries:
         data.model_name, data.eval_results = repo.rpartition("/")[2], entries
         data.tags = [*(data.tags or []), *({"mteb"} - set(data.tags or []))]
-    return ModelCard(str(card))
+    # As the hub will read it.
+    return cast(ModelCardData, ModelCard(str(card)).data), str(card)
 
 
 def _read(folder: Path) -> ModelCard:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 
 from verl.checkpoint.hub import check_login, check_repo, upload_files
 from verl.checkpoint.model_card import FILE_NAME
@@ -40,19 +40,18 @@ def run(args: argparse.Namespace) -> None:
     contents = read_contents(args.model)
     settings, centre = check_whole(contents)
     scores = own_scores(args, contents, settings, centre)
-    card = published_card(contents.folder, settings, args.license, args.repo, scores.entries if scores else [])
-    show(args, contents, card, scores)
+    head, card = published_card(contents.folder, settings, args.license, args.repo, scores.entries if scores else [])
+    show(args, contents, head, card, scores)
     if args.dry_run:
         say(f"{PROGRAM}: nothing was sent")
         return
     check_login()
-    files = {**contents.files, FILE_NAME: str(card).encode()}
+    files: dict[str, Path | bytes] = {**contents.files, FILE_NAME: card.encode()}
     message = f"Upload {name_of(str(contents.folder))}"
     commit = upload_files(files, args.repo, message, private=args.private, revision=args.revision)
     say(f"{PROGRAM}: uploaded: {commit.commit_url}")
     if args.leaderboard and scores:
-        head = card.data
-        paths = write_leaderboard(scores, args.leaderboard, args.repo, commit.oid, head.license, head.base_model)
+        paths = write_leaderboard(scores, args.leaderboard, args.repo, commit.oid, head)
         say(f"{PROGRAM}: wrote {len(paths)} results to {paths[0].parent}, for a pull request to mteb's results")
 
 
@@ -72,9 +71,11 @@ def own_scores(
         return None
 
 
-def show(args: argparse.Namespace, contents: Contents, card: ModelCard, scores: Scores | None) -> None:
+def show(
+    args: argparse.Namespace, contents: Contents, head: ModelCardData, card: str, scores: Scores | None
+) -> None:  # fmt: skip
     """Print what is uploaded where, what is not, and the card."""
-    sizes = {name: file.stat().st_size for name, file in contents.files.items()} | {FILE_NAME: len(str(card).encode())}
+    sizes = {name: file.stat().st_size for name, file in contents.files.items()} | {FILE_NAME: len(card.encode())}
     where = f"{args.repo} ({'private' if args.private else 'public if it is new'}), branch {args.revision or 'main'}"
     say(f"to {where}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, from {contents.folder}")
     for name, size in sorted(sizes.items()):
@@ -87,6 +88,6 @@ def show(args: argparse.Namespace, contents: Contents, card: ModelCard, scores: 
         say(f"scores: {', '.join(scores.tasks)}, from {scores.folder}")
     if scores and scores.others:
         say(f"  left out, as mteb does not have them or has other data: {', '.join(scores.others)}")
-    if card.data.base_model is None:
+    if head.base_model is None:
         say(f"base_model: none; a hub name can be written at the head of {contents.folder / FILE_NAME}")
     say(f"{FILE_NAME}:\n{card}")
