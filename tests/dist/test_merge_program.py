@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from hub_stand_in import TOKEN, running_hub, use_hub
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from sharded_checkpoints import assert_is_tiny, compare, error_line, merge
@@ -48,44 +48,27 @@ def test_a_folder_that_reads_back_differently_is_not_published(checkpoints, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-class Hub:
-    """Replaces the hub."""
-
-    calls: list[tuple]
-    public = False
-    down = False
-
-    def create_repo(self, repo, private, exist_ok):
-        if self.down:
-            raise ConnectionError("no route")
-        self.calls.append(("create", repo, private))
-
-    def repo_info(self, repo):
-        return type("Info", (), {"private": not self.public})
-
-    def upload_folder(self, repo_id, folder_path, ignore_patterns):
-        sent = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
-        self.calls.append(("upload", repo_id, "model.safetensors" in sent, "merge_model.json" in sent))
-
-
 def test_the_hub_is_used_only_when_asked(checkpoints, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Hub, "calls", [], raising=False)
-    monkeypatch.setattr(merge_work, "HfApi", Hub)
     run, target = checkpoints / "dcp_1_tied", tmp_path / "merged"
-    assert merge(run, target) == 0
-    assert Hub.calls == []
-    assert "--private" in error_line(capsys, merge(run, target, "--private"))
-    assert "--hf_upload_path=a/b/c" in error_line(capsys, merge(run, target, "--hf_upload_path", "a/b/c"))
-    assert merge(run, target, "--hf_upload_path", "me/it", "--private") == 0
-    assert Hub.calls == [("create", "me/it", True), ("upload", "me/it", True, False)]
-    monkeypatch.setattr(Hub, "public", True)
-    assert "me/it exists and is public" in error_line(
-        capsys, merge(run, target, "--hf_upload_path", "me/it", "--private")
-    )
-    assert len(Hub.calls) == 3
-    monkeypatch.setattr(Hub, "down", True)
-    line = error_line(capsys, merge(run, target, "--hf_upload_path", "me/it"))
-    assert "no route" in line and f"hf upload me/it {target}" in line
+    with running_hub() as hub:
+        use_hub(monkeypatch, hub.url, tmp_path / "home")
+        assert merge(run, target) == 0
+        assert "--private" in error_line(capsys, merge(run, target, "--private"))
+        assert "--hf_upload_path=a/b/c" in error_line(capsys, merge(run, target, "--hf_upload_path", "a/b/c"))
+        assert not hub.requests
+        assert merge(run, target, "--hf_upload_path", "me/it", "--private") == 0
+        files = hub.repos["me/it"]["main"]
+        assert hub.private["me/it"] and "merge_model.json" not in files and len(hub.commits) == 1
+        assert {name: (target / name).read_bytes() for name in files} == files and "model.safetensors" in files
+        hub.private["me/it"] = False
+        assert "me/it exists and is public" in error_line(
+            capsys, merge(run, target, "--hf_upload_path", "me/it", "--private")
+        )
+        assert len(hub.commits) == 1
+        hub.refusals["/api/models/me/it/preupload"] = 403
+        line = error_line(capsys, merge(run, target, "--hf_upload_path", "me/it"))
+        assert "give its token the right to write there" in line and f"hf upload me/it {target}" in line
+        assert TOKEN not in line
 
 
 # ---- The test sub-command

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from verl.checkpoint.disk_errors import disk_errors
+from verl.checkpoint.hub import HUB_ERRORS, check_repo, in_one_line, upload_files
 from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
 from verl.embedding import centre, settings
 from verl.errors import UserError
@@ -32,8 +32,6 @@ RECORD = "merge_model.json"
 TOLERANCE = 1e-6
 # Most differing tensors that are listed.
 SHOWN = 20
-# A connection error comes from the hub's HTTP library; its class is one of the bases of HfHubHTTPError.
-HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
 @dataclass
@@ -116,7 +114,7 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
         keys = model_keys(config)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
-            f"{model_folder / 'config.json'} does not describe a causal language model: {_line(error)}"
+            f"{model_folder / 'config.json'} does not describe a causal language model: {in_one_line(error)}"
         ) from error
     dtype = (config.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
     return Checkpoint(shards, model_folder, config, keys, dtype)
@@ -134,7 +132,7 @@ def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
             folder = Path(snapshot_download(hf_model_path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"]))
         except HUB_ERRORS as error:
             raise UserError(
-                f"--hf_model_path={hf_model_path} is neither a folder nor a model of the hub: {_line(error)}"
+                f"--hf_model_path={hf_model_path} is neither a folder nor a model of the hub: {in_one_line(error)}"
             ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"--hf_model_path={hf_model_path} has no config.json; give a transformers folder")
@@ -150,11 +148,8 @@ def check_target(target: Path) -> None:
 def check_upload(repo: str | None, private: bool) -> None:
     if private and not repo:
         raise UserError("--private is for uploads; give --hf_upload_path too")
-    try:
-        if repo:
-            validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"--hf_upload_path={repo}: {_line(error)}") from error
+    if repo:
+        check_repo(repo, "--hf_upload_path")
 
 
 def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoint) -> int:
@@ -189,7 +184,9 @@ def write_model_files(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source} has no tokenizer that can be loaded: {_line(error)}; add its files there") from error
+        raise UserError(
+            f"{source} has no tokenizer that can be loaded: {in_one_line(error)}; add its files there"
+        ) from error
     tokenizer.save_pretrained(folder)
     checkpoint.config.dtype = checkpoint.dtype
     checkpoint.config.architectures = [checkpoint.keys.architecture]
@@ -212,7 +209,9 @@ class SavedTensors:
             names = {single.name} if single.is_file() else set(json.loads(index.read_text())["weight_map"].values())
             files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
         except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
-            raise UserError(f"the safetensors of {folder} cannot be read: {_line(error)}; copy them again") from error
+            raise UserError(
+                f"the safetensors of {folder} cannot be read: {in_one_line(error)}; copy them again"
+            ) from error
         self._files = {name: file for file in files for name in file.keys()}
 
     def __len__(self) -> int:
@@ -293,25 +292,19 @@ def upload(folder: Path, repo: str, private: bool) -> None:
     Raises:
         UserError: the hub cannot be reached or rejects it, or --private is given and the repository is public.
     """
-    api = HfApi()
+    files = {
+        str(path.relative_to(folder)): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != RECORD
+    }
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private:
-            raise UserError(f"--private: {repo} exists and is public; make it private, or give another name")
-        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=[RECORD])
-    except HUB_ERRORS as error:
+        commit = upload_files(files, repo, f"Upload {folder.name}", private=private)
+    except UserError as error:
         raise UserError(
-            f"--hf_upload_path={repo}: {_line(error)}; the merged folder is complete, upload it later with "
-            f"hf upload {repo} {folder}"
+            f"--hf_upload_path: {error}; the merged folder is complete, upload it later with hf upload {repo} {folder}"
         ) from error
-    say(f"{PROGRAM}: uploaded to {repo}")
+    say(f"{PROGRAM}: uploaded: {commit.commit_url}")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _line(error: Exception) -> str:
-    """The message of a library's error in one line, at most 300 characters of it."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."

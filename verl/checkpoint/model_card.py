@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from verl.config import RunConfig, file_list
 from verl.embedding.settings import EmbedderSettings
 from verl.utils.files import replace_file
@@ -50,13 +52,15 @@ def write_card(
         command: that trained it.
     """
     base = settings.get("base_model")
-    front = ["---", "library_name: transformers", "pipeline_tag: sentence-similarity"]
-    # A hub takes hub names alone here, and a folder may look like one.
-    is_hub_name = base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    front += [f"base_model: {base}"] if is_hub_name else []
-    front += ["tags: [text-embedding, rationales, grpo]", "---"]
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="sentence-similarity",
+        # A hub takes hub names alone here.
+        base_model=base if base and is_hub_name(base) else None,
+        tags=["text-embedding", "rationales", "grpo"],
+    )
     text = [
-        *front, "", f"# {name}", "",
+        f"# {name}", "",
         f"{base or 'A language model'}, trained by reinforcement learning to embed text through the rationales it "
         "writes (GRACE, arXiv 2510.04506). It still generates text like any causal language model.", "",
         "```python", "from verl import GraceEncoder", "",
@@ -68,7 +72,17 @@ def write_card(
         "```bash", command, "```", "",
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", "",
     ]  # fmt: skip
-    (folder / FILE_NAME).write_text("\n".join(text))
+    (folder / FILE_NAME).write_text(with_front_matter(front, "\n".join(text)))
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether a model that is given as a folder or a hub name is a hub name; a folder may look like one."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
+
+
+def with_front_matter(front: ModelCardData, text: str) -> str:
+    """A card: what the hub reads of it, and the text."""
+    return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
 def put_scores(folder: Path, title: str, lines: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
 from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
@@ -15,6 +16,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
 
+from verl.checkpoint import model_card
 from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.pooling import without_direction
@@ -42,10 +44,6 @@ TEMPLATE = (
     "{{ before ~ (messages[0]['content'] | trim) ~ after }}"
 )
 CARD = """\
----
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
----
 # {name} without rationales
 
 These are the embeddings of {name} WITHOUT rationales: a cheap baseline, one short forward pass per text.
@@ -74,10 +72,6 @@ With think=False GraceEncoder gives the same vectors as this folder: over {count
 Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
 """
 CARD_WITH_RATIONALES = """\
----
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
----
 # {name}, embedding through rationales
 
 The model writes a rationale about each text and embeds both. This takes far longer than a forward pass: the rationale
@@ -174,12 +168,12 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
         say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
         if not gap <= TOLERANCE:
             raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
-        (making / "README.md").write_text(
-            (CARD_WITH_RATIONALES if rationales else CARD).format(
-                name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
-                length=encoder.settings.max_prompt_length,
-            )
+        text = (CARD_WITH_RATIONALES if rationales else CARD).format(
+            name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
+            length=encoder.settings.max_prompt_length,
         )  # fmt: skip
+        front = ModelCardData(library_name="sentence-transformers", pipeline_tag="sentence-similarity")
+        (making / model_card.FILE_NAME).write_text(model_card.with_front_matter(front, text))
         making.rename(output)
     finally:
         shutil.rmtree(making, ignore_errors=True)

@@ -14,6 +14,7 @@ from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
 from verl.encoder.grace_encoder import GraceEncoder
+from verl.evaluation.records import revision_of
 from verl.text_roles import ROLES
 
 
@@ -69,7 +70,7 @@ def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> 
     return ModelMeta(
         loader=None,
         name=f"GRACE/{name}",
-        revision=encoder.revision[:16],
+        revision=revision_of(encoder.revision),
         release_date=None,
         languages=["eng-Latn"],
         n_parameters=size.parameters,

@@ -1,4 +1,4 @@
-"""The name of a model in the records of an evaluation."""
+"""The name and the revision of a model in the records of an evaluation."""
 
 from pathlib import Path
 
@@ -11,3 +11,8 @@ def name_of(path: str) -> str:
     if parts[-1] == "huggingface" and len(parts) >= 3:
         return f"{parts[-3]}-{parts[-2]}"
     return parts[-1]
+
+
+def revision_of(weights: str) -> str:
+    """A model's revision in mteb's results, from the hash of its weights."""
+    return weights[:16]
