@@ -22,6 +22,7 @@ _SAME_RUN = (
     "data.system_prompt_in",
     "data.template_date",
     "data.filter_overlong_prompts",
+    "data.negatives_per_query",
     "data.shuffle",
     "data.seed",
 )

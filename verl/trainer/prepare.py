@@ -3,6 +3,7 @@
 The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def sample_roles(train_mode: str, needs_embeddings: bool) -> tuple[str, ...]:
     if not needs_embeddings:
         return ("positive",)
     return ("positive", "query", "negative") if train_mode == "supervised" else ("positive", "query")
+
+
+def anchors_per_sample(roles: Sequence[str], negatives_per_query: int) -> int:
+    """Most rows of a sample that are not trained."""
+    return len(roles) - 1 + ("negative" in roles) * (negatives_per_query - 1)
 
 
 def find_devices(config: RunConfig) -> tuple[str, int]:

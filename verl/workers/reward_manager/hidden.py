@@ -1,7 +1,8 @@
 """The reward manager `hidden`: similarities of embeddings become rewards (arXiv 2510.04506, section 3).
 
 Pure functions of unit vectors, two matrix products and segment reductions each. Shapes: B trained rows,
-G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [G,H] negatives, g [B] group of each row.
+G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [K,H] negatives of all groups, in the order of the
+groups, owner [K] group of each negative, g [B] group of each row.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.algorithm.contrastive import Group, false_negatives, query_log_probs, symmetric_infonce
-from verl.algorithm.groups import group_size, groups_of, within_group
+from verl.algorithm.contrastive import Group, false_negatives, negatives_of, query_log_probs, symmetric_infonce
+from verl.algorithm.groups import group_size, group_sum, groups_of, within_group
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
 from verl.embedding.pooling import unit, without_direction
@@ -46,9 +47,10 @@ def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
     return (m * q[g]).sum(1)
 
 
-def negative_similarity(q: Tensor, n: Tensor, g: Tensor) -> Tensor:
-    """[B] minus the cosine of the group's query and negative: the same for all rows of a group."""
-    return -(q * n).sum(1)[g]
+def negative_similarity(q: Tensor, n: Tensor, owner: Tensor, g: Tensor) -> Tensor:
+    """[B] minus the mean cosine of the group's query and negatives: the same for all rows of a group."""
+    similarity = (q[owner] * n).sum(1)
+    return -(group_sum(similarity, owner) / group_size(owner))[g]
 
 
 def clustering(m: Tensor, g: Tensor) -> Tensor:
@@ -83,21 +85,27 @@ def cross_group_unsupervised(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
 def contrast(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], temperature: float) -> Tensor:
     """[B] log-probability of the own query among the candidates (InfoNCE, arXiv 1807.03748).
 
-    Candidates of a row of group g: its query, the other groups' queries, and every group's negative. A
-    candidate whose text equals g's query or positive is a false negative and is left out.
+    Candidates of a row of group g: its query, the other groups' queries, and every group's negatives. A
+    candidate whose text equals g's query or one of its positives is a false negative and is left out.
     """
-    candidates = [(group.query,) for group in groups]
-    candidates += [(group.negative or "",) for group in groups] if n is not None else []
+    candidates = [*((group.query,) for group in groups), *negatives_of(groups)]
     left_out = false_negatives(groups, candidates).to(m.device)
     return query_log_probs(m, q, n, g, left_out, temperature).gather(1, g.unsqueeze(1)).squeeze(1)
 
 
-def grace_terms(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig) -> dict[str, Term]:
+def owners(groups: Sequence[Group]) -> Tensor:
+    """[K] int64, the group of each negative."""
+    return torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.negatives) for group in groups]))
+
+
+def grace_terms(
+    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], config: HiddenRewardConfig
+) -> dict[str, Term]:
     """The terms of the `grace` objective; their weighted sum is the reward before any penalty."""
     scale = 1.0 / config.temperature if config.with_scale else 1.0
     terms = {"positive": Term(positive_similarity(m, q, g), scale)}
     if n is not None:
-        terms["negative"] = Term(negative_similarity(q, n, g), scale)
+        terms["negative"] = Term(negative_similarity(q, n, owners(groups).to(n.device), g), scale)
     if config.enable_clustering:
         terms["clustering"] = Term(clustering(m, g), scale * config.clustering_weight)
         if n is not None:
@@ -203,7 +211,7 @@ class HiddenRewardManager:
         m, q = vectors[at[TRAINED_ROLE]], vectors[at["query"]]
         n = vectors[at["negative"]] if "negative" in at else None
         if self.config.objective == "grace":
-            return grace_terms(m, q, n, g, self.config)
+            return grace_terms(m, q, n, g, groups, self.config)
         return infonce_terms(m, q, n, g, groups, self.config)
 
     def _contrastive_weight(self, rows: DataProto) -> float:
@@ -253,23 +261,27 @@ def _positions(rows: DataProto) -> dict[str, Tensor]:
     found = {TRAINED_ROLE: torch.from_numpy(np.flatnonzero(is_trained(rows)))}
     groups = dict.fromkeys(uids[found[TRAINED_ROLE].numpy()])
     for role in dict.fromkeys(roles[~is_trained(rows)]):
-        place = {uids[i]: int(i) for i in np.flatnonzero(roles == role)}
-        found[role] = torch.tensor([place[uid] for uid in groups])
+        places: dict[Any, list[int]] = {}
+        for i in np.flatnonzero(roles == role):
+            places.setdefault(uids[i], []).append(int(i))
+        found[role] = torch.tensor([i for uid in groups for i in places[uid]])
     return found
 
 
 def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
     """The texts of each group."""
-    texts = rows.non_tensor_batch["text"]
-    query, negative = (at[role].tolist() if role in at else None for role in ("query", "negative"))
-    assert query is not None
+    texts, uids = rows.non_tensor_batch["text"], rows.non_tensor_batch["uid"]
+    others = rows.non_tensor_batch.get("other_positives")
+    negatives: dict[Any, list[str]] = {}
+    for i in at["negative"].tolist() if "negative" in at else ():
+        negatives.setdefault(uids[i], []).append(texts[i])
     # Of each group the first row.
     positive = at[TRAINED_ROLE][np.unique(g.numpy(), return_index=True)[1]].tolist()
     return [
         Group(
-            query=texts[query[i]],
-            positive=texts[positive[i]],
-            negative=None if negative is None else texts[negative[i]],
+            query=texts[q],
+            positives=(texts[p], *(() if others is None else others[p])),
+            negatives=tuple(negatives.get(uids[p], ())),
         )
-        for i in range(len(query))
+        for q, p in zip(at["query"].tolist(), positive, strict=True)
     ]
