@@ -4,8 +4,9 @@
         --val_parquet data/mine/test.parquet --out_dir data/mine_filtered \\
         --tokenizer_path models/SmolLM2-135M-Instruct
 
-A row is kept if all its texts fit: the prompt, and of a triplet the query and the negative too. The outputs
-(train.parquet, test.parquet, filter.json) appear together at the end.
+A row is kept if all its texts fit: the prompt, and of a triplet the query and the negative too. Of its further
+positives and negatives those that do not fit are left out. The outputs (train.parquet, test.parquet, filter.json)
+appear together at the end.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from verl.workers.reward_manager.base import RewardOutput
 
 
 class MarginReward:
-    """min(cos(query, positive) - cos(query, negative), margin): nothing is gained beyond the margin."""
+    """min(cos(query, positive) - cos(query, nearest negative), margin): nothing is gained beyond the margin."""
 
     needs_embeddings = True
     exclude_system_prompt = True
@@ -40,10 +40,16 @@ class MarginReward:
             vectors: [N,H] of all rows.
         """
         uids, roles = rows.non_tensor_batch["uid"], rows.non_tensor_batch["role"]
-        place = {(uid, role): i for i, (uid, role) in enumerate(zip(uids, roles, strict=True)) if role != "positive"}
-        main = np.flatnonzero(is_trained(rows))
-        query, negative = (vectors[[place[uid, role] for uid in uids[main]]] for role in ("query", "negative"))
-        return (query * vectors[main]).sum(1) - (query * negative).sum(1)
+        # A sample has as many negatives as data.negatives_per_query says, or as its data has.
+        places: dict[tuple[object, str], list[int]] = {}
+        for i, key in enumerate(zip(uids, roles, strict=True)):
+            places.setdefault(key, []).append(i)
+        gaps = []
+        for i in np.flatnonzero(is_trained(rows)):
+            (query,) = places[uids[i], "query"]
+            nearest = (vectors[places[uids[i], "negative"]] @ vectors[query]).max()
+            gaps.append(vectors[i] @ vectors[query] - nearest)
+        return torch.stack(gaps)
 
 
 class MarginLoss(MarginReward):

@@ -17,6 +17,7 @@ class BatchPlan:
     world_size: int
     trained_rows_per_step: int
     anchor_rows_per_step: int
+    """At most: a sample may have fewer negatives than data.negatives_per_query."""
     updates_per_step: int
     """Optimizer steps per training step."""
     trained_rows_per_update: int
@@ -35,7 +36,7 @@ class BatchPlan:
         """Work out the plan.
 
         Args:
-            num_anchors: anchor rows of a sample: 2 with queries and negatives, 1 without negatives, or 0.
+            num_anchors: most anchor rows of a sample: a query and its negatives, or none.
 
         Raises:
             UserError: the file is smaller than one step, or an update has fewer rows than there are workers.

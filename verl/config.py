@@ -108,7 +108,11 @@ class DataConfig(_Section):
     truncation: Literal["left", "right", "middle", "error"] = "right"
     """Part of an over-long user text that is cut: right keeps its beginning; error ends the run."""
     filter_overlong_prompts: bool = False
-    """Drop samples with an over-long text at start instead of cutting the text."""
+    """Drop samples with an over-long text at start instead of cutting the text; of several positives or negatives only
+    the over-long ones are dropped, unless it is the first."""
+    negatives_per_query: PositiveInt = 1
+    """Negatives of a sample in a step, of all that the file has of it; a sample with fewer gives all. Each pass over
+    the data takes the next ones, and the next one of its positives."""
     shuffle: bool = True
     """Shuffle the training samples each epoch."""
     seed: Seed = 1

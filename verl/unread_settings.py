@@ -148,6 +148,10 @@ READERS = (
         ("data.seed",), f"data.shuffle=True or {_ACTOR}.shuffle=True", lambda c: c.data.shuffle or _actor(c).shuffle
     ),
     Reader(
+        ("data.negatives_per_query",), "data.train_mode=supervised and a reward_model.reward_manager other than naive",
+        lambda c: c.train_mode == "supervised" and c.reward_model.reward_manager != "naive",
+    ),
+    Reader(
         (f"{_ROLLOUT}.anchor_temperature",), "a reward_model.reward_manager other than naive",
         lambda c: c.reward_model.reward_manager != "naive",
     ),

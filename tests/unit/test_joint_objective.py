@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(negatives, n):
     roles, texts = rows.non_tensor_batch["role"], rows.non_tensor_batch["text"]
     at = {role: torch.tensor([i for i in range(len(rows)) if roles[i] == role]) for role in set(roles)}
     groups = [
-        Group(texts[q], texts[at["positive"][i * n]], texts[at["negative"][i]] if negatives else None)
+        Group(texts[q], (texts[at["positive"][i * n]],), (texts[at["negative"][i]],) if negatives else ())
         for i, q in enumerate(at["query"])
     ]
     g = torch.arange(len(groups)).repeat_interleave(n)
@@ -102,13 +102,13 @@ def test_the_gradient_of_centred_vectors_is_by_the_embeddings_as_they_are():
 
 
 def test_a_step_whose_rows_all_find_their_queries_says_so():
-    groups = [Group(f"q{i}", f"p{i}", None) for i in range(3)]
+    groups = [Group(f"q{i}", (f"p{i}",), ()) for i in range(3)]
     vectors = torch.eye(3)
     loss, found = symmetric_infonce(vectors, vectors, None, torch.arange(3), groups, 0.05)
     assert found == 1 and loss < 1e-6
     loss, found = symmetric_infonce(vectors.roll(1, 0), vectors, None, torch.arange(3), groups, 0.05)
     assert found == 0 and loss == pytest.approx(20, rel=1e-6)
-    groups = [Group(f"q{i}", f"p{i}", f"n{i}") for i in range(3)]
+    groups = [Group(f"q{i}", (f"p{i}",), (f"n{i}",)) for i in range(3)]
     _, found = symmetric_infonce(vectors, 0.9 * vectors, vectors, torch.arange(3), groups, 0.05)
     assert found == 0, "a negative was nearer than the query"
 

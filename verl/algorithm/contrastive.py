@@ -1,8 +1,8 @@
 """Contrast of rationales and queries within a step (InfoNCE, arXiv 1807.03748), and which candidates do not count.
 
 Tensors and texts in, tensors out: no config objects, no distributed calls, no batches. Shapes: B trained rows,
-G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [G,H] negatives or None, g [B] group of each row.
-C candidates: the G queries, and the G negatives if there are any.
+G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [K,H] the negatives of all groups, in the order of the
+groups, or None, g [B] group of each row. C candidates: the G queries, and the K negatives if there are any.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,23 +17,34 @@ class Group:
     """The texts of a sample, to find false negatives."""
 
     query: str
-    positive: str
-    negative: str | None
+    positives: tuple[str, ...]
+    """All that are known of it, also those that are not in the step."""
+    negatives: tuple[str, ...]
+    """Those in the step."""
+
+    @property
+    def right(self) -> frozenset[str]:
+        """The texts that are right for it, and so no negatives."""
+        return frozenset((self.query, *self.positives))
 
 
 def false_negatives(groups: Sequence[Group], candidates: Sequence[Collection[str]]) -> Tensor:
-    """[G,C] bool: whether one of a candidate's texts equals the query or the positive of a group.
+    """[G,C] bool: whether one of a candidate's texts equals the query or a positive of a group.
 
     Args:
         candidates: the texts of each; the first G are those of the groups, and to its own group a candidate is no
             false negative.
     """
-    same = torch.tensor(
-        [[not {group.query, group.positive}.isdisjoint(texts) for texts in candidates] for group in groups]
-    )
+    rights = [group.right for group in groups]
+    same = torch.tensor([[not right.isdisjoint(texts) for texts in candidates] for right in rights])
     own = range(len(groups))
     same[own, own] = False
     return same
+
+
+def negatives_of(groups: Sequence[Group]) -> list[Collection[str]]:
+    """The texts of the K negatives as candidates, in the order of n."""
+    return [(text,) for group in groups for text in group.negatives]
 
 
 def query_log_probs(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, left_out: Tensor, temperature: float) -> Tensor:
@@ -71,11 +82,10 @@ def symmetric_infonce(
     """The contrastive loss of a step, and how often a row finds its query; both scalars.
 
     The mean over the rows of two cross-entropies: of the row's query among all queries and negatives, and of the row
-    among the other groups' rows and all negatives for that query. A group that shares its query or positive with
-    another one is left out there, and so is a negative that equals the query or the positive.
+    among the other groups' rows and all negatives for that query. A group that shares its query or a positive with
+    another one is left out there, and so is a negative that equals the query or a positive.
     """
-    candidates: list[Collection[str]] = [(group.query, group.positive) for group in groups]
-    candidates += [(group.negative or "",) for group in groups] if n is not None else []
+    candidates: list[Collection[str]] = [*(group.right for group in groups), *negatives_of(groups)]
     left_out = false_negatives(groups, candidates).to(m.device)
     to_queries = query_log_probs(m, q, n, g, left_out, temperature)
     to_rows = row_log_probs(m, q, n, g, left_out, temperature)

@@ -29,6 +29,7 @@ _SAME_RUN = (
     "data.document.template",
     "data.document.think",
     "data.filter_overlong_prompts",
+    "data.negatives_per_query",
     "data.shuffle",
     "data.seed",
 )

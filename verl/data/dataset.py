@@ -19,7 +19,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from verl.config import DataConfig
-from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row, first_of_each_form
+from verl.data.alternatives import NEGATIVES, POSITIVES, kept_texts, rows_of_pass, with_negative, with_positive
+from verl.data.prompt_rows import (
+    TRIPLET,
+    TRIPLET_FIELDS,
+    check_types,
+    find_bad_row,
+    first_of_each_form,
+    list_columns,
+)
 from verl.embedding.chat_template import Message, system_prompt_of, with_system_prompt
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
@@ -30,9 +38,13 @@ from verl.text_roles import ROLES, TRIPLET_ROLES, Around, Role
 from verl.utils.files import sha256_of_all
 
 Sample = dict[str, Any]
+"""A row with its `uid`, `chats` (by role), `more_negatives` (their chats) and `other_positives` (their chats, which are
+not embedded); a sample without the last two has none."""
 
 _MEASURED = 2_000
 """Samples whose lengths say how many of all are over-long."""
+_BLOCK = 1_000
+"""Samples that are measured in one call."""
 
 
 def text_settings(config: DataConfig) -> dict[str, Any]:
@@ -41,11 +53,14 @@ def text_settings(config: DataConfig) -> dict[str, Any]:
     return {**{name: getattr(config, name) for name in names}, "max_new_tokens": config.max_response_length}
 
 
-def around_texts(sample: Sample, settings: EmbedderSettings) -> list[Around]:
-    """What the user's turn holds besides each text of a sample, in the order of its chats."""
+def around_text(sample: Sample, role: Role | None, settings: EmbedderSettings) -> Around:
+    """What the user's turn holds besides a text of a sample.
+
+    Args:
+        role: as what the text is embedded.
+    """
     source = (sample["extra_info"] or {}).get("source")
-    task = source if source in settings.instructions else None
-    return [settings.around(sample["text_roles"].get(name), task) for name in sample["chats"]]
+    return settings.around(role, source if source in settings.instructions else None)
 
 
 class PromptDataset(Dataset):
@@ -97,9 +112,18 @@ class PromptDataset(Dataset):
         is_system = pc.equal(pc.struct_field(turns, "role"), "system")
         return len(pc.unique(pc.struct_field(turns, "content").filter(is_system)))
 
-    def __getitem__(self, index: int) -> Sample:
-        row = _row(self.table, index)
-        return {**row, "uid": index, "chats": self._chats(row), "text_roles": self.text_roles}
+    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
+        """A sample by its position, with the texts of the first pass over the data; or by (pass, position)."""
+        epoch, index = place if isinstance(place, tuple) else (0, place)
+        row, key = _row(self.table, index), self.config.prompt_key
+        rows = rows_of_pass(row, epoch, self.config.negatives_per_query, key)
+        chats = [self._chats(drawn) for drawn in rows]
+        positives = self._chats_of_list(row, POSITIVES)
+        return {
+            **rows[0], "uid": index, "chats": chats[0], "more_negatives": [more["negative"] for more in chats[1:]],
+            "other_positives": [chat for chat in positives if chat != chats[0]["positive"]],
+            "text_roles": self.text_roles,
+        }  # fmt: skip
 
     def length_lines(self) -> Iterator[tuple[str, str]]:
         """What happens to over-long samples, as (what, how much) lines; none where there are no such samples."""
@@ -121,7 +145,7 @@ class PromptDataset(Dataset):
             schema = pq.read_schema(name)
             _check_columns(schema.names, wanted, name)
             check_types(schema, name, prompt_key, has_triplets)
-            table = pq.read_table(name, columns=wanted)
+            table = pq.read_table(name, columns=wanted + (list_columns(schema) if has_triplets else []))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{name} is not a parquet file, or damaged: {error}") from None
         first_row = 1
@@ -155,6 +179,8 @@ class PromptDataset(Dataset):
     def _treat_overlong(self, renderer: PromptRenderer) -> None:
         """Drop over-long samples, refuse them, or estimate how many there are."""
         if self.config.filter_overlong_prompts:
+            for column in list_columns(self.table.schema):
+                self._drop_overlong_texts(column, renderer)
             fits = ~self._are_overlong(np.arange(len(self)), renderer)
             self.num_dropped = int(np.count_nonzero(~fits))
             self.table = self.table.filter(pa.array(fits))
@@ -172,16 +198,51 @@ class PromptDataset(Dataset):
             spread = np.unique(np.linspace(0, len(self) - 1, min(_MEASURED, len(self)), dtype=np.int64))
             self.share_cut = float(self._are_overlong(spread, renderer).mean())
 
+    def _drop_overlong_texts(self, column: str, renderer: PromptRenderer) -> None:
+        """Leave over-long texts out of the lists of a column."""
+        lists, fits = [], []
+        for start in range(0, len(self), _BLOCK):
+            rows = [_row(self.table, index) for index in range(start, min(start + _BLOCK, len(self)))]
+            lists += [row[column] for row in rows]
+            role = "positive" if column == POSITIVES else "negative"
+            texts = [(row, role, chat) for row in rows for chat in self._chats_of_list(row, column)]
+            lengths = self._lengths(texts, renderer)
+            fits += [length <= self.config.max_prompt_length for length in lengths]
+        field = self.table.schema.field(column)
+        place = self.table.schema.get_field_index(column)
+        self.table = self.table.set_column(place, field, kept_texts(lists, fits, field.type))
+
+    def _chats_of_list(self, row: Sample, column: str) -> list[list[Message]]:
+        """The chat of each text in a list of positives or negatives."""
+        texts = row.get(column) or ()
+        if column == POSITIVES:
+            return [self._chats(with_positive(row, text, self.config.prompt_key))["positive"] for text in texts]
+        return [self._chats(with_negative(row, text))["negative"] for text in texts]
+
     def _are_overlong(self, indices: np.ndarray, renderer: PromptRenderer) -> np.ndarray:
         """[len(indices)] bool: which samples have a text with more than data.max_prompt_length tokens."""
         overlong: list[bool] = []
-        for start in range(0, len(indices), 1000):
-            samples = [self[int(index)] for index in indices[start : start + 1000]]
-            chats = [chat for sample in samples for chat in sample["chats"].values()]
-            around = [each for sample in samples for each in around_texts(sample, self.settings)]
-            lengths = iter(renderer.lengths(chats, around))
-            overlong += [max([next(lengths) for _ in s["chats"]]) > self.config.max_prompt_length for s in samples]
+        for start in range(0, len(indices), _BLOCK):
+            rows = [_row(self.table, int(index)) for index in indices[start : start + _BLOCK]]
+            texts = [self._all_texts(row) for row in rows]
+            owned = [(row, *text) for row, own in zip(rows, texts, strict=True) for text in own]
+            lengths = iter(self._lengths(owned, renderer))
+            overlong += [max([next(lengths) for _ in own]) > self.config.max_prompt_length for own in texts]
         return np.array(overlong, bool)
+
+    def _all_texts(self, row: Sample) -> list[tuple[str, list[Message]]]:
+        """Role and chat of all texts of a row, in whatever pass they are taken."""
+        lists = [
+            (role, chat)
+            for role, column in (("positive", POSITIVES), ("negative", NEGATIVES))
+            for chat in self._chats_of_list(row, column)
+        ]
+        return [*self._chats(row).items(), *lists]
+
+    def _lengths(self, texts: Sequence[tuple[Sample, str, list[Message]]], renderer: PromptRenderer) -> list[int]:
+        """Tokens of the prompt of each text, of which row, role and chat are given."""
+        around = [around_text(row, self.text_roles.get(role), self.settings) for row, role, _ in texts]
+        return renderer.lengths([chat for _, _, chat in texts], around)
 
 
 def _row(table: pa.Table | pa.RecordBatch, index: int) -> Sample:
@@ -207,12 +268,17 @@ class StepBatches:
         self.seed = seed
 
     def __iter__(self) -> Iterator[list[int]]:
+        for places in self.places():
+            yield [index for _, index in places]
+
+    def places(self) -> Iterator[list[tuple[int, int]]]:
+        """The samples of each step as (pass, position)."""
         shuffled, order = -1, list(range(self.schedule.num_samples))
         for epoch, start, size in islice(self.schedule.places(), self.steps.start, self.steps.stop):
             if self.seed is not None and epoch != shuffled:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 shuffled, order = epoch, torch.randperm(len(order), generator=generator).tolist()
-            yield order[start : start + size]
+            yield [(epoch, index) for index in order[start : start + size]]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -220,7 +286,7 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class PromptCollator:
-    """Renders samples to prompt rows: a row per sample and role, samples in order, the trained row first.
+    """Renders samples to prompt rows: a row per sample and role, and one per further negative; the trained row first.
 
     Args:
         settings: what stands around a text, whether it gets a rationale, and how a row is pooled; the same settings are
@@ -236,10 +302,9 @@ class PromptCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> DataProto:
         """See verl/protocol.py for the columns."""
-        owners = [(sample, role) for sample in samples for role in sample["chats"]]
-        around = [each for sample in samples for each in around_texts(sample, self.settings)]
-        prompts = self.renderer.render([sample["chats"][role] for sample, role in owners], around)
-        limits = [self._limits[sample["text_roles"].get(role)] for sample, role in owners]
+        owners = [(sample, role, chat) for sample in samples for role, chat in rows_of(sample)]
+        prompts = self.renderer.render([chat for _, _, chat in owners], [self._around(*owner[:2]) for owner in owners])
+        limits = [self._limits[sample["text_roles"].get(role)] for sample, role, _ in owners]
         starts = [
             self.settings.pool_start(prompt, has_rationale=bool(limit))
             for prompt, limit in zip(prompts, limits, strict=True)
@@ -248,7 +313,7 @@ class PromptCollator:
             "prompts": left_padded([prompt.ids for prompt in prompts], self.renderer.tokenizer.pad_token_id),
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
             "pool_start": torch.tensor(starts),
-            "trained": torch.tensor([role == self.trained_text for _, role in owners]),
+            "trained": torch.tensor([role == self.trained_text for _, role, _ in owners]),
             "max_new_tokens": torch.tensor(limits),
         }
         share, weight = self.settings.mix
@@ -257,20 +322,37 @@ class PromptCollator:
         if weight:
             tensors["no_rationale_weight"] = torch.full((len(prompts),), weight, dtype=torch.float64)
         columns = {
-            "uid": [sample["uid"] for sample, _ in owners],
-            "role": [role for _, role in owners],
+            "uid": [sample["uid"] for sample, _, _ in owners],
+            "role": [role for _, role, _ in owners],
             "text": [prompt.text for prompt in prompts],
-            "data_source": [sample[self.reward_fn_key] for sample, _ in owners],
-            "reward_model": [sample["reward_model"] for sample, _ in owners],
-            "extra_info": [sample["extra_info"] for sample, _ in owners],
+            "data_source": [sample[self.reward_fn_key] for sample, _, _ in owners],
+            "reward_model": [sample["reward_model"] for sample, _, _ in owners],
+            "extra_info": [sample["extra_info"] for sample, _, _ in owners],
+            "other_positives": self._other_positives(samples),
         }
         return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
+
+    def _around(self, sample: Sample, role: str) -> Around:
+        return around_text(sample, sample["text_roles"].get(role), self.settings)
 
     @cached_property
     def _limits(self) -> dict[Role | None, int]:
         """Most tokens of a rationale, by what a text is embedded as; 0 = none is written."""
         found = {role: self.settings.of_role(role) for role in (None, *ROLES)}
         return {role: (own.max_new_tokens or 0) * own.think for role, own in found.items()}
+
+    def _other_positives(self, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+        """For every row the texts of its sample's other positives, as they would be in a prompt."""
+        others = [(sample, chat) for sample in samples for chat in sample.get("other_positives", ())]
+        around = [self._around(sample, "positive") for sample, _ in others]
+        texts = iter([prompt.text for prompt in self.renderer.render([chat for _, chat in others], around)])
+        of_samples = [tuple(next(texts) for _ in sample.get("other_positives", ())) for sample in samples]
+        return [found for sample, found in zip(samples, of_samples, strict=True) for _ in rows_of(sample)]
+
+
+def rows_of(sample: Sample) -> list[tuple[str, list[Message]]]:
+    """The role and the chat of each row of a sample."""
+    return [*sample["chats"].items(), *(("negative", chat) for chat in sample.get("more_negatives", ()))]
 
 
 def prompt_batches(
@@ -286,7 +368,7 @@ def prompt_batches(
         WorkerError: one of the processes died, or none gave a batch in time.
     """
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
+        dataset, batch_sampler=batches.places(), num_workers=num_workers, collate_fn=collate,
         timeout=timeout_s if num_workers else 0,
         # A fork of this process would wait for ever for locks of threads that it does not have, as tokenizers' are.
         multiprocessing_context="spawn" if num_workers else None,

@@ -2,7 +2,8 @@
 
 Every text that training will template is measured: the row's prompt, and of a triplet also the query and
 the negative under the same system message. The lengths stay beside the rows, with a hash of the tokenizer
-and template they hold for, so that training need not tokenize to know them.
+and template they hold for, so that training need not tokenize to know them. Of a sample's further positives and
+negatives those that are too long are left out.
 """
 
 import sys
@@ -16,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl.data.alternatives import POSITIVES, kept_texts, with_positive
 from verl.data.parallel import Mapper
-from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row
+from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row, list_columns
 from verl.data.writer import ParquetSink
-from verl.embedding.chat_template import system_prompt_of
+from verl.embedding.chat_template import Message, system_prompt_of
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.errors import UserError
 from verl.prompt_options import SystemPromptPlace
@@ -46,7 +48,8 @@ class FilterSettings:
 
 @dataclass
 class FilterReport:
-    """What the filter did to one file. A row that is over-long in two fields counts in both."""
+    """What the filter did to one file. A row that is over-long in two fields counts in both; of several positives or
+    negatives every text counts."""
 
     rows: int = 0
     kept: int = 0
@@ -61,8 +64,10 @@ class FilterReport:
         self.rows += len(fits)
         self.kept += int(np.count_nonzero(fits))
         for name, values in lengths.items():
+            if not len(values):
+                continue
             self.over_long[name] = self.over_long.get(name, 0) + int(np.count_nonzero(values > max_len))
-            self.longest[name] = max(self.longest.get(name, 0), int(values.max(initial=0)))
+            self.longest[name] = max(self.longest.get(name, 0), int(values.max()))
 
 
 @lru_cache(maxsize=1)
@@ -97,21 +102,27 @@ def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
 
 
 def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, mapper: Mapper) -> FilterReport:
-    """Write to `target` the rows of `file` whose every length is at most `max_len`, with their lengths.
+    """Write to `target` the rows of `file` whose every length is at most `max_len`, with their lengths, and of their
+    lists the texts that fit.
 
     Raises:
         UserError: a row is no prompt or cannot be rendered, or the file is damaged.
     """
     schema = _schema_with_lengths(file.schema_arrow, settings)
-    report = FilterReport()
+    report, lists = FilterReport(), (list_columns(file.schema_arrow) if TRIPLET in schema.names else [])
     with ParquetSink(target, schema) as sink:
         try:
             for batch, lengths in _measured(file, settings, mapper):
-                fits = np.all([values <= settings.max_len for values in lengths.values()], axis=0)
+                of_rows = {name: values for name, values in lengths.items() if name not in lists}
+                fits = np.all([values <= settings.max_len for values in of_rows.values()], axis=0)
                 report.add(lengths, fits, settings.max_len)
-                kept = [batch[name] for name in schema.names if name != LENGTHS]
-                column = pa.StructArray.from_arrays([pa.array(v) for v in lengths.values()], list(lengths))
-                sink.add(pa.record_batch([*kept, column], schema=schema).filter(pa.array(fits)))
+                columns = {name: batch[name] for name in schema.names if name != LENGTHS}
+                for name in lists:
+                    columns[name] = kept_texts(
+                        batch[name].to_pylist(), lengths[name] <= settings.max_len, batch[name].type
+                    )
+                measured = pa.StructArray.from_arrays([pa.array(values) for values in of_rows.values()], list(of_rows))
+                sink.add(pa.record_batch([*columns.values(), measured], schema=schema).filter(pa.array(fits)))
         except UserError:
             raise
         except (ValueError, pa.ArrowException) as error:
@@ -121,7 +132,9 @@ def filter_file(file: pq.ParquetFile, target: Path, settings: FilterSettings, ma
 
 
 def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-    """Token counts of every text of `batch` as training will template it, by field."""
+    """Token counts of every text of `batch` as training will template it, by field [rows], and by column of several
+    positives or negatives [all their texts].
+    """
     renderer = load_renderer(settings)
     prompts = batch[settings.prompt_key].to_pylist()
     if TRIPLET not in batch.schema.names:
@@ -131,7 +144,21 @@ def measure_prompts(settings: FilterSettings, batch: pa.RecordBatch) -> dict[str
         texts = batch[TRIPLET].field(child)
         systems = map(system_prompt_of, prompts)
         conversations[name] = list(map(rationale_messages, texts.to_pylist(), systems))
+    for name in list_columns(batch.schema):
+        conversations[name] = list(_chats_of_lists(batch, name, settings.prompt_key))
     return {name: np.array(renderer.lengths(chats), np.int32) for name, chats in conversations.items()}
+
+
+def _chats_of_lists(batch: pa.RecordBatch, column: str, prompt_key: str) -> Iterator[list[Message]]:
+    """The chat of each text in the lists of a column."""
+    if batch[column].null_count == len(batch):
+        return
+    for row in batch.select([prompt_key, column]).to_pylist():
+        for text in row[column] or ():
+            if column == POSITIVES:
+                yield with_positive(row, text, prompt_key)[prompt_key]
+            else:
+                yield rationale_messages(text, system_prompt_of(row[prompt_key]))
 
 
 def _schema_with_lengths(schema: pa.Schema, settings: FilterSettings) -> pa.Schema:
@@ -153,7 +180,8 @@ def _measured(
 ) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
     """Batches with their lengths, in order; only as many are held as the mapper has under way."""
     has_triplets = TRIPLET in file.schema_arrow.names
-    columns = [settings.prompt_key, *([TRIPLET] if has_triplets else [])]
+    texts_of_triplets = [TRIPLET, *list_columns(file.schema_arrow)] if has_triplets else []
+    columns = [settings.prompt_key, *texts_of_triplets]
     waiting: deque[pa.RecordBatch] = deque()
 
     def texts() -> Iterator[pa.RecordBatch]:

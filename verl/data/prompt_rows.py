@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from verl.data.samples import LISTS
 from verl.errors import UserError
 
 TRIPLET = "multi_input"
@@ -30,7 +31,7 @@ def check_types(schema: pa.Schema, file: str, prompt_key: str, has_triplets: boo
     """Check the types of the columns, which are there.
 
     Args:
-        has_triplets: the column TRIPLET is needed too.
+        has_triplets: the column TRIPLET is needed too, and those of LISTS are read where they are there.
 
     Raises:
         UserError: a column cannot hold what it must.
@@ -41,6 +42,15 @@ def check_types(schema: pa.Schema, file: str, prompt_key: str, has_triplets: boo
     if has_triplets:
         type_ = schema.field(TRIPLET).type
         _check_texts(type_, tuple(TRIPLET_FIELDS.values()), f"{file}: column {TRIPLET!r} is {type_}")
+        for name in list_columns(schema):
+            type_ = schema.field(name).type
+            if not (pa.types.is_null(type_) or (_is_list(type_) and _is_text(type_.value_type))):
+                raise UserError(f"{file}: column {name!r} is {type_} instead of a list of texts; {_WAY_OUT}")
+
+
+def list_columns(schema: pa.Schema) -> list[str]:
+    """The columns of LISTS that a file has; those of earlier versions have none."""
+    return [name for name in LISTS.values() if name in schema.names]
 
 
 def find_bad_row(rows: pa.RecordBatch, first_row: int, prompt_key: str, has_triplets: bool) -> str | None:
@@ -55,6 +65,8 @@ def find_bad_row(rows: pa.RecordBatch, first_row: int, prompt_key: str, has_trip
         texts = pc.struct_field(rows[TRIPLET], name)
         faults += _text_faults(texts, np.arange(len(rows)), len(rows), f"{TRIPLET}.{name}")
         faults.append(_Fault(_is_blank(texts), f"{TRIPLET}.{name} is empty"))
+    for name in list_columns(rows.schema) if has_triplets else ():
+        faults += _list_faults(rows[name], name)
     found = [(int(np.argmax(fault.rows)), fault.what) for fault in faults if fault.rows.any()]
     if not found:
         return None
@@ -96,6 +108,15 @@ def _prompt_faults(prompts: pa.Array, column: str) -> list[_Fault]:
         _Fault(~user_rows, f"{column} has no message of the role 'user'"),
         _Fault(blank, f"{column} has an empty user text, of which nothing can be embedded"),
     ]
+
+
+def _list_faults(lists: pa.Array, column: str) -> list[_Fault]:
+    if lists.null_count == len(lists):
+        return []
+    owners, texts = np.asarray(pc.list_parent_indices(lists)), pc.list_flatten(lists)
+    blank = np.zeros(len(lists), bool)
+    blank[owners[_is_blank(texts)]] = True
+    return [*_text_faults(texts, owners, len(lists), column), _Fault(blank, f"{column} has an empty text")]
 
 
 def _text_faults(texts: pa.Array, owners: np.ndarray, num_rows: int, column: str) -> list[_Fault]:

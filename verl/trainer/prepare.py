@@ -3,6 +3,7 @@
 The training program and the doctor both use it, so the doctor checks exactly what a run would meet.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def sample_roles(train_mode: str, needs_embeddings: bool, trained_text: str) -> 
             f"data.trained_text={trained_text} needs triplets, and a reward manager that embeds queries; leave it out."
         )
     return ("positive", "query") if needs_embeddings else ("positive",)
+
+
+def anchors_per_sample(roles: Sequence[str], negatives_per_query: int) -> int:
+    """Most rows of a sample that are not trained."""
+    return len(roles) - 1 + ("negative" in roles) * (negatives_per_query - 1)
 
 
 def find_devices(config: RunConfig) -> tuple[str, int]:

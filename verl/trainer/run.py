@@ -17,7 +17,14 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
-from verl.trainer.prepare import build_renderer, check_engine_groups, check_matryoshka_dims, find_devices, sample_roles
+from verl.trainer.prepare import (
+    anchors_per_sample,
+    build_renderer,
+    check_engine_groups,
+    check_matryoshka_dims,
+    find_devices,
+    sample_roles,
+)
 from verl.trainer.trackers import check_packages
 from verl.unread_settings import start_notes
 from verl.workers.reward_manager import load_reward_manager
@@ -51,12 +58,16 @@ class TrainingRun:
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
         engine = self.config.actor_rollout_ref.rollout.name
-        lines = [*self.plan.lines(), *self._prompt_lines(), *self.dataset.length_lines()]
+        lines = [*self.plan.lines(), *self._negative_lines(), *self._prompt_lines(), *self.dataset.length_lines()]
         lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
         lines += self._probe_lines()
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
         return [*lines, *start_notes(self.config, self.device)]
+
+    def _negative_lines(self) -> Iterator[tuple[str, str]]:
+        if (count := self.config.data.negatives_per_query) > 1:
+            yield "negatives per sample", f"up to {count}, as many as its data has (data.negatives_per_query)"
 
     def _probe_lines(self) -> Iterator[tuple[str, str]]:
         if self.probe is not None:
@@ -98,14 +109,17 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         collate = build_collate(config, dataset, renderer, reward_manager)
         held_out = None
         if config.validates or (config.diagnoses and has_val_files(config)):
-            held_out = PromptDataset(file_list(config.data.val_files), config.data, roles, renderer)
+            # Figures compare a query with one negative.
+            one_negative = config.data.model_copy(update={"negatives_per_query": 1})
+            held_out = PromptDataset(file_list(config.data.val_files), one_negative, roles, renderer)
         validation = None
         if config.validates:
             assert held_out is not None
             validation = Validation(config, held_out, collate, reward_manager.needs_embeddings)
         # A wrong template or an empty text in the first sample is found here rather than after the workers' start.
         collate([dataset[0]])
-    plan = BatchPlan.from_config(config, len(dataset), len(roles) - 1, workers_per_node * config.trainer.nnodes)
+    num_anchors = anchors_per_sample(roles, config.data.negatives_per_query)
+    plan = BatchPlan.from_config(config, len(dataset), num_anchors, workers_per_node * config.trainer.nnodes)
     probe = draw_probe(config, plan, dataset, held_out) if reward_manager.needs_embeddings else None
     with _for_the_user(CheckpointError):
         folder = RunFolder(config.run_dir.absolute())

@@ -1,8 +1,9 @@
 """The reward manager `hidden`: similarities of embeddings become rewards (arXiv 2510.04506, section 3).
 
 Pure functions of unit vectors, two matrix products and segment reductions each. Shapes: B trained rows,
-G groups, H hidden size; m [B,H] trained rows, q [G,H] their anchors, n [G,H] negatives, g [B] group of each row.
-Anchors are queries; where queries are trained (data.trained_text=query), they are positives.
+G groups, H hidden size; m [B,H] trained rows, q [G,H] their anchors, n [K,H] negatives of all groups, in the order of
+the groups, owner [K] group of each negative, g [B] group of each row. Anchors are queries; where queries are trained
+(data.trained_text=query), they are positives.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.algorithm.contrastive import Group, false_negatives, query_log_probs, symmetric_infonce
+from verl.algorithm.contrastive import Group, false_negatives, negatives_of, query_log_probs, symmetric_infonce
 from verl.algorithm.groups import group_size, groups_of, within_group
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
@@ -49,14 +50,17 @@ def positive_similarity(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
     return (m * q[g]).sum(1)
 
 
-def negative_similarity(queries: Tensor, n: Tensor, g: Tensor) -> Tensor:
-    """[B] minus the cosine of each row's query with its group's negative.
+def negative_similarity(queries: Tensor, n: Tensor, owner: Tensor, g: Tensor) -> Tensor:
+    """[B] minus the mean cosine of each row's query with its group's negatives.
 
     Args:
         queries: [B,H]: the group's query, so that all rows of a group have the same value; or, where queries are
             trained, the row itself.
     """
-    return -(queries * n[g]).sum(1)
+    count = group_size(owner)
+    # The mean of the cosines is the cosine's other factor with the mean of the negatives.
+    mean = n.new_zeros(len(count), n.shape[1]).index_add(0, owner, n) / count.unsqueeze(1)
+    return -(queries * mean[g]).sum(1)
 
 
 def clustering(m: Tensor, g: Tensor) -> Tensor:
@@ -91,23 +95,29 @@ def cross_group_unsupervised(m: Tensor, q: Tensor, g: Tensor) -> Tensor:
 def contrast(m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], temperature: float) -> Tensor:
     """[B] log-probability of the own query among the candidates (InfoNCE, arXiv 1807.03748).
 
-    Candidates of a row of group g: its query, the other groups' queries, and every group's negative. A
-    candidate whose text equals g's query or positive is a false negative and is left out.
+    Candidates of a row of group g: its query, the other groups' queries, and every group's negatives. A
+    candidate whose text equals g's query or one of its positives is a false negative and is left out.
     """
-    candidates = [(group.query,) for group in groups]
-    candidates += [(group.negative or "",) for group in groups] if n is not None else []
+    candidates = [*((group.query,) for group in groups), *negatives_of(groups)]
     left_out = false_negatives(groups, candidates).to(m.device)
     return query_log_probs(m, q, n, g, left_out, temperature).gather(1, g.unsqueeze(1)).squeeze(1)
 
 
+def owners(groups: Sequence[Group]) -> Tensor:
+    """[K] int64, the group of each negative."""
+    return torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.negatives) for group in groups]))
+
+
 def grace_terms(
-    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, config: HiddenRewardConfig, trains_queries: bool = False
-) -> dict[str, Term]:
+    m: Tensor, q: Tensor, n: Tensor | None, g: Tensor, groups: Sequence[Group], config: HiddenRewardConfig,
+    trains_queries: bool = False,
+) -> dict[str, Term]:  # fmt: skip
     """The terms of the `grace` objective; their weighted sum is the reward before any penalty."""
     scale = 1.0 / config.temperature if config.with_scale else 1.0
     terms = {"positive": Term(positive_similarity(m, q, g), scale)}
     if n is not None:
-        terms["negative"] = Term(negative_similarity(m if trains_queries else q[g], n, g), scale)
+        queries = m if trains_queries else q[g]
+        terms["negative"] = Term(negative_similarity(queries, n, owners(groups).to(n.device), g), scale)
     if config.enable_clustering:
         terms["clustering"] = Term(clustering(m, g), scale * config.clustering_weight)
         if n is not None:
@@ -218,7 +228,7 @@ class HiddenRewardManager:
         m, q = vectors[at[_TRAINED]], vectors[at[_ANCHOR]]
         n = vectors[at[_NEGATIVE]] if _NEGATIVE in at else None
         if self.config.objective == "grace":
-            return grace_terms(m, q, n, g, self.config, trains_queries)
+            return grace_terms(m, q, n, g, groups, self.config, trains_queries)
         return infonce_terms(m, q, n, g, groups, self.config)
 
     def _contrastive_weight(self, rows: DataProto) -> float:
@@ -268,23 +278,28 @@ def _positions(rows: DataProto) -> dict[str, Tensor]:
     found = {_TRAINED: torch.from_numpy(np.flatnonzero(is_trained(rows)))}
     groups = dict.fromkeys(uids[found[_TRAINED].numpy()])
     for role in dict.fromkeys(roles[~is_trained(rows)]):
-        place = {uids[i]: int(i) for i in np.flatnonzero(roles == role)}
-        found[_NEGATIVE if role == _NEGATIVE else _ANCHOR] = torch.tensor([place[uid] for uid in groups])
+        places: dict[Any, list[int]] = {}
+        for i in np.flatnonzero(roles == role):
+            places.setdefault(uids[i], []).append(int(i))
+        kind = _NEGATIVE if role == _NEGATIVE else _ANCHOR
+        found[kind] = torch.tensor([i for uid in groups for i in places[uid]])
     return found
 
 
 def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
     """The texts of each group."""
-    texts = rows.non_tensor_batch["text"]
-    query, negative = (at[kind].tolist() if kind in at else None for kind in (_ANCHOR, _NEGATIVE))
-    assert query is not None
+    texts, uids = rows.non_tensor_batch["text"], rows.non_tensor_batch["uid"]
+    others = rows.non_tensor_batch.get("other_positives")
+    negatives: dict[Any, list[str]] = {}
+    for i in at[_NEGATIVE].tolist() if _NEGATIVE in at else ():
+        negatives.setdefault(uids[i], []).append(texts[i])
     # Of each group the first row.
     positive = at[_TRAINED][np.unique(g.numpy(), return_index=True)[1]].tolist()
     return [
         Group(
-            query=texts[query[i]],
-            positive=texts[positive[i]],
-            negative=None if negative is None else texts[negative[i]],
+            query=texts[q],
+            positives=(texts[p], *(() if others is None else others[p])),
+            negatives=tuple(negatives.get(uids[p], ())),
         )
-        for i in range(len(query))
+        for q, p in zip(at[_ANCHOR].tolist(), positive, strict=True)
     ]
