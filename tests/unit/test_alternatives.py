@@ -193,7 +193,11 @@ def step_of(seed: int) -> list[dict[str, Any]]:
 
 def as_data(rows: list[dict[str, Any]]) -> DataProto:
     vectors = torch.tensor([row["vector"] for row in rows])
-    tensors = {"embeddings": vectors, "truncated": torch.zeros(len(rows), dtype=torch.bool)}
+    tensors = {
+        "embeddings": vectors,
+        "truncated": torch.zeros(len(rows), dtype=torch.bool),
+        "trained": torch.tensor([row["role"] == "positive" for row in rows]),
+    }
     names = ("uid", "role", "text", "other_positives")
     return DataProto.from_dict(tensors, {name: [row[name] for row in rows] for name in names}, {"step": 1})
 

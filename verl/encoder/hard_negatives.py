@@ -161,4 +161,4 @@ def _load(args: argparse.Namespace) -> Iterator[Any]:
         yield SentenceTransformer(args.model, device=None if args.device == "auto" else args.device)
         return
     with GraceEncoder(folder, engine=args.engine, device=args.device, max_new_tokens=args.max_new_tokens) as encoder:
-        yield Miner(encoder, think=not args.no_thinking, seed=args.seed, batch_size=args.batch_size)
+        yield Miner(encoder, think=False if args.no_thinking else None, seed=args.seed, batch_size=args.batch_size)

@@ -25,11 +25,11 @@ from verl.embedding.settings import NO_MIX, EmbedderSettings
 from verl.errors import UserError
 from verl.evaluation.records import revision_of
 from verl.prompt_options import DEFAULT_DATE
+from verl.text_roles import ROLES, TEXT, Role
 
 _META, _RUNS = "model_meta.json", "run_settings.jsonl"
-_SETTINGS = {
-    "system_prompt", "system_prompt_in", "max_prompt_length", "truncation", "max_new_tokens", "temperature", "pooling",
-    "span", "pool_system_prompt",
+_PROMPT = {
+    "system_prompt", "system_prompt_in", "max_prompt_length", "truncation", "pooling", "span", "pool_system_prompt",
 }  # fmt: skip
 
 
@@ -139,17 +139,38 @@ def _difference(used: Mapping[str, Any], settings: EmbedderSettings, centre: Cen
 
     What a folder does not say is free: seed, engine, dtype, and whether vectors get unit length.
     """
-    own = {
-        "think": True, "ignore_eos": False, **settings.model_dump(include=_SETTINGS), **settings.mix._asdict(),
-        "centre": None if centre is None else hashlib.sha256(centre.mean(thinks=True).tobytes()).hexdigest(),
+    off = {
+        **NO_MIX._asdict(), "ignore_eos": False, "template": TEXT, "instructions": {},
         "template_date": settings.template_date or DEFAULT_DATE,
     }  # fmt: skip
-    off = {**NO_MIX._asdict(), "ignore_eos": False, "template_date": own["template_date"]}
-    for name, value in own.items():
-        other = off.get(name) if used.get(name) is None else used[name]
-        if other != value:
-            return f"scores with {name}={other!r}, and the model's is {value!r}"
+    for role in (None, *ROLES):
+        # A role of its own is told where it differs from texts without one.
+        used_by_role = used if role is None else used.get(role, used)
+        for name, value in _own(settings, role, centre).items():
+            other = off.get(name) if used_by_role.get(name) is None else used_by_role[name]
+            if other != value:
+                key = name if role is None else f"{role}.{name}"
+                return f"scores with {key}={other!r}, and the model's is {value!r}"
     return ""
+
+
+def _own(settings: EmbedderSettings, role: Role | None, centre: Centre | None) -> dict[str, Any]:
+    """What a folder says of texts of a role, by the names of an encoder's description."""
+    of_role = settings.of_role(role)
+    mean = None if centre is None else centre.mean(bool(of_role.think))
+    found = {
+        **settings.model_dump(include=_PROMPT), "template_date": settings.template_date or DEFAULT_DATE,
+        "template": of_role.template, "think": of_role.think,
+        "centre": None if mean is None else hashlib.sha256(mean.tobytes()).hexdigest(),
+    }  # fmt: skip
+    if of_role.think:
+        found |= {
+            "max_new_tokens": of_role.max_new_tokens, "temperature": settings.temperature, "ignore_eos": False,
+            **settings.mix._asdict(),
+        }  # fmt: skip
+    if role is None and settings.uses_instructions:
+        found["instructions"] = settings.instructions
+    return found
 
 
 def _read(folder: Path) -> Scores:
