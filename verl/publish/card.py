@@ -18,7 +18,9 @@ _LICENCE = ("license", "license_name", "license_link")
 def published_card(
     folder: Path, settings: EmbedderSettings, licence: str | None, repo: str, entries: list[EvalResult]
 ) -> tuple[ModelCardData, str]:
-    """The card that is uploaded: its head, and all of it. What the folder's own card says at its head stays, but for `licence` and the scores.
+    """The card that is uploaded: its head, and all of it.
+
+    What the folder's own card says at its head stays, but for `licence` and the scores.
 
     Args:
         licence: by the hub's name; None = that of the folder's card, else that of the base model's.
