@@ -44,6 +44,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("algorithm.gamma", 0.9, {"algorithm.adv_estimator": "reinforce_plus_plus"}),
     (f"{ROLLOUT}.val_kwargs.temperature", 0.7, {f"{ROLLOUT}.val_kwargs.do_sample": True}),
     ("data.seed", 5, {"data.shuffle": True}),
+    ("data.negatives_per_query", 2, {"reward_model.reward_manager": "hidden"}),
     (f"{ROLLOUT}.anchor_temperature", 0.1, {"reward_model.reward_manager": "hidden"}),
     (f"{ACTOR}.embedding_grad_share", 0.5, {"reward_model.reward_manager": "mine.py:Mine"}),
     (f"{ACTOR}.embedding_grad_every", 5, {"reward_model.reward_manager": "mine.py:Mine"}),
