@@ -22,6 +22,7 @@ from verl.config import RunConfig
 from verl.embedding.centre import Centre
 from verl.embedding.settings import EmbedderSettings
 from verl.evaluation.mteb_model import model_meta
+from verl.utils.logging import quiet_libraries
 
 REPO = "me/it"
 SETTINGS = EmbedderSettings(base_model="org/base-1B", max_prompt_length=512, max_new_tokens=64)
@@ -76,6 +77,7 @@ def root(saved_step, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    quiet_libraries()  # what a test itself saves shows no progress
     # Away from a folder `results` of whoever runs the tests.
     monkeypatch.chdir(tmp_path)
     with running_hub() as started:
@@ -247,6 +249,27 @@ def test_scores_of_other_weights_or_settings_are_not_published(root, hub, tmp_pa
     write_scores(results, folder, "STS13", {"test": {"default": 0.61}}, seed=4)
     assert push(root, "--results", str(results)) == 2
     assert "holds 2 sets of scores of these weights" in error_of(capsys)
+
+
+def test_scores_by_other_settings_of_a_role_are_not_published(root, hub, tmp_path, capsys):
+    folder = root / "run" / "global_step_8" / "huggingface"
+    roles = {"query": {"template": "{instruction}: {text}"}, "document": {"think": False}}
+    own = SETTINGS.changed(**roles, instructions={"default": "find it"})
+    own.write(folder)
+    results = tmp_path / "roles"
+    for other, told in (
+        (SETTINGS, "instructions={}, and"),
+        (own.changed(document={"think": True}), "document.think=True, and the model's is False"),
+        (own.changed(query={"template": "Query: {text}"}), "instructions={}, and"),
+        (own.changed(instructions={"default": "find all"}), "instructions={'default': 'find all'}, and"),
+        (own.changed(query={**roles["query"], "max_new_tokens": 3}), "query.max_new_tokens=3, and"),
+    ):
+        shutil.rmtree(results, ignore_errors=True)
+        write_scores(results, folder, "STS12", {"test": {"default": 0.7}}, settings=other)
+        assert push(root, "--results", str(results)) == 2
+        assert f"scores with {told}" in error_of(capsys)
+    write_scores(results, folder, "STS12", {"test": {"default": 0.6}}, settings=own)
+    assert push(root, "--results", str(results)) == 0
 
 
 def test_results_for_the_leaderboard_load_with_mteb(root, hub, tmp_path, capsys):
