@@ -138,8 +138,8 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 
 def test_an_unknown_task_is_an_error_with_the_known_ones(encoder):
-    with pytest.raises(UserError, match="task='Serch' is none of .* instructions, which are: Search, default"):
-        encoder.encode_query(TEXTS, task="Serch")
+    with pytest.raises(UserError, match="task='Unknown' is none of .* instructions, which are: Search, default"):
+        encoder.encode_query(TEXTS, task="Unknown")
 
 
 def test_the_description_of_default_settings_is_that_of_earlier_versions(tiny_folder, encoder):
@@ -205,7 +205,7 @@ def test_the_servers_input_type_and_task_are_the_encoders(tmp_path):
             found = [item["embedding"] for item in answer["data"]]
             np.testing.assert_allclose(found, encoder.encode(TEXTS, **same), atol=2e-6)
             assert answer["settings"] == json.loads(json.dumps(encoder.describe(**same)))
-        refused = ask(address, input=TEXTS, task="Serch")
+        refused = ask(address, input=TEXTS, task="Unknown")
         assert refused.status_code == 400 and refused.json()["error"]["code"] == "unknown_task"
 
 
