@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import main_here, prepare, read_samples, recipe, steps_of, train_here, write_texts
+from runs import main_here, prepare, read_metrics, read_samples, recipe, steps_of, train_here, write_texts
 
 from verl import GraceEncoder
 
@@ -73,6 +73,10 @@ def test_diagnoses_judge_rationales_of_texts_that_have_one(run_dir):
             thinks = probe[line["id"]]["role"] == "query"
             assert (line["tokens"] > 0) is (line["log_likelihood"] is not None) is thinks
             assert thinks or line["cos_without"] == pytest.approx(1, abs=1e-6)
+        (told,) = [m for m in read_metrics(run_dir) if m["step"] == step and "diag/texts" in m]
+        own = [line for line in lines if line["log_likelihood"] is not None]
+        assert told["diag/log_likelihood"] == pytest.approx(np.mean([line["log_likelihood"] for line in own]), abs=1e-5)
+        assert told["diag/tokens_mean"] == pytest.approx(np.mean([line["tokens"] for line in own]))
 
 
 @pytest.mark.parametrize(
