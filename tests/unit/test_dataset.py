@@ -133,6 +133,15 @@ def test_over_long_samples_are_dropped_or_cut(parquet):
     assert [dropping[i]["extra_info"]["index"] for i in range(4)] == [0, 1, 3, 4]
 
 
+def test_what_stands_around_a_text_counts_in_its_length(parquet):
+    limit = renderer().lengths([rationale_messages("positive 0", system_prompt="Own system words.")])[0] + 5
+    config = DataConfig(filter_overlong_prompts=True, max_prompt_length=limit, document={"template": "Say: {text}"})
+    assert PromptDataset([parquet], config, ROLES, renderer(limit)).num_dropped == 1
+    config = DataConfig(filter_overlong_prompts=True, max_prompt_length=limit, document={"template": "Passage: {text}"})
+    with pytest.raises(UserError, match="no samples to train on"):
+        PromptDataset([parquet], config, ROLES, renderer(limit))
+
+
 def test_the_same_text_is_its_own_anchor_without_triplets(parquet):
     dataset = PromptDataset([parquet], DataConfig(train_mode="unsupervised"), ("positive", "query"), renderer())
     chats = dataset[1]["chats"]
