@@ -2,7 +2,8 @@
 
 Tensors and texts in, tensors out: no config objects, no distributed calls, no batches. Shapes: B trained rows,
 G groups, H hidden size; m [B,H] trained rows, q [G,H] queries, n [K,H] the negatives of all groups, in the order of the
-groups, or None, g [B] group of each row. C candidates: the G queries, and the K negatives if there are any.
+groups, or None, g [B] group of each row. C candidates: the G queries, and the K negatives if there are any. Where
+queries are trained, they are the rows, and what is called a query here is their positive.
 """
 
 from collections.abc import Collection, Sequence

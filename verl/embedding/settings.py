@@ -5,6 +5,7 @@ Imports neither torch nor transformers.
 
 import argparse
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -119,11 +120,18 @@ class EmbedderSettings(BaseModel):
 
     def of_role(self, role: Role | None) -> RoleSettings:
         """What holds for texts of a role, with nothing left to the settings without a role."""
-        own = RoleSettings() if role is None else getattr(self, role)
-        return RoleSettings(
-            template=own.template or self.template, think=own.think,
-            max_new_tokens=own.max_new_tokens or self.max_new_tokens,
-        )  # fmt: skip
+        return self._by_role[role]
+
+    @cached_property
+    def _by_role(self) -> dict[Role | None, RoleSettings]:
+        found: dict[Role | None, RoleSettings] = {}
+        for role in (None, *ROLES):
+            own = RoleSettings() if role is None else getattr(self, role)
+            found[role] = RoleSettings(
+                template=own.template or self.template, think=own.think,
+                max_new_tokens=own.max_new_tokens or self.max_new_tokens,
+            )  # fmt: skip
+        return found
 
     def around(self, role: Role | None, task: str | None = None, instruction: str | None = None) -> Around:
         """What the user's turn holds besides a text.
