@@ -17,7 +17,8 @@ from common import MODEL, markdown, prepare_data, write_json
 
 from verl.batch_plan import BatchPlan
 from verl.config import RunConfig
-from verl.data.dataset import PromptCollator, PromptDataset
+from verl.data.collator import PromptCollator
+from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, is_trained

@@ -5,13 +5,13 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 
 | key | shape, dtype | written by | read by |
 |---|---|---|---|
-| prompts | [N,P] int64, left-padded | data.dataset | engine, actor |
-| prompt_length | [N] int64 | data.dataset | engine, actor, metrics |
-| pool_start | [N] int64, first pooled position of prompt and response | data.dataset | actor |
-| text_share | [N] float64, of the mean; no column where every token counts the same | data.dataset | actor |
-| no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.dataset | actor |
-| trained | [N] bool, rewarded and trained; the others are anchors | data.dataset | everyone |
-| max_new_tokens | [N] int64, most tokens of the response; 0 = no rationale is written | data.dataset | engine |
+| prompts | [N,P] int64, left-padded | data.collator | engine, actor |
+| prompt_length | [N] int64 | data.collator | engine, actor, metrics |
+| pool_start | [N] int64, first pooled position of prompt and response | data.collator | actor |
+| text_share | [N] float64, of the mean; no column where every token counts the same | data.collator | actor |
+| no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.collator | actor |
+| trained | [N] bool, rewarded and trained; the others are anchors | data.collator | everyone |
+| max_new_tokens | [N] int64, most tokens of the response; 0 = no rationale is written | data.collator | engine |
 | temperature | [N] float32, of sampling | step_rows.expand | engine |
 | responses | [N,R] int64, right-padded | engine | actor, metrics |
 | response_length | [N] int64, end token included | engine | actor, rewards, metrics |

@@ -11,7 +11,8 @@ import torch
 from tiny import tiny_tokenizer
 
 from verl.config import DataConfig
-from verl.data.dataset import PromptCollator, PromptDataset, StepBatches
+from verl.data.collator import PromptCollator
+from verl.data.dataset import PromptDataset, StepBatches
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError

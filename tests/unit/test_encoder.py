@@ -15,7 +15,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from verl import GraceEncoder
-from verl.data.dataset import PromptCollator
+from verl.data.collator import PromptCollator
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.backend import Backend
 from verl.encoder.store import EmbeddingStore

@@ -10,7 +10,8 @@ from verl.batch_plan import BatchPlan
 from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.config import RunConfig, file_list
-from verl.data.dataset import PromptCollator, PromptDataset, text_settings
+from verl.data.collator import PromptCollator
+from verl.data.dataset import PromptDataset, text_settings
 from verl.embedding.chat_template import system_prompt_of
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings

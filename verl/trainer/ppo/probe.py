@@ -12,7 +12,8 @@ import numpy as np
 
 from verl.batch_plan import BatchPlan
 from verl.config import RunConfig
-from verl.data.dataset import PromptCollator, PromptDataset, Sample
+from verl.data.collator import PromptCollator, Sample
+from verl.data.dataset import PromptDataset
 from verl.embedding.chat_template import last_user_turn
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError

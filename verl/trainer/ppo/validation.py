@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from verl.config import RunConfig
-from verl.data.dataset import PromptCollator, PromptDataset, Sample
+from verl.data.collator import PromptCollator, Sample
+from verl.data.dataset import PromptDataset
 from verl.data.rows import read_rows
 from verl.embedding.metrics import spearman, spread_report, triplet_report
 from verl.embedding.prompts import rationale_messages
