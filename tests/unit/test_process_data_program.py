@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import ROOT, rows_of, run, triplet, write_jsonl, write_texts
+from fsspec.implementations.memory import MemoryFileSystem
 
 
 def one_complaint(capsys: pytest.CaptureFixture[str]) -> str:
@@ -193,7 +194,7 @@ def test_failing_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         assert target in message
         assert cause in message
         assert len(rows_of(tmp_path / "out", "train")) == 2
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "size", lambda *_: 1)
+    monkeypatch.setattr(MemoryFileSystem, "size", lambda *_: 1)
     assert run("unsupervised", source, tmp_path / "out", "--hdfs_dir", "memory://short") == 2
     assert "has 1 bytes there" in one_complaint(capsys)
 
