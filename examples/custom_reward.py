@@ -3,9 +3,10 @@
     bash train.sh reward_model.reward_manager=examples/custom_reward.py:MarginReward \\
         '~reward_model.reward_kwargs' '+reward_model.reward_kwargs={margin: 0.2}'
 
-A reward manager gets every row of the step: trained rows (role `positive`) and their anchors (`query`,
-`negative`), with `uid`, `text`, `rationale` and, because it asks for them, `embeddings`. It returns one score
-per trained row, in their order; metrics and columns appear in metrics.jsonl and samples/step_N.jsonl.
+A reward manager gets every row of the step: trained rows and their anchors, each with `role`, `uid`, `text`,
+`rationale` and, because it asks for them, `embeddings`. It returns one score per trained row, in their order; metrics
+and columns appear in metrics.jsonl and samples/step_N.jsonl. These two are for trained positives, whose anchors are
+queries and negatives; with data.trained_text=query it is the positives that are anchors.
 
 `MarginLoss` also returns the gradient of a loss on the embeddings, which the update follows through the model, beside
 the policy gradient (docs/objectives.md).

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.encoder.arguments import BATCH_SIZE_HELP
+from verl.encoder.arguments import add_engine_flags
 from verl.utils.cpus import let_waiting_threads_sleep
 
 
@@ -28,9 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_texts", type=int, default=1000, help="most texts that are embedded, drawn at random")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn texts, and of their rationales")
-    parser.add_argument("--batch_size", type=int, help=BATCH_SIZE_HELP)
-    parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add_engine_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.encoder.arguments import BATCH_SIZE_HELP
+from verl.encoder.arguments import add_engine_flags
 from verl.utils.cpus import let_waiting_threads_sleep
 
 
@@ -32,9 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no_thinking", action="store_true", help="embed the texts without rationales")
     add("--max_new_tokens", type=int, help="most tokens of a rationale; default: the model's settings")
     add("--seed", type=int, default=0, help="of the rationales")
-    add("--batch_size", type=int, help=BATCH_SIZE_HELP)
-    add("--engine", choices=("auto", "hf", "vllm"), default="auto")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add_engine_flags(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != ".jsonl":
         parser.error(f"--output {args.output} must end in .jsonl")

@@ -1,7 +1,7 @@
 """Upload a model to the hub: weights, tokenizer, how it embeds, and its card with licence, base model and scores.
 
-    python3 -m verl.push_to_hub --model checkpoints/GRACE/quickstart/global_step_8 --repo OWNER/NAME --dry_run
-    python3 -m verl.push_to_hub --model checkpoints/GRACE/quickstart/global_step_8 --repo OWNER/NAME --private
+    python3 -m verl.push_to_hub --model checkpoints/GRACE/quickstart/global_step_28 --repo OWNER/NAME --dry_run
+    python3 -m verl.push_to_hub --model checkpoints/GRACE/quickstart/global_step_28 --repo OWNER/NAME --private
 
 Everything is checked and listed before anything is sent; --dry_run ends there. Optimizer states, shards and other files
 of a checkpoint stay here. Scores are those that eval_mteb.py wrote for these very weights by the model's own settings.
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     # This takes seconds to load, for which a help text and a wrong flag need not wait.
-    from verl.publish.push import run_program
+    from verl.hub.push import run_program
 
     return run_program(args)
 

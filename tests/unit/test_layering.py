@@ -44,7 +44,7 @@ LAYERS: list[list[str]] = [
     ["verl.encoder"],
     ["verl.serve"],
     ["verl.evaluation"],
-    ["verl.publish"],
+    ["verl.hub"],
     ["verl.report"],
     ["verl.trainer"],
     PROGRAMS,

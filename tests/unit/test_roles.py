@@ -90,6 +90,14 @@ def test_encode_query_and_encode_document_give_the_role(encoder):
         np.testing.assert_array_equal(encode(TEXTS, **GREEDY), encoder.encode(TEXTS, role=role, **GREEDY))
 
 
+def test_a_token_limit_that_is_given_is_that_of_every_role(tiny_folder):
+    limited = GraceEncoder(tiny_folder, device="cpu", settings=SETTINGS, max_new_tokens=3, ignore_eos=True)
+    for options in ({}, {"role": "query"}, {"role": "document", "think": True}):
+        found = limited.encode_in_full(TEXTS, **options)
+        assert [text.rationale_tokens for text in found] == [3] * len(TEXTS)
+    assert limited.settings.longest_rationale == 3 and limited.settings.query.template == SETTINGS.query.template
+
+
 def test_a_store_keeps_the_vectors_of_roles_and_tasks_apart(tiny_folder, tmp_path):
     calls = [{}, {"role": "query"}, {"role": "query", "task": "Search"}, {"role": "document"}]
     with GraceEncoder(tiny_folder, device="cpu", settings=SETTINGS, store=tmp_path) as stored:

@@ -186,10 +186,15 @@ class EmbedderSettings(BaseModel):
     def changed(self, **changes: Any) -> "EmbedderSettings":
         """These settings with other values; a value of None changes nothing.
 
+        max_new_tokens is for texts of every role then, unless a role is changed too.
+
         Raises:
             UserError: a value is wrong.
         """
         wanted = {name: value for name, value in changes.items() if value is not None}
+        if "max_new_tokens" in wanted:
+            for role in ROLES:
+                wanted.setdefault(role, {**getattr(self, role).model_dump(), "max_new_tokens": None})
         try:
             return EmbedderSettings.model_validate({**self.model_dump(), **wanted})
         except ValidationError as error:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl.embedding.settings import add_vector_flags
-from verl.encoder.arguments import BATCH_SIZE_HELP, SHARD_ROWS
+from verl.encoder.arguments import SHARD_ROWS, add_engine_flags
 from verl.prompt_options import add_system_prompt_flag, add_template_flags
 from verl.text_roles import ROLES
 from verl.utils.cpus import let_waiting_threads_sleep
@@ -48,12 +48,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_prompt_length", type=int, help="most tokens of a prompt; default: the model's settings")
     parser.add_argument("--temperature", type=float, help="default: the model's settings")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, help=BATCH_SIZE_HELP)
     parser.add_argument("--pooling", choices=("mean", "last", "eos"))
     parser.add_argument("--span", choices=("input+rationale", "rationale"))
     add_vector_flags(parser)
-    parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add_engine_flags(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != ".parquet" or args.output.is_dir():
         if args.shard_rows is None:

@@ -1,5 +1,6 @@
 """What `GraceEncoder.encode` is given, checked before anything is computed."""
 
+import argparse
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,7 +9,6 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 
 BATCH_SIZE_HELP = "rows of a forward, and rationales that hf writes at once; default: what the memory is enough for"
-"""Of the programs that embed."""
 SHARD_ROWS = 10_000
 """Texts of a file of a folder of vectors, where no number is given."""
 _SHOWN_CHARS = 60
@@ -62,6 +62,13 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     if most is not None and number > most:
         raise UserError(f"{name}={number} must be at most {most}")
     return number
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags --batch_size, --engine and --device of programs that embed."""
+    parser.add_argument("--batch_size", type=int, help=BATCH_SIZE_HELP)
+    parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="writes the rationales")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
 def check_batch_size(batch_size: Any) -> int | None:

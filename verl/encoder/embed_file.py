@@ -4,6 +4,7 @@ import argparse
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from verl.encoder.arguments import check_options, whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.parquet_parts import Part, write_file
 from verl.encoder.store import StoreError
-from verl.errors import UserError
-from verl.utils.console import complain, say
+from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
 
@@ -25,14 +25,7 @@ _CHUNK = 10_000
 def run_program(args: argparse.Namespace) -> int:
     """Embed as the arguments of `verl.encoder` ask for; the exit code."""
     quiet_libraries()
-    try:
-        run(args)
-    except (UserError, StoreError, ValueError, OSError) as error:
-        return complain("encode", error)
-    except RolloutError as error:
-        complain("encode", error)
-        return 1
-    return 0
+    return exit_code_of("encode", partial(run, args), failures=(RolloutError,), wrong=(StoreError, ValueError, OSError))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.sentence_transformers import GraceModule
 from verl.text_roles import ROLES, Role
-from verl.utils.console import complain, say
+from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 
 PROGRAM = "export_sentence_transformer"
@@ -104,14 +105,8 @@ class VectorsDiffer(RuntimeError):
 def run_program(args: argparse.Namespace) -> int:
     """Export as the arguments of `verl.export_sentence_transformer` ask for; the exit code."""
     quiet_libraries()
-    try:
-        export(args.model_path, args.output, args.rationales)
-    except VectorsDiffer as error:
-        complain(PROGRAM, error)
-        return 1
-    except (ValueError, OSError, TemplateError) as error:
-        return complain(PROGRAM, error)
-    return 0
+    work = partial(export, args.model_path, args.output, args.rationales)
+    return exit_code_of(PROGRAM, work, failures=(VectorsDiffer,), wrong=(TemplateError, ValueError, OSError))
 
 
 def check_output(output: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from verl.embedding.settings import EmbedderSettings
 from verl.encoder.arguments import whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
-from verl.utils.console import complain, say
+from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
 
@@ -31,14 +32,7 @@ _LEAST_TEXTS = 2
 def run_program(args: argparse.Namespace) -> int:
     """Find and write a centre as the arguments of `verl.centre` ask for; the exit code."""
     quiet_libraries()
-    try:
-        run(args)
-    except (UserError, ValueError, OSError) as error:
-        return complain(PROGRAM, error)
-    except RolloutError as error:
-        complain(PROGRAM, error)
-        return 1
-    return 0
+    return exit_code_of(PROGRAM, partial(run, args), failures=(RolloutError,))
 
 
 def run(args: argparse.Namespace) -> None:

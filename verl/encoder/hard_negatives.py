@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from verl.embedding.settings import FILE_NAME
 from verl.encoder.arguments import check_batch_size, whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
-from verl.utils.console import complain, say
+from verl.utils.console import exit_code_of, say
+from verl.utils.files import replace_file
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
 
@@ -64,14 +66,7 @@ class Miner:
 def run_program(args: argparse.Namespace) -> int:
     """Find negatives as the arguments of `verl.mine_negatives` ask for; the exit code."""
     quiet_libraries()
-    try:
-        run(args)
-    except (UserError, ValueError, OSError) as error:
-        return complain(PROGRAM, error)
-    except RolloutError as error:
-        complain(PROGRAM, error)
-        return 1
-    return 0
+    return exit_code_of(PROGRAM, partial(run, args), failures=(RolloutError,))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,9 +83,7 @@ def run(args: argparse.Namespace) -> None:
             f"no text of {args.input} is a negative of any query; lower --margin={args.margin} or raise --range_max"
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    writing = args.output.with_name(f".{args.output.name}.writing")
-    writing.write_bytes(b"".join(_line(sample, texts) for sample, texts in found))
-    writing.replace(args.output)
+    replace_file(args.output, b"".join(_line(sample, texts) for sample, texts in found))
     count = sum(len(texts) for _, texts in found)
     say(
         f"{args.output}: {len(found):,} samples with {count / len(found):.1f} negatives each; "

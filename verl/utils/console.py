@@ -36,6 +36,26 @@ def complain(program: str, error: Exception) -> int:
     return 2
 
 
+def exit_code_of(
+    program: str, run: Callable[[], None], failures: tuple[type[Exception], ...] = (),
+    wrong: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:  # fmt: skip
+    """Do a program's work; what goes wrong becomes a line on stderr and an exit code.
+
+    Args:
+        failures: errors of the work itself, which give 1.
+        wrong: errors of what was given, which give 2.
+    """
+    try:
+        run()
+    except failures as error:
+        complain(program, error)
+        return 1
+    except wrong as error:
+        return complain(program, error)
+    return 0
+
+
 def track(items: Iterable[T], title: str, position: Callable[[], int], total: int) -> Iterator[T]:
     """Yield `items` under a progress bar that shows `position()` of `total` bytes."""
     if not sys.stderr.isatty():

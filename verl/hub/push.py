@@ -1,6 +1,7 @@
 """Uploading a model to the hub with its card and scores: the work of `python3 -m verl.push_to_hub`."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -13,9 +14,9 @@ from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.evaluation.published import NoScoresError, Scores, find_scores, write_leaderboard
 from verl.evaluation.records import name_of
-from verl.publish.card import published_card
-from verl.publish.contents import Contents, check_whole, read_contents
-from verl.utils.console import complain, say
+from verl.hub.card import published_card
+from verl.hub.contents import Contents, check_whole, read_contents
+from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 
 PROGRAM = "push_to_hub"
@@ -26,11 +27,7 @@ _RESULTS = Path("results")
 def run_program(args: argparse.Namespace) -> int:
     """Check, show and upload as the arguments of `verl.push_to_hub` ask for; the exit code."""
     quiet_libraries()
-    try:
-        run(args)
-    except (UserError, ValueError, OSError) as error:
-        return complain(PROGRAM, error)
-    return 0
+    return exit_code_of(PROGRAM, partial(run, args))
 
 
 def run(args: argparse.Namespace) -> None:
