@@ -148,6 +148,20 @@ class ModelConfig(_Section):
     sdpa = torch's own; auto = flash-attn where a trial call works."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    lora_rank: NonNegativeInt = 0
+    """Above 0: LoRA. Low-rank adapters of this rank are trained, and the model itself is frozen."""
+    lora_alpha: PositiveFloat = 16
+    """LoRA: the adapters' product is multiplied by lora_alpha / lora_rank."""
+    target_modules: str | list[str] = "all-linear"
+    """LoRA: the layers with an adapter, by the ends of their names or one regular expression; all-linear = every linear
+    layer but the LM head, which cannot have one."""
+    lora_adapter_path: FilePath | None = None
+    """LoRA: folder or hub name of a peft adapter to go on training, whose rank, alpha and layers count."""
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether low-rank adapters are trained, and the weights of `path` are not."""
+        return self.lora_rank > 0 or self.lora_adapter_path is not None
 
 
 class OptimConfig(_Section):
@@ -475,6 +489,9 @@ class TrainerConfig(_Section):
     save_best: str | None = None
     """A metric of the validation, such as val/triplet_accuracy: a step with the best value so far is saved, named in
     best_checkpointed_iteration.txt, and not removed until a better one is."""
+    merge_lora: bool = False
+    """LoRA: a checkpoint's model folder holds the whole model with the adapter merged into it, as without LoRA;
+    false = the adapter alone, which needs the folder of the model that it belongs to."""
     report: bool = False
     """Write report.html, the run as a page, into the run folder at each save."""
     test_freq: OrOff = -1
@@ -567,6 +584,11 @@ class RunConfig(_Section):
     @property
     def validates(self) -> bool:
         return self.trainer.test_freq > 0 or self.trainer.val_before_train
+
+    @property
+    def saves_whole_model(self) -> bool:
+        """Whether the model folder of a checkpoint has all weights; else an adapter alone."""
+        return self.trainer.merge_lora or not self.actor_rollout_ref.model.trains_adapter
 
     @property
     def diagnoses(self) -> bool:

@@ -26,6 +26,7 @@ class Reader(NamedTuple):
 
 
 _ACTOR, _ROLLOUT, _REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
+_MODEL = "actor_rollout_ref.model"
 _VLLM_ONLY = tuple(
     f"{_ROLLOUT}.{name}"
     for name in (
@@ -146,6 +147,14 @@ READERS = (
     ),
     Reader(
         ("data.seed",), f"data.shuffle=True or {_ACTOR}.shuffle=True", lambda c: c.data.shuffle or _actor(c).shuffle
+    ),
+    Reader(
+        (f"{_MODEL}.lora_alpha", f"{_MODEL}.target_modules"), f"{_MODEL}.lora_rank above 0",
+        lambda c: c.actor_rollout_ref.model.lora_rank > 0,
+    ),
+    Reader(
+        ("trainer.merge_lora",), f"{_MODEL}.lora_rank above 0, or lora_adapter_path",
+        lambda c: c.actor_rollout_ref.model.trains_adapter,
     ),
     Reader(
         ("data.negatives_per_query",), "data.train_mode=supervised and a reward_model.reward_manager other than naive",

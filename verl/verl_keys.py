@@ -30,7 +30,6 @@ class Absent:
 
 
 _TEXT_ONLY = Absent("only text is embedded", passes=True)
-_NO_LORA = Absent("full weights are trained", switch="actor_rollout_ref.model.lora_rank")
 _SAMPLES = Absent("samples/step_N.jsonl is always written")
 _PROFILE = Absent("use torch.profiler or nsys around main_ppo")
 _KERNELS = Absent("the packed forward has its own chunked log-probs", passes=True)
@@ -65,9 +64,6 @@ ABSENT: dict[str, Absent] = {
     "data.filter_prompts": Absent("use data.filter_overlong_prompts"),
     "data.chat_template_func": Absent("edit chat_template.jinja in the model's folder"),
     "data.trust_remote_code": Absent("set actor_rollout_ref.model.trust_remote_code"),
-    "actor_rollout_ref.model.lora_rank": Absent("full weights are trained"),
-    "actor_rollout_ref.model.lora_alpha": _NO_LORA,
-    "actor_rollout_ref.model.target_modules": _NO_LORA,
     "actor_rollout_ref.model.use_liger": _KERNELS,
     "actor_rollout_ref.model.use_fused_kernels": _KERNELS,
     "actor_rollout_ref.model.fused_kernel_options": _KERNELS,
@@ -201,6 +197,7 @@ ABSENT_REWARD_KWARGS = {
 DIFFERENCES = {
     "actor_rollout_ref.actor.clip_ratio": "in verl the defaults of clip_ratio_low and _high win over it",
     "actor_rollout_ref.actor.use_dynamic_bsz": "null = off where ppo_micro_batch_size_per_gpu is set",
+    "actor_rollout_ref.model.lora_rank": "the engine gets merged weights, so vllm needs no load_format of its own",
     "actor_rollout_ref.rollout.free_cache_engine": "in verl 0.4 vllm frees its memory whatever this says; here False "
     "keeps it allocated while training",
     "actor_rollout_ref.rollout.val_kwargs.temperature": "read with do_sample=True only",

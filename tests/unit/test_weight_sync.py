@@ -8,7 +8,11 @@ import torch
 from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from verl.config import ModelConfig
+from verl.models import fsdp
 from verl.models.attention import ATTENTION
+from verl.models.lora import add_adapter, adapters_off
+from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, build_twin
 from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import EngineState, finish, row_seeds
@@ -57,12 +61,21 @@ def a_rounding_off(tensor: torch.Tensor) -> torch.Tensor:
     return spoiled
 
 
-def build(check: str, tie: bool = True, dtype: torch.dtype = torch.float32):
-    """A policy, an engine with weights of its own, and their sync."""
+def build(check: str, tie: bool = True, dtype: torch.dtype = torch.float32, adapted: float | None = None):
+    """A policy, an engine with weights of its own, and their sync.
+
+    Args:
+        adapted: size of the numbers of the policy's adapters; None = it has none.
+    """
     lm = tiny_model(tie)
     lm.set_attn_implementation(ATTENTION)
     policy = PolicyModel(lm)
     rollout = WatchedRollout(policy, dtype)
+    if adapted is not None:
+        add_adapter(lm, ModelConfig(path="tiny", lora_rank=4, lora_alpha=4), 0)
+        for weight in lm.parameters():
+            if weight.requires_grad:
+                weight.data = adapted * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     return policy, rollout, WeightSync(policy, rollout, dtype, check, CANARY, DeviceStages(CPU))
 
 
@@ -234,3 +247,76 @@ def test_an_engine_that_only_slept_has_nothing_to_prove():
     rollout.num_scored = 0
     assert sync.wake_engine() == {}
     assert (rollout.read_back, rollout.num_scored) == ([], 0)
+
+
+def test_the_engine_of_an_adapted_policy_generates_with_the_sums():
+    policy, rollout, sync = build("full", adapted=0.3)
+    found = sync.send()
+    assert found["adapter_arrived"] == pytest.approx(1, abs=1e-4)
+    assert sync.wake_engine()["canary_log_prob_diff"] < 1e-3
+    with adapters_off(policy):
+        without = policy(canary_line()).log_probs
+    engine = torch.tensor([log_prob for scores in rollout.score(CANARY) for log_prob in scores])
+    assert (engine - without).abs().max() > 0.1
+
+
+def canary_line():
+    return pack([Row(tuple(ids[:1]), tuple(ids[1:]), 0, scored=True) for ids in CANARY], share_prompts=False)
+
+
+def test_an_adapter_that_adds_nothing_yet_is_not_measured():
+    _, _, sync = build("full", adapted=0.0)
+    assert "adapter_arrived" not in sync.send()
+
+
+@pytest.mark.parametrize("check", ["full", "sample"])
+def test_an_adapter_that_never_reaches_the_engine_ends_the_run_though_it_is_too_small_for_the_canary(
+    monkeypatch, check
+):
+    """The weights are sent without it, and read back equal to what was sent."""
+    _, rollout, sync = build(check, adapted=0.003)
+    whole = fsdp.full_weights
+
+    def without_adapters(policy, names=None, dtype=None):
+        with monkeypatch.context() as patched:
+            patched.setattr(fsdp, "_product", lambda policy, adapter: torch.zeros(()))
+            yield from whole(policy, names, dtype)
+
+    monkeypatch.setattr("verl.workers.weight_sync.full_weights", without_adapters)
+    with pytest.raises(WeightSyncError, match="holds 0.0% of what the adapters add .* should hold 100.0%.*Stopping"):
+        sync.send()
+    assert rollout.state is EngineState.STALE and sync.is_due()
+    monkeypatch.setattr(sync, "_compare_adapters", lambda names: {})
+    sync.send()
+    assert sync.wake_engine()["canary_log_prob_diff"] < 1e-3
+
+
+def test_an_engine_that_keeps_the_weights_of_an_earlier_adapter_is_caught():
+    policy, rollout, sync = build("sample", adapted=0.003)
+    sync.send()
+    rollout._load = lambda weights: list(weights)
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.data *= 1.5
+    with pytest.raises(WeightSyncError, match="differs in the engine's"):
+        sync.send()
+
+
+def test_the_share_that_a_coarser_engine_holds_of_an_adapter_is_told():
+    """Rounding to bfloat16 loses a small step; what is left is what the weights moved by, along the adapters' sum."""
+    policy, rollout, sync = build("full", dtype=torch.bfloat16, adapted=0.02)
+    for name, weight in policy.named_parameters():
+        if ".base_layer." in name:
+            weight.data = weight.bfloat16().float()
+    found = sync.send()["adapter_arrived"]
+    moved = added = 0.0
+    for name, weight, product in fsdp.adapted_weights(policy, adapted_names(policy)):
+        step = rollout.lm.get_parameter(name).double() - weight.double()
+        moved += float((step * product).sum())
+        added += float((product.double() ** 2).sum())
+    assert found == pytest.approx(moved / added, abs=0.02)
+    assert found < 0.97
+
+
+def adapted_names(policy: PolicyModel) -> set[str]:
+    return {name.replace(".base_layer.", ".") for name in weight_names(policy) if ".base_layer." in name}

@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.hub import HUB_ERRORS, check_repo, in_one_line, upload_files
+from verl.checkpoint.merged_adapter import MergedAdapter, is_adapter
 from verl.checkpoint.shards import ModelKeys, Shards, find_shards, model_keys, open_shards, read_weights, same_bits
 from verl.embedding import centre, settings
 from verl.errors import UserError
+from verl.models.lora import whole_model_of
 from verl.utils.console import complain, say
 from verl.utils.logging import quiet_libraries
 
@@ -103,14 +105,11 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """Find and open the checkpoint that the arguments name, and print what was found."""
     if not args.local_dir.is_dir():
         raise UserError(f"--local_dir={args.local_dir} is not a folder; give a run, step or shard folder")
-    folder, skipped = find_shards(args.local_dir)
-    for line in skipped:
-        say(f"{PROGRAM}: skipped: {line}")
-    shards = open_shards(folder)
+    shards = find_weights(args.local_dir)
     model_folder = find_model_folder(shards, args.hf_model_path)
-    say(f"{PROGRAM}: {folder}: {shards}; config and tokenizer of {model_folder}")
+    say(f"{PROGRAM}: {shards.folder}: {shards}; config and tokenizer of {model_folder}")
     try:
-        config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(whole_model_of(str(model_folder)), trust_remote_code=False)
         keys = model_keys(config)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
@@ -120,9 +119,23 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint(shards, model_folder, config, keys, dtype)
 
 
+def find_weights(local_dir: Path) -> Shards:
+    """The shards that --local_dir names; of a run that trained an adapter, and of an adapter's folder, the sum of both.
+
+    A run's adapter is read from its model folder, where it has the numbers of the shards.
+    """
+    if is_adapter(local_dir):
+        return MergedAdapter(local_dir)
+    folder, skipped = find_shards(local_dir)
+    for line in skipped:
+        say(f"{PROGRAM}: skipped: {line}")
+    shards = open_shards(folder)
+    return MergedAdapter(shards.model_folder) if is_adapter(shards.model_folder) else shards
+
+
 def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
     """The folder with config and tokenizer: the checkpoint's own if it has one, else --hf_model_path."""
-    if (shards.model_folder / "config.json").is_file():
+    if is_adapter(shards.model_folder) or (shards.model_folder / "config.json").is_file():
         return shards.model_folder
     if not hf_model_path:
         raise UserError(f"{shards.model_folder} has no config.json; give --hf_model_path, the model that was trained")

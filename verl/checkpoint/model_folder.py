@@ -1,12 +1,15 @@
 """Model folders: where the files of a model are, and a hash of its weights."""
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from verl.models.lora import CONFIG_NAME, base_of_adapter
 from verl.utils.files import sha256_of_all
 
+_CONFIG = "config.json"
 # The files of a hub repository that are downloaded: of several weight formats only safetensors.
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -19,8 +22,8 @@ def model_folder(path: str) -> Path:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{path!r} holds no config.json; give a folder that transformers loads")
+        if not any((folder / name).is_file() for name in (_CONFIG, CONFIG_NAME)):
+            raise ValueError(f"{path!r} holds no {_CONFIG} (nor {CONFIG_NAME}); give a folder that transformers loads")
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ValueError(f"model path {path!r} does not exist; give a folder that holds a model, or a hub name")
@@ -34,7 +37,7 @@ def model_folder(path: str) -> Path:
 
 
 def weights_revision(folder: Path) -> str:
-    """Hex sha256 over the files of a model's weights and config.json.
+    """Hex sha256 over the files of a model's weights and its config; of an adapter, over those of its model too.
 
     Raises:
         ValueError: the folder has no weights.
@@ -42,4 +45,7 @@ def weights_revision(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
         raise ValueError(f"{folder} holds no *.safetensors (nor *.bin) files")
-    return sha256_of_all([folder / "config.json", *weights])
+    configs = [folder / name for name in (_CONFIG, CONFIG_NAME) if (folder / name).is_file()]
+    own = sha256_of_all([*configs, *weights])
+    base = base_of_adapter(str(folder))
+    return own if base is None else hashlib.sha256(f"{own} {weights_revision(model_folder(base))}".encode()).hexdigest()

@@ -13,6 +13,10 @@ from verl.verl_keys import leaves
 _SAME_RUN = (
     "actor_rollout_ref.model.path",
     "actor_rollout_ref.model.override_config",
+    "actor_rollout_ref.model.lora_rank",
+    "actor_rollout_ref.model.lora_alpha",
+    "actor_rollout_ref.model.target_modules",
+    "actor_rollout_ref.model.lora_adapter_path",
     "actor_rollout_ref.rollout.n",
     "data.train_mode",
     "data.train_batch_size",

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -30,18 +32,26 @@ from verl.algorithm.gradient_balance import GradientBalance
 from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
 from verl.embedding.settings import EmbedderSettings
+from verl.models.lora import WEIGHTS_NAME, write_adapter_config
 
 # What DCP's names of an optimizer's state by weight begin with.
 _MOMENTS = "optimizer.state."
+# Frozen weights, beside adapters, are not in a checkpoint: they are those of the model that training started from.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def checkpoint_bytes(num_parameters: int, dtype: torch.dtype | None) -> int:
-    """About what a checkpoint takes on disk: float32 weights with AdamW's two moments, and the transformers folder.
+def checkpoint_bytes(lm: Any, whole_model: bool) -> int:
+    """About what a checkpoint takes on disk: what is trained, in float32 with AdamW's two moments, and the model folder.
 
     Args:
-        dtype: of the model that training starts from; None = float32.
+        lm: with what is trained requiring a gradient.
+        whole_model: whether the folder has all weights; False = the trained ones alone, an adapter.
     """
-    return num_parameters * (3 * torch.float32.itemsize + (dtype or torch.float32).itemsize)
+    trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
+    in_folder = trained * torch.float32.itemsize
+    if whole_model:
+        in_folder = sum(weight.numel() for weight in lm.parameters()) * (lm.config.dtype or torch.float32).itemsize
+    return trained * 3 * torch.float32.itemsize + in_folder
 
 
 def save_training_state(
@@ -53,7 +63,7 @@ def save_training_state(
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_TRAINED)}
     # Before its first step (all updates so far were skipped) it has no state, and torch would make one by a step.
     if optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
@@ -97,7 +107,7 @@ def load_training_state(
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_TRAINED)}
     if any(name.startswith(_MOMENTS) for name in stored):
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
         new = _take_unsaved(state["optimizer"]["state"], stored)
@@ -105,7 +115,7 @@ def load_training_state(
         dcp.load(state, storage_reader=reader, planner=SafePlanner())
     except CheckpointException as error:
         raise _cause(error) from error
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=_TRAINED)
     if "optimizer" in state:
         state["optimizer"]["state"] |= new
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -160,11 +170,7 @@ def save_transformers_folder(
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    dtype = lm.config.dtype or torch.float32
-    kept: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if rank == 0:
-            kept[name] = tensor.to("cpu", dtype, copy=True).contiguous()
+    kept = _on_rank_0(weights, lm.config.dtype or torch.float32, rank)
     if rank != 0:
         return
     with disk_errors():
@@ -174,3 +180,47 @@ def save_transformers_folder(
         lm.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         embedder.write(folder)
+
+
+def save_adapter_folder(  # noqa: PLR0913 - as above, with the model that the adapter belongs to
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    lm: Any,
+    base: str,
+    tokenizer: Any,
+    embedder: EmbedderSettings,
+    rank: int,
+) -> None:
+    """Write a folder with a peft adapter in float32, which transformers and the encoder load with its model.
+
+    It has no config.json: with one, transformers takes the folder for a whole model.
+
+    All ranks iterate over `weights`, the adapter's parts under peft's names; rank 0 writes.
+
+    Args:
+        base: folder or hub name of the model that the adapter belongs to.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    kept = _on_rank_0(weights, torch.float32, rank)
+    if rank != 0:
+        return
+    with disk_errors():
+        folder.mkdir(parents=True)
+        save_file(kept, folder / WEIGHTS_NAME, {"format": "pt"})
+        write_adapter_config(lm, folder, base)
+        lm.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        embedder.write(folder)
+
+
+def _on_rank_0(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, rank: int) -> dict[str, Tensor]:
+    """Copies in host memory on rank 0; other ranks take part in gathering them and keep none."""
+    return {
+        name: tensor.to("cpu", dtype, copy=True).contiguous()
+        for name, tensor in weights
+        if rank == 0
+    }
+
+

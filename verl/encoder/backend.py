@@ -18,6 +18,7 @@ import torch
 from verl.config import ModelConfig, RolloutConfig
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Mix
 from verl.encoder.record import Rationale, Sampling, TextRecord
+from verl.models.lora import whole_model_of
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
@@ -231,17 +232,19 @@ class Backend:
 
     def _start_vllm(self) -> Rollout:
         _set_up_group_of_one()
+        whole_model = whole_model_of(self.spec.folder)
+        is_adapter = whole_model != self.spec.folder
         rollout = RolloutConfig(
-            # The weights of the folder, so that no weight sync is needed.
-            load_format="auto",
+            # The weights of the folder, so that no weight sync is needed; those of an adapter's folder have to be merged.
+            load_format="dummy" if is_adapter else "auto",
             dtype=self.spec.dtype_name,
             ignore_eos=self.spec.ignore_eos,
             tensor_model_parallel_size=self.spec.tensor_parallel_size,
             gpu_memory_utilization=self.spec.gpu_memory_utilization,
             free_cache_engine=False,
         )
-        return load_vllm_adapter().VLLMRollout(
-            ModelConfig(path=self.spec.folder, trust_remote_code=self.spec.trust_remote_code),
+        engine: Rollout = load_vllm_adapter().VLLMRollout(
+            ModelConfig(path=whole_model, trust_remote_code=self.spec.trust_remote_code),
             rollout,
             torch.device(self.spec.device),
             self._stop_ids,
@@ -250,6 +253,11 @@ class Backend:
             max_num_seqs=_MAX_NUM_SEQS[self.spec.device],
             engines_per_node=1,
         )
+        if is_adapter:
+            # The policy's own may be packed already.
+            engine.update_weights(load_causal_lm(self.spec.folder, self.spec.trust_remote_code).named_parameters())
+            engine.wake_up()
+        return engine
 
 
 def _set_up_group_of_one() -> None:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from verl.config import FsdpConfig, OptimConfig
 from verl.errors import UserError
+from verl.models.lora import Adapter, adapters, file_name, is_part, plain_name
 from verl.models.policy import PolicyModel
 
 _LM_PREFIX = "lm."
@@ -75,9 +76,9 @@ def decoder_layers(policy: PolicyModel) -> list[nn.Module]:
 
 
 def build_optimizer(policy: PolicyModel, config: OptimConfig) -> Optimizer:
-    return torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    """AdamW over the parameters that are trained."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
@@ -120,17 +121,51 @@ def full_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights under their transformers names on the policy's device, gathered one at a time. All ranks must iterate.
 
-    Offloaded shards are moved there first, one weight at a time.
+    Offloaded shards are moved there first, one weight at a time. A weight with an adapter is the sum of both, added
+    before it is converted.
 
     Args:
         names: only these; None = all.
-        dtype: converted before they are gathered; None = as they are.
+        dtype: None = as they are.
     """
-    for name, parameter in policy.named_parameters():
-        name = name.removeprefix(_LM_PREFIX)
-        if names is None or name in names:
-            tensor = parameter.detach().to(policy.device, dtype or parameter.dtype)
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    adapter_of = adapters(policy)
+    for own_name, parameter in policy.named_parameters():
+        name = plain_name(own_name.removeprefix(_LM_PREFIX))
+        if is_part(name) or (names is not None and name not in names):
+            continue
+        adapter = adapter_of.get(own_name)
+        if adapter is None:
+            yield name, _gathered(policy, parameter, dtype)
+        else:
+            weight = _gathered(policy, parameter) + _product(policy, adapter)
+            yield name, weight.to(dtype or weight.dtype)
+
+
+def adapted_weights(policy: PolicyModel, names: Collection[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of the named weights that have an adapter, the weight without it and what it adds. All ranks must iterate."""
+    weights = dict(policy.named_parameters())
+    for own_name, adapter in adapters(policy).items():
+        name = plain_name(own_name.removeprefix(_LM_PREFIX))
+        if name in names:
+            yield name, _gathered(policy, weights[own_name]), _product(policy, adapter)
+
+
+def adapter_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """The parts of the adapters under the names of a peft file, gathered one at a time. All ranks must iterate."""
+    for own_name, parameter in policy.named_parameters():
+        if is_part(own_name):
+            yield file_name(own_name.removeprefix(_LM_PREFIX)), _gathered(policy, parameter)
+
+
+def _gathered(policy: PolicyModel, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The full parameter on the policy's device; converted before it is gathered."""
+    tensor = parameter.detach().to(policy.device, dtype or parameter.dtype)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _product(policy: PolicyModel, adapter: Adapter) -> Tensor:
+    """What an adapter adds to its weight, s B A."""
+    return (_gathered(policy, adapter.b) @ _gathered(policy, adapter.a)) * adapter.scaling
 
 
 def take_gradient(policy: PolicyModel) -> list[Tensor | None]:

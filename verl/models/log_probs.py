@@ -80,8 +80,10 @@ class _TokenLogProbs(torch.autograd.Function):
         multiply, multiply_back = ctx.multiplier(weight), ctx.multiplier(weight.T)
         grad_hidden = torch.empty_like(hidden)
         # Sums over all tokens, so in float32: with a bfloat16 sum the error would grow with the number of chunks.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        # A frozen head, beside an adapter, has none.
+        of_weight, of_bias = ctx.needs_input_grad[1:3]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         for rows in _chunks(hidden, weight):
             z = ctx.form.logits(_head_numbers(multiply, hidden[rows], bias))
             slope = ctx.form.slope(z)
@@ -95,10 +97,11 @@ class _TokenLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, target[rows].unsqueeze(-1), g)
             grad = grad.mul_(slope).to(hidden.dtype)
             grad_hidden[rows] = multiply_back(grad)
-            _add_product(grad_weight, grad.T, hidden[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.T, hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
-        grads = (grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(weight.dtype))
+        grads = (None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias))
         return grad_hidden, *grads, None, None, None, None
 
 

@@ -16,6 +16,7 @@ from verl.embedding.pooling import average, mean_pool
 from verl.errors import UserError
 from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
 from verl.models.families import FAMILIES
+from verl.models.lora import base_of_adapter, merge_adapter
 from verl.models.log_probs import token_log_probs
 from verl.models.logits import logit_form
 from verl.models.onednn import pack_linears, replace_linears
@@ -109,6 +110,8 @@ def load_causal_lm(
 ) -> Any:
     """The model of a folder or hub name in float32, on the CPU, with packed attention and without dropout.
 
+    Of an adapter it is the adapter's model, with the adapter merged into its weights.
+
     Args:
         kernel: what computes attention on CUDA.
 
@@ -135,6 +138,8 @@ def load_causal_lm(
 
 def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, Any]) -> Any:
     """The model without dropout, with transformers' plain attention: the fused one leaves out Gemma 2's soft cap."""
+    if base := base_of_adapter(path):
+        return merge_adapter(_load_eager(base, trust_remote_code, override_config), path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **override_config)
     dropout = dropout_of(config)
     set_dropout(config, dict.fromkeys(dropout, 0.0))

@@ -65,11 +65,15 @@ def model_lines(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
     Args:
         facts: of `ActorRolloutRefWorker.init_model`.
     """
-    reference = "loaded" if facts["reference"] else "not needed (no KL term has weight)"
+    reference = "not needed (no KL term has weight)"
+    if facts["reference"]:
+        reference = "this one without its adapter" if facts["adapter"] else "loaded"
     yield (
         f"{path}: {facts['parameters'] / 1e6:.1f}M parameters, {facts['device']}, {facts['attention']}, "
         f"reference model {reference}"
     )
+    if facts["adapter"]:
+        yield facts["adapter"]
     if facts["dropout"]:
         dropout = ", ".join(f"{name}={value:g}" for name, value in facts["dropout"].items())
         yield f"trained without the dropout of the model's config ({dropout})"

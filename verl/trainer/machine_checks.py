@@ -26,6 +26,7 @@ from verl.embedding.chat_template import Message, with_system_prompt
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.attention import kernel_in_use
+from verl.models.lora import add_adapter
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, find_devices, load_model_config, start_ray
@@ -232,7 +233,10 @@ def _checkpoint_size(config: RunConfig) -> int:
     found = load_model_config(config)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(found, trust_remote_code=config.actor_rollout_ref.model.trust_remote_code)
-    return checkpoint_bytes(sum(p.numel() for p in lm.parameters()), found.dtype)
+    lm.config.dtype = found.dtype
+    if config.actor_rollout_ref.model.trains_adapter:
+        add_adapter(lm, config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.seed)
+    return checkpoint_bytes(lm, config.saves_whole_model)
 
 
 CHECKS: dict[str, Callable[[RunConfig], str]] = {

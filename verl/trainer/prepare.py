@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from verl.config import RunConfig
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
+from verl.models.lora import base_of_adapter
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
 from verl.utils.cpus import usable_cpus
@@ -113,9 +114,16 @@ def load_model_config(config: RunConfig) -> Any:
 
     Raises:
         OSError: the model has none.
+        UserError: it is an adapter.
     """
     model = config.actor_rollout_ref.model
     assert model.path is not None
+    if base := base_of_adapter(model.path):
+        raise UserError(
+            f"actor_rollout_ref.model.path={model.path} is a LoRA adapter. To go on training it, set model.path={base} "
+            f"and model.lora_adapter_path={model.path}; to train all weights, make a whole model of it with "
+            "python3 -m verl.merge_model"
+        )
     return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
 
 

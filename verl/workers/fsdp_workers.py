@@ -17,13 +17,15 @@ from verl.batch_plan import BatchPlan
 from verl.checkpoint.training_state import (
     checkpoint_bytes,
     load_training_state,
+    save_adapter_folder,
     save_training_state,
     save_transformers_folder,
 )
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
-from verl.models.fsdp import full_weights, move_optimizer, shard
+from verl.models.fsdp import adapter_weights, full_weights, move_optimizer, shard
+from verl.models.lora import adapter_line, adapters_off, add_adapter
 from verl.models.policy import PolicyModel, build_twin, check_longest_row, load_causal_lm
 from verl.models.probe import dropout_of
 from verl.protocol import DataProto, prompt_ids
@@ -72,12 +74,16 @@ class ActorRolloutRefWorker(Worker):
         # The engine measures the memory that is free, so it starts first; then it sleeps.
         with self.stages.stage("starting the engine", "Lower actor_rollout_ref.rollout.gpu_memory_utilization."):
             self.rollout = self._build_rollout()
+        if model.trains_adapter:
+            add_adapter(self.lm, model, self.config.rollout.seed)
         self.weight_sync = WeightSync(
             policy, self.rollout, self._engine_dtype, self.config.rollout.check_weight_sync,
             [self.tokenizer(text)["input_ids"][: self._longest_row - 1] for text in CANARY], self.stages,
         )  # fmt: skip
         self.rollout.sleep()
-        self.reference = self._build_reference() if self.run_config.needs_reference else None
+        # A policy with adapters is the reference where they are off.
+        needs_model = self.run_config.needs_reference and not model.trains_adapter
+        self.reference = self._build_reference() if needs_model else None
         fsdp = self.config.actor.fsdp_config
         policy = shard(policy, self.device, fsdp, self._uses_offload_policy(fsdp))
         self.actor = Actor(
@@ -86,12 +92,12 @@ class ActorRolloutRefWorker(Worker):
             one_update=self.run_config.num_mini_batches == 1,
         )  # fmt: skip
         self._offload_params()
-        parameters = sum(p.numel() for p in policy.parameters())
         return {
-            "parameters": parameters,
-            "checkpoint_bytes": checkpoint_bytes(parameters, self.lm.config.dtype),
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "adapter": adapter_line(self.lm),
+            "checkpoint_bytes": checkpoint_bytes(self.lm, self.run_config.saves_whole_model),
             "device": str(self.device),
-            "reference": self.reference is not None,
+            "reference": self.run_config.needs_reference,
             "attention": attention,
             "dropout": dropout_of(self.lm.config),
         }
@@ -164,15 +170,21 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
-        """`log_probs` [N,R] of the reference model."""
+        """`log_probs` [N,R] of the reference model, which is the one that the run started from."""
+        if self.config.model.trains_adapter:
+            self._load_params()
+            with adapters_off(self.actor.policy):
+                columns = self._score_as_reference(self.actor.policy, rows)
+            self._offload_params()
+            return columns
         assert self.reference is not None
         return self._score_by(self.reference, rows)
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
     def compute_untrained_log_prob(self, rows: DataProto) -> DataProto:
         """`log_probs` [N,R] of the model that the run started from: the reference, or loaded for this call alone."""
-        if self.reference is not None:
-            return self._score_by(self.reference, rows)
+        if self.reference is not None or self.config.model.trains_adapter:
+            return self.compute_ref_log_prob(rows)
         with self.stages.stage("loading the untrained model", "Set trainer.diag_log_likelihood=False."):
             untrained = self._build_reference()
             columns = self._score_by(untrained, rows)
@@ -212,11 +224,17 @@ class ActorRolloutRefWorker(Worker):
     def save_checkpoint(self, folder: Path, embedder: EmbedderSettings) -> None:
         """Write `actor/` and `huggingface/` under `folder`."""
         self._load_params()
-        actor = self.actor
+        actor, model_folder = self.actor, folder / "huggingface"
         save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)
-        save_transformers_folder(
-            folder / "huggingface", full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
-        )
+        if self.run_config.saves_whole_model:
+            save_transformers_folder(
+                model_folder, full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
+            )
+        else:
+            save_adapter_folder(
+                model_folder, adapter_weights(actor.policy), self.lm, _model_path(self.config), self.tokenizer,
+                embedder, self.rank,
+            )  # fmt: skip
         self._offload_params()
         dist.barrier()
 
@@ -246,15 +264,16 @@ class ActorRolloutRefWorker(Worker):
         offloads = self._moves_by_hand(fsdp := self.config.ref.fsdp_config) and fsdp.param_offload
         if offloads:
             reference.to(self.device)
-        with self.stages.stage(
-            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
-        ):
-            columns = score(
-                reference, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False
-            )
+        columns = self._score_as_reference(reference, rows)
         if offloads:
             reference.to("cpu")
         return columns
+
+    def _score_as_reference(self, model: PolicyModel, rows: DataProto) -> DataProto:
+        with self.stages.stage(
+            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
+        ):
+            return score(model, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False)
 
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""

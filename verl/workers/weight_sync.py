@@ -2,7 +2,8 @@
 
 With old or half-loaded weights in the engine training continues without an error, so every sync ends with a proof:
 weights are read back from the engine and must be equal, and a few fixed sentences must get the
-log-probs that the policy gives them.
+log-probs that the policy gives them. Of a policy with adapters the engine gets the sums of weights and adapters; that
+these hold what the adapters add is measured apart, since it can be too little for fixed sentences to show.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.models.fsdp import full_weights
+from verl.models.fsdp import adapted_weights, full_weights
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
 from verl.workers.device_stages import DeviceStages
@@ -33,6 +34,8 @@ _SAMPLED_COLUMNS = 64
 # Limits of the difference in log-prob: of the largest in float32 (CPU), and of the mean in bfloat16 (CUDA), where
 # single tokens differ a lot. Relative to the log-prob where that is below -1, since rounding grows with it.
 _CANARY_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
+# Largest error of the share of what adapters add that an engine holds.
+_ARRIVED_LIMIT = 0.01
 
 CheckMode = Literal["full", "sample", "off"]
 
@@ -80,10 +83,11 @@ class WeightSync:
         """Stream the policy's weights into the engine and read back what the check asks for.
 
         Returns:
-            Seconds of sending and of reading back, and how many weights were read back.
+            Seconds of sending and of reading back, how many weights were read back, and of a policy with adapters the
+            share of what they add to those weights that the engine holds: below 1 where its dtype rounds it away.
 
         Raises:
-            WeightSyncError: a weight read back differs from the policy's.
+            WeightSyncError: a weight read back differs from the policy's, or lacks what its adapter adds.
         """
         self._count += 1
         start = time.perf_counter()
@@ -95,12 +99,15 @@ class WeightSync:
         ):
             self._rollout.update_weights(full_weights(self._policy, dtype=self._dtype))
             sent = time.perf_counter()
-            compared = self._compare_weights()
+            names = self._names_to_check()
+            self._compare_weights(names)
+            arrived = self._compare_adapters(names)
         self._expected = self._score_by_policy() if self._check != "off" else None
         return {
             "weights_s": sent - start,
             "proof_s": time.perf_counter() - sent,
-            "weights_compared": float(compared),
+            "weights_compared": float(len(names)),
+            **arrived,
         }
 
     def wake_engine(self) -> dict[str, float]:
@@ -122,16 +129,45 @@ class WeightSync:
         gap = self._compare_log_probs(expected)
         return {"proof_s": time.perf_counter() - start, "canary_log_prob_diff": gap}
 
-    def _compare_weights(self) -> int:
-        """Read weights back from the engine; return how many."""
-        names = self._names_to_check()
-        columns = None if self._check == "full" else _SAMPLED_COLUMNS
+    def _compare_weights(self, names: set[str]) -> None:
+        """Read weights back from the engine."""
         for name, tensor in full_weights(self._policy, names, self._dtype):
-            for part in self._rollout.held(name, tensor, columns):
+            for part in self._rollout.held(name, tensor, self._columns):
                 if not torch.equal(part.sent, part.held):
                     self._rollout.mark_stale()
                     raise WeightSyncError(self._describe(name, part))
-        return len(names)
+
+    def _compare_adapters(self, names: set[str]) -> dict[str, float]:
+        """Measure how far the engine's weights are from those without adapters, along what the adapters add.
+
+        Returns:
+            `adapter_arrived`, 1 = all of it; empty where adapters add nothing, before the first update.
+        """
+        added = expected = found = 0.0
+        for name, weight, product in adapted_weights(self._policy, names):
+            without, alone, with_it = (
+                self._rollout.held(name, tensor, self._columns) for tensor in (weight, product, weight + product)
+            )
+            for base, part, both in zip(without, alone, with_it, strict=True):
+                direction = part.sent.double()
+                added += float((direction * direction).sum())
+                expected += float(((both.sent.double() - base.sent) * direction).sum())
+                found += float(((base.held.double() - base.sent) * direction).sum())
+        if not added:
+            return {}
+        if abs(found - expected) > _ARRIVED_LIMIT * added:
+            self._rollout.mark_stale()
+            raise WeightSyncError(
+                f"weight sync {self._count}: the engine {self._rollout.name} holds {found / added:.1%} of what the "
+                f"adapters add to its weights, and should hold {expected / added:.1%}. Stopping: its rationales would "
+                "not come from the policy."
+            )
+        return {"adapter_arrived": found / added}
+
+    @property
+    def _columns(self) -> int | None:
+        """Most columns of a weight that are read back."""
+        return None if self._check == "full" else _SAMPLED_COLUMNS
 
     def _names_to_check(self) -> set[str]:
         """All, none, or the next few in turn and always the vocabulary's, of which an engine may keep two copies."""
