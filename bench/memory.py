@@ -1,4 +1,4 @@
-"""Peak memory by phase of a worker: python3 bench/memory.py [--device cpu] [--model FOLDER] [--json FILE]
+"""Peak memory by phase of a worker: python3 bench/memory.py [--device cpu] [--model FOLDER] [--lora_rank N]
 
 One worker in this process runs two steps of 4 triplets x 8 rationales x 96 tokens; the second is reported: the largest
 resident memory during each phase (Linux lets a process reset that mark), and on CUDA the most that was allocated.
@@ -43,12 +43,12 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def build_config(model: str) -> RunConfig:
+def build_config(model: str, lora_rank: int) -> RunConfig:
     return RunConfig.model_validate(
         {
             "data": {"train_batch_size": TRIPLETS, "max_prompt_length": 160, "max_response_length": TOKENS},
             "actor_rollout_ref": {
-                "model": {"path": model, "enable_gradient_checkpointing": False},
+                "model": {"path": model, "enable_gradient_checkpointing": False, "lora_rank": lora_rank},
                 "actor": {"ppo_mini_batch_size": TRIPLETS},
                 "rollout": {"name": "hf", "n": N, "ignore_eos": True},
             },
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--lora_rank", type=int, default=0, help="0 = all weights are trained")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
@@ -98,7 +99,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         train_file = prepare_data(Path(folder))
-        config = build_config(args.model)
+        config = build_config(args.model, args.lora_rank)
         workers = start_workers(config, args.device)
         phase("loading", workers.init_model)
         prompts = prompt_rows(config, args.model, train_file)

@@ -114,7 +114,6 @@ SCRIPTS = {
         trainer.experiment_name=qwen2_7b_function_rm trainer.n_gpus_per_node=8 trainer.nnodes=1 trainer.save_freq=20
         trainer.test_freq=5 trainer.total_epochs=15
         """,
-        "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora_alpha",
     ),
     "verl qwen2_5_vl-7b": script(
         """

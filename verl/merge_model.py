@@ -5,8 +5,9 @@
 
 --local_dir is a run folder (its newest complete step is used), a global_step_N folder, or a folder that holds the
 shards: torch DCP shards, or the model_world_size_W_rank_R.pt files of verl 0.4. Config and tokenizer are those of the
-checkpoint if it has them, else those of --hf_model_path. Exit codes: 0 done, 1 the folders differ (test), 2 the
-arguments or the checkpoint are wrong.
+checkpoint if it has them, else those of --hf_model_path. Where a LoRA adapter was trained, and for an adapter's folder,
+the adapter is added to its model in float32. Exit codes: 0 done, 1 the folders differ (test), 2 the arguments or the
+checkpoint are wrong.
 """
 
 import argparse

@@ -71,7 +71,7 @@ def test_a_key_of_verl_that_would_change_something_is_refused_with_its_reason():
         ("actor_rollout_ref.ref.strategy", "fsdp"),
         ("actor_rollout_ref.rollout.prompt_length", 1024),
         ("actor_rollout_ref.actor.use_torch_compile", False),
-        ("actor_rollout_ref.model.lora_alpha", 64),
+        ("actor_rollout_ref.model.use_liger", True),
         ("algorithm.filter_groups.metric", "acc"),
         ("reward_model.overlong_buffer.len", 4096),
         ("actor_rollout_ref.rollout.multi_turn.max_user_turns", 5),

@@ -3,7 +3,9 @@
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, KeysView
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def run_merge(args: argparse.Namespace) -> int:
     target = args.target_dir.resolve()
     check_target(args.target_dir)
     check_upload(args.hf_upload_path, args.private)
-    checkpoint = open_checkpoint(args)
+    checkpoint = open_checkpoint(args.local_dir, args.hf_model_path, args.dtype)
     weights = dict(checkpoint.read(checkpoint.dtype))
     size = write_folder(target, weights, checkpoint)
     say(
@@ -83,7 +85,7 @@ def run_test(args: argparse.Namespace) -> int:
     if not args.test_hf_dir.is_dir():
         raise UserError(f"--test_hf_dir={args.test_hf_dir} is not a folder; give one with the model to compare with")
     reference = SavedTensors(args.test_hf_dir)
-    checkpoint = open_checkpoint(args)
+    checkpoint = open_checkpoint(args.local_dir, args.hf_model_path, args.dtype)
     differences, other_dtypes = find_differences(checkpoint, reference)
     if not differences:
         agreed = "dtype and values"
@@ -101,12 +103,12 @@ def run_test(args: argparse.Namespace) -> int:
     return 1
 
 
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """Find and open the checkpoint that the arguments name, and print what was found."""
-    if not args.local_dir.is_dir():
-        raise UserError(f"--local_dir={args.local_dir} is not a folder; give a run, step or shard folder")
-    shards = find_weights(args.local_dir)
-    model_folder = find_model_folder(shards, args.hf_model_path)
+def open_checkpoint(local_dir: Path, hf_model_path: str | None, dtype: str) -> Checkpoint:
+    """Find and open the checkpoint that the arguments of the same names tell, and print what was found."""
+    if not local_dir.is_dir():
+        raise UserError(f"--local_dir={local_dir} is not a folder; give a run, step, shard or adapter folder")
+    shards = find_weights(local_dir)
+    model_folder = find_model_folder(shards, hf_model_path)
     say(f"{PROGRAM}: {shards.folder}: {shards}; config and tokenizer of {model_folder}")
     try:
         config = AutoConfig.from_pretrained(whole_model_of(str(model_folder)), trust_remote_code=False)
@@ -115,8 +117,21 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
         raise UserError(
             f"{model_folder / 'config.json'} does not describe a causal language model: {in_one_line(error)}"
         ) from error
-    dtype = (config.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
-    return Checkpoint(shards, model_folder, config, keys, dtype)
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    return Checkpoint(shards, model_folder, config, keys, wanted)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A model folder with all weights: of an adapter a merged copy in float32, which is there for a while; else itself."""
+    if not is_adapter(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        merged = Path(place) / folder.resolve().name
+        checkpoint = open_checkpoint(folder, None, "float32")
+        write_folder(merged, dict(checkpoint.read(checkpoint.dtype)), checkpoint)
+        yield merged
 
 
 def find_weights(local_dir: Path) -> Shards:

@@ -19,6 +19,7 @@ from transformers import AddedToken, AutoConfig, PreTrainedTokenizerBase
 
 from verl.checkpoint import model_card
 from verl.checkpoint.disk_errors import disk_errors
+from verl.checkpoint.merge import whole_folder
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.pooling import without_direction
 from verl.embedding.prompts import Prompt, rationale_messages
@@ -142,10 +143,16 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
     """
     folder = model_folder(model_path)
     check_output(output)
-    if not rationales:
-        check_settings(folder)
-    say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
-    encoder = GraceEncoder(folder, engine="hf", device="cpu")
+    with whole_folder(folder) as whole:
+        if not rationales:
+            check_settings(whole)
+        say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
+        write_compared(GraceEncoder(whole, engine="hf", device="cpu"), output, rationales)
+    say(f"{PROGRAM}: wrote {output}")
+
+
+def write_compared(encoder: GraceEncoder, output: Path, rationales: bool) -> None:
+    """Write an encoder's folder of sentence-transformers, if its vectors are the encoder's."""
     texts = probe_texts(encoder)
     options: dict[str, Any] = {"max_new_tokens": _PROBE_TOKENS} if rationales else {"think": False}
     settings = encoder.settings
@@ -164,7 +171,7 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
         if not gap <= TOLERANCE:
             raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
         text = (CARD_WITH_RATIONALES if rationales else CARD).format(
-            name=folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
+            name=encoder.folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
             length=encoder.settings.max_prompt_length,
         )  # fmt: skip
         front = ModelCardData(library_name="sentence-transformers", pipeline_tag="sentence-similarity")
@@ -172,7 +179,6 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
         making.rename(output)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    say(f"{PROGRAM}: wrote {output}")
 
 
 def largest_gap(

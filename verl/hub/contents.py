@@ -10,12 +10,15 @@ from transformers import AutoConfig
 
 from verl.checkpoint.hub import in_one_line
 from verl.checkpoint.merge import RECORD, SavedTensors
+from verl.checkpoint.merged_adapter import MergedAdapter, is_adapter
+from verl.checkpoint.model_card import is_hub_name
 from verl.checkpoint.run_folder import saved_steps
 from verl.checkpoint.shards import ModelKeys, model_keys
 from verl.embedding.centre import Centre
 from verl.embedding.settings import FILE_NAME as SETTINGS_FILE
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.models.lora import base_of_adapter
 from verl.utils.tokenizer import load_tokenizer
 
 # Of a checkpoint's step.
@@ -45,7 +48,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UserError: there is no model.
     """
-    folder = next((place for place in (path, path / _MODEL) if (place / "config.json").is_file()), None)
+    folder = next((p for p in (path, path / _MODEL) if is_adapter(p) or (p / "config.json").is_file()), None)
     if folder is None:
         steps = saved_steps(path) if path.is_dir() else []
         what = f"give a step of it, such as {path / f'global_step_{steps[-1]}'}" if steps else "give a model folder"
@@ -71,13 +74,10 @@ def check_whole(contents: Contents) -> tuple[EmbedderSettings, Centre | None]:
         UserError: config, a weight, the tokenizer, the settings or the centre is missing or cannot be read.
     """
     folder = contents.folder
-    keys, saved = _model_keys(folder), SavedTensors(folder)
-    missing = sorted(keys.shapes.keys() - saved.keys())
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(keys.shapes)} tensors of a {keys.architecture}, such as "
-            f"{missing[0]}; copy it again, or make it again with python3 -m verl.merge_model"
-        )
+    if is_adapter(folder):
+        _check_adapter(folder)
+    else:
+        _check_weights(folder)
     tokenizer = load_tokenizer(str(folder))
     # Where its vocabulary is missing, transformers makes one that knows its special tokens alone.
     if tokenizer.decode(tokenizer.encode(_WORD, add_special_tokens=False)).strip() != _WORD:
@@ -86,6 +86,28 @@ def check_whole(contents: Contents) -> tuple[EmbedderSettings, Centre | None]:
         raise UserError(f"{folder} has no {SETTINGS_FILE}, which says how the model embeds; copy that of its training")
     settings = EmbedderSettings.read(folder)
     return settings, Centre.read(folder, settings) if settings.centre else None
+
+
+def _check_adapter(folder: Path) -> None:
+    """Check that an adapter can be loaded, also on another machine."""
+    base = base_of_adapter(str(folder))
+    if base is not None and not is_hub_name(base):
+        raise UserError(
+            f"{folder} is a LoRA adapter of the model {base}, a folder of this machine; upload the whole model, which "
+            f"python3 -m verl.merge_model merge --backend fsdp --local_dir {folder} --target_dir merged makes, or write "
+            "the hub name of the same model as base_model_name_or_path into its adapter_config.json"
+        )
+    MergedAdapter(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    keys, saved = _model_keys(folder), SavedTensors(folder)
+    missing = sorted(keys.shapes.keys() - saved.keys())
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(keys.shapes)} tensors of a {keys.architecture}, such as "
+            f"{missing[0]}; copy it again, or make it again with python3 -m verl.merge_model"
+        )
 
 
 def _model_keys(folder: Path) -> ModelKeys:

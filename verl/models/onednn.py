@@ -94,7 +94,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        # A frozen weight, beside an adapter, needs no rows.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
         return _multiply(rows, weight)
 
     @staticmethod

@@ -17,7 +17,6 @@ import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM
 
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.checkpoint.training_state import checkpoint_bytes
@@ -26,10 +25,9 @@ from verl.embedding.chat_template import Message, with_system_prompt
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.attention import kernel_in_use
-from verl.models.lora import add_adapter
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
-from verl.trainer.prepare import build_renderer, find_devices, load_model_config, start_ray
+from verl.trainer.prepare import build_renderer, build_without_weights, find_devices, load_model_config, start_ray
 from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
@@ -229,14 +227,8 @@ def _write_speed(folder: Path) -> float:
 
 
 def _checkpoint_size(config: RunConfig) -> int:
-    """Bytes of one checkpoint; the model is built without memory for its weights."""
-    found = load_model_config(config)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(found, trust_remote_code=config.actor_rollout_ref.model.trust_remote_code)
-    lm.config.dtype = found.dtype
-    if config.actor_rollout_ref.model.trains_adapter:
-        add_adapter(lm, config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.seed)
-    return checkpoint_bytes(lm, config.saves_whole_model)
+    """Bytes of one checkpoint."""
+    return checkpoint_bytes(build_without_weights(config), config.saves_whole_model)
 
 
 CHECKS: dict[str, Callable[[RunConfig], str]] = {

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.config import RunConfig
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
-from verl.models.lora import base_of_adapter
+from verl.models.lora import add_adapter, base_of_adapter
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
 from verl.utils.cpus import usable_cpus
@@ -125,6 +125,22 @@ def load_model_config(config: RunConfig) -> Any:
             "python3 -m verl.merge_model"
         )
     return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
+
+
+def build_without_weights(config: RunConfig) -> Any:
+    """The model that will be trained, with its adapters if it gets some, on the meta device.
+
+    Raises:
+        UserError: its adapters cannot be built.
+    """
+    model = config.actor_rollout_ref.model
+    found = load_model_config(config)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
+    lm.config.dtype = found.dtype
+    if model.trains_adapter:
+        add_adapter(lm, model, config.actor_rollout_ref.rollout.seed)
+    return lm
 
 
 def check_matryoshka_dims(config: RunConfig, dims: list[int] | None) -> None:

@@ -21,6 +21,7 @@ from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import (
     anchors_per_sample,
     build_renderer,
+    build_without_weights,
     check_engine_groups,
     check_matryoshka_dims,
     find_devices,
@@ -107,6 +108,8 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings, config.data.trained_text)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
         check_matryoshka_dims(config, reward_manager.matryoshka_dims)
+        if config.actor_rollout_ref.model.trains_adapter:
+            build_without_weights(config)
         collate = build_collate(config, dataset, renderer, reward_manager)
         held_out = None
         if config.validates or (config.diagnoses and has_val_files(config)):
