@@ -1,4 +1,4 @@
-"""Seconds of a training step on 8 to 512 GPUs, on paper: python3 bench/scale.py [--model 1.5B] [--samples 64] [--json FILE]
+"""Seconds of a training step on 8 to 512 GPUs, on paper: python3 bench/scale.py [--model 1.5B] [--samples 64]
 
 Nothing is run. Each phase is its arithmetic or its bytes, divided by a published peak of the hardware and by the share
 of it that is assumed to be reached; docs/scale.md discusses the result. --weak lets the samples grow with the GPUs.
@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Tensors that a sync sends: 12 of a layer (7 matrices, 3 biases, 2 norms), the last norm, and the vocabulary."""
+        """Tensors that a sync sends: 12 of a layer (7 matrices, 3 biases, 2 norms), a last norm, the vocabulary."""
         return 12 * self.layers + (2 if self.tied else 3)
 
 
@@ -114,7 +114,7 @@ class Recipe:
 
 
 def generation(shape: Shape, recipe: Recipe, hardware: Hardware, gpus: int) -> float:
-    """Seconds until the longest rationale ends; every token of it waits for all weights and for the cache of the rows."""
+    """Seconds until the longest rationale ends: each of its tokens waits for all weights and the cache of the rows."""
     engines = max(1, gpus // recipe.tensor_parallel)
     rows = -(-recipe.rows // engines)
     bandwidth = hardware.memory * hardware.memory_share * recipe.tensor_parallel

@@ -150,7 +150,7 @@ class ModelConfig(_Section):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     lora_rank: NonNegativeInt = 0
     """Above 0: LoRA. Low-rank adapters of this rank are trained, and the model itself is frozen."""
-    lora_alpha: PositiveFloat = 16
+    lora_alpha: PositiveInt = 16
     """LoRA: the adapters' product is multiplied by lora_alpha / lora_rank."""
     target_modules: str | list[str] = "all-linear"
     """LoRA: the layers with an adapter, by the ends of their names or one regular expression; all-linear = every linear

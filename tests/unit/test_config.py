@@ -170,8 +170,11 @@ def test_the_yaml_is_that_of_the_classes(repo):
         ("data.trian_files=x", r"unknown key data\.trian_files\. Did you mean data\.train_files\?"),
         ("data.n=4", r"Did you mean actor_rollout_ref\.rollout\.n\?"),
         ("critic.optim.lr=1", "no counterpart here: GRPO has no critic"),
-        ("actor_rollout_ref.model.lora_rank=-1", r"model\.lora_rank=-1 must be at least 0"),
-        ("actor_rollout_ref.model.lora_alpha=64", r"model\.lora_alpha=64.* is read with actor_rollout_ref\.model\.lora_rank"),
+        ("actor_rollout_ref.model.lora_rank=-1", r"model\.lora_rank=-1 must be 0 or more"),
+        (
+            "actor_rollout_ref.model.lora_alpha=64",
+            r"model\.lora_alpha=64.* is read with actor_rollout_ref\.model\.lora_rank",
+        ),
         ("trainer.merge_lora=True", r"merge_lora=True has no effect: it is read with .*lora_rank above 0, or lora_ada"),
         ("data.train_batch_size=50", "Nearest: train_batch_size 48 or 64, or ppo_mini_batch_size 5, 10, 25"),
         (

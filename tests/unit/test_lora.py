@@ -236,7 +236,9 @@ def test_all_linear_layers_but_the_head_have_an_adapter(tmp_path):
         policy = adapted_policy(save_tiny(tmp_path / f"base{tie}", tie=tie))
         names = {name.split(".lora_")[0] for name, weight in policy.lm.named_parameters() if weight.requires_grad}
         assert len(names) == LINEAR and not any("head" in name or "embed" in name for name in names)
-        assert adapter_line(policy.lm).startswith(f"LoRA of rank {RANK}, alpha {ALPHA:g}, in {LINEAR} layers (down_proj")
+        assert adapter_line(policy.lm).startswith(
+            f"LoRA of rank {RANK}, alpha {ALPHA:g}, in {LINEAR} layers (down_proj"
+        )
     assert adapter_line(tiny_model()) is None
 
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from verl.config import ModelConfig
 from verl.models import fsdp
 from verl.models.attention import ATTENTION
-from verl.models.lora import add_adapter, adapters_off
+from verl.models.lora import adapters_off, add_adapter
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, build_twin
 from verl.workers.device_stages import DeviceStages

@@ -123,7 +123,7 @@ def open_checkpoint(local_dir: Path, hf_model_path: str | None, dtype: str) -> C
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A model folder with all weights: of an adapter a merged copy in float32, which is there for a while; else itself."""
+    """A model folder with all weights: itself, or of an adapter a merged copy in float32, removed afterwards."""
     if not is_adapter(folder):
         yield folder
         return

@@ -41,7 +41,7 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def checkpoint_bytes(lm: Any, whole_model: bool) -> int:
-    """About what a checkpoint takes on disk: what is trained, in float32 with AdamW's two moments, and the model folder.
+    """About what a checkpoint takes on disk: what is trained, with AdamW's moments in float32, and the model folder.
 
     Args:
         lm: with what is trained requiring a gradient.
@@ -182,7 +182,7 @@ def save_transformers_folder(
         embedder.write(folder)
 
 
-def save_adapter_folder(  # noqa: PLR0913 - as above, with the model that the adapter belongs to
+def save_adapter_folder(
     folder: Path,
     weights: Iterable[tuple[str, Tensor]],
     lm: Any,
@@ -217,10 +217,4 @@ def save_adapter_folder(  # noqa: PLR0913 - as above, with the model that the ad
 
 def _on_rank_0(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, rank: int) -> dict[str, Tensor]:
     """Copies in host memory on rank 0; other ranks take part in gathering them and keep none."""
-    return {
-        name: tensor.to("cpu", dtype, copy=True).contiguous()
-        for name, tensor in weights
-        if rank == 0
-    }
-
-
+    return {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in weights if rank == 0}

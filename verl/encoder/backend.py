@@ -235,7 +235,7 @@ class Backend:
         whole_model = whole_model_of(self.spec.folder)
         is_adapter = whole_model != self.spec.folder
         rollout = RolloutConfig(
-            # The weights of the folder, so that no weight sync is needed; those of an adapter's folder have to be merged.
+            # The weights of the folder, so that no weight sync is needed; those of an adapter have to be merged first.
             load_format="dummy" if is_adapter else "auto",
             dtype=self.spec.dtype_name,
             ignore_eos=self.spec.ignore_eos,

@@ -150,7 +150,9 @@ def fit_context(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: 
         UserError: more than the model's context, beyond which its output is meaningless.
     """
     wanted = max(map(len, prompts)) + max_new_tokens
-    context = getattr(AutoConfig.from_pretrained(whole_model_of(str(folder))).get_text_config(), "max_position_embeddings", None)
+    context = getattr(
+        AutoConfig.from_pretrained(whole_model_of(str(folder))).get_text_config(), "max_position_embeddings", None
+    )
     if context is not None and wanted > context:
         raise UserError(
             f"--max_new_tokens {max_new_tokens} after the longest prompt makes {wanted} tokens, beyond the model's "

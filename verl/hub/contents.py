@@ -94,8 +94,8 @@ def _check_adapter(folder: Path) -> None:
     if base is not None and not is_hub_name(base):
         raise UserError(
             f"{folder} is a LoRA adapter of the model {base}, a folder of this machine; upload the whole model, which "
-            f"python3 -m verl.merge_model merge --backend fsdp --local_dir {folder} --target_dir merged makes, or write "
-            "the hub name of the same model as base_model_name_or_path into its adapter_config.json"
+            f"python3 -m verl.merge_model merge --backend fsdp --local_dir {folder} --target_dir merged makes, or "
+            "write the hub name of the same model as base_model_name_or_path into its adapter_config.json"
         )
     MergedAdapter(folder)
 
