@@ -36,8 +36,6 @@ from verl.models.lora import WEIGHTS_NAME, write_adapter_config
 
 # What DCP's names of an optimizer's state by weight begin with.
 _MOMENTS = "optimizer.state."
-# Frozen weights, beside adapters, are not in a checkpoint: they are those of the model that training started from.
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def checkpoint_bytes(lm: Any, whole_model: bool) -> int:
@@ -63,7 +61,7 @@ def save_training_state(
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_TRAINED)}
+    state: dict[str, Any] = {"model": _trained_state(model)}
     # Before its first step (all updates so far were skipped) it has no state, and torch would make one by a step.
     if optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
@@ -107,7 +105,7 @@ def load_training_state(
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_TRAINED)}
+    state: dict[str, Any] = {"model": _trained_state(model)}
     if any(name.startswith(_MOMENTS) for name in stored):
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
         new = _take_unsaved(state["optimizer"]["state"], stored)
@@ -115,7 +113,7 @@ def load_training_state(
         dcp.load(state, storage_reader=reader, planner=SafePlanner())
     except CheckpointException as error:
         raise _cause(error) from error
-    set_model_state_dict(model, state["model"], options=_TRAINED)
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if "optimizer" in state:
         state["optimizer"]["state"] |= new
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -128,6 +126,13 @@ def load_training_state(
         balance.load_state_dict(extra["gradient_balance"])
     if own.is_file():
         torch.set_rng_state(extra["rng"])
+
+
+def _trained_state(model: torch.nn.Module) -> dict[str, Any]:
+    """The state without frozen weights, which, beside adapters, are those of the model that training started from."""
+    # torch's own ignore_frozen_params keeps a frozen weight under the second of two names that it is tied to.
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
 
 
 def _put_back(settings: list[dict[str, Any]], optimizer: Optimizer, scheduler: LambdaLR) -> None:
