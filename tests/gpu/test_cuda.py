@@ -1,4 +1,4 @@
-"""What can only be tested on a GPU: the packed forward on CUDA, flash-attention, a run with offload.
+"""What can only be tested on a GPU: the packed forward on CUDA, its attention, a run with offload.
 
 Skipped with that reason where there is no CUDA device.
 """
@@ -38,7 +38,6 @@ def packed_outputs(device: str, dtype: torch.dtype, share: bool):
     return PolicyModel(lm)(packed, 1.0, entropy=True, embeddings=True)
 
 
-@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attention has no float32")
 @pytest.mark.parametrize("share", [True, False])
 def test_cuda_equals_cpu_in_float32(share):
     cpu, cuda = packed_outputs("cpu", torch.float32, share), packed_outputs("cuda", torch.float32, share)
