@@ -15,6 +15,10 @@ from verl import GraceEncoder
 from verl import export_sentence_transformer as export
 from verl import merge_model as merge
 from verl import push_to_hub as push
+from verl.models import fsdp
+from verl.models.fsdp import full_weights
+from verl.workers import weight_sync
+from verl.workers.weight_sync import WeightSyncError
 
 LORA = ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8"]
 # One update a step.
@@ -150,6 +154,19 @@ def test_adapters_that_cannot_be_built_end_the_run_before_it_starts(tiny_folder,
     done = train(tiny_folder, triplets, tmp_path / "run", override)
     assert done.returncode == 2 and said in message(done.stderr)
     assert "parameters, cpu" not in done.stdout
+
+
+def test_a_sync_that_loses_the_adapters_ends_the_run(tiny_folder, triplets, tmp_path, monkeypatch):
+    def without_adapters(policy, names=None, dtype=None):
+        with monkeypatch.context() as patched:
+            patched.setattr(fsdp, "_product", lambda policy, adapter: torch.zeros(()))
+            yield from full_weights(policy, names, dtype)
+
+    monkeypatch.setattr(weight_sync, "full_weights", without_adapters)
+    # Too slow a rate for fixed sentences to show it.
+    with pytest.raises(WeightSyncError, match="holds 0.0% of what the adapters add"):
+        train(tiny_folder, triplets, tmp_path / "run", "actor_rollout_ref.actor.optim.lr=1e-5")
+    assert [m["step"] for m in steps_of(tmp_path / "run")] == [1]
 
 
 def test_an_adapter_is_no_model_to_start_from(run_dir, triplets, tmp_path):

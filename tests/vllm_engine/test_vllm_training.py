@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from runs import REPO, main_ppo, prepare, read_metrics, read_samples, recipe, steps_of, train_here, write_triplets
 
 MEASURED = ("time/", "perf/", "memory/", "sync/")
+CHECK_ALL = "actor_rollout_ref.rollout.check_weight_sync=full"
+FURTHER = {
+    "same seed": [CHECK_ALL],
+    "stale head": [],
+    "adapter": [
+        CHECK_ALL, "actor_rollout_ref.model.lora_rank=4", "trainer.total_training_steps=2", "trainer.save_freq=2",
+        "trainer.test_freq=-1",
+    ],
+}  # fmt: skip
+"""Overrides of the runs without Ray, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +67,14 @@ def on_ray(tmp_path_factory, model, triplets) -> Path:
 
 @pytest.fixture(scope="module")
 def without_ray(tmp_path_factory, model, triplets) -> dict[str, dict[str, Any]]:
-    """Two runs without Ray, by name: their `folder`, and how they ended (see runs_without_ray.py).
+    """Three runs without Ray, by name: their `folder`, and how they ended (see runs_without_ray.py).
 
     They take a minute and more, although they share the import of vllm: each starts an engine.
     """
     root = tmp_path_factory.mktemp("without_ray")
     jobs = {}
-    for name in ("same seed", "stale head"):
-        overrides = settings(model, triplets, root / name, "vllm")
-        if name == "same seed":
-            overrides.append("actor_rollout_ref.rollout.check_weight_sync=full")
+    for name, further in FURTHER.items():
+        overrides = [*settings(model, triplets, root / name, "vllm"), *further]
         jobs[name] = {
             "overrides": overrides, "stale_head": name == "stale head", "out": str(root / f"{name}.json"),
         }  # fmt: skip
@@ -125,6 +134,26 @@ def test_four_workers_in_two_engines(tmp_path, model, triplets):
     assert [s["role"] for s in samples].count("positive") == 12 and len(samples) == 20
     assert len({s["rationale"] for s in samples}) > 15
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "global_step_2" / "huggingface")
+
+
+def test_adapters_reach_the_engine_in_training_and_in_the_encoder(without_ray, tmp_path):
+    run = without_ray["adapter"]
+    assert run["returncode"] == 0, run["stderr"] + run["error"]
+    first, second = steps_of(run["folder"])
+    assert "sync/adapter_arrived" not in first and second["sync/adapter_arrived"] == pytest.approx(1, abs=1e-3)
+    assert max(m["rollout/probs_diff_max"] for m in (first, second)) < 1e-3
+    folder = run["folder"] / "global_step_2" / "huggingface"
+    assert (folder / "adapter_config.json").is_file()
+    (tmp_path / "texts.txt").write_text("a river\nstone and paper\n")
+    options = ["--temperature", "0", "--max_new_tokens", "8", "--device", "cpu"]
+    found = {}
+    for engine in ("vllm", "hf"):
+        command = [sys.executable, "-m", "verl.encoder", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
+                   "--output", str(tmp_path / f"{engine}.parquet"), "--engine", engine, *options]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found[engine] = pq.read_table(tmp_path / f"{engine}.parquet")
+    assert found["vllm"]["rationale"].to_pylist() == found["hf"]["rationale"].to_pylist()
 
 
 def test_a_broken_sync_stops_the_run(without_ray):
