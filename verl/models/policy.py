@@ -16,9 +16,9 @@ from verl.embedding.pooling import average, mean_pool
 from verl.errors import UserError
 from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
 from verl.models.families import FAMILIES
-from verl.models.lora import base_of_adapter, merge_adapter
 from verl.models.log_probs import token_log_probs
 from verl.models.logits import logit_form
+from verl.models.lora import base_of_adapter, merge_adapter
 from verl.models.onednn import pack_linears, replace_linears
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.probe import Rows, dropout_of, set_dropout, why_unsupported

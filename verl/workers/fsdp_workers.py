@@ -170,7 +170,7 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
-        """`log_probs` [N,R] of the reference model, which is the one that the run started from."""
+        """`log_probs` [N,R] of the reference: the model that the run started from, or the policy without adapters."""
         if self.config.model.trains_adapter:
             self._load_params()
             with adapters_off(self.actor.policy):
