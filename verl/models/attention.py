@@ -19,7 +19,7 @@ from verl.models.packing import Segment
 from verl.models.varlen import varlen_attention, varlen_problem
 
 Kernel = Literal["auto", "varlen", "sdpa"]
-"""What computes attention on CUDA: one call of varlen_attn for all rows, one of sdpa for each, or varlen where it works."""
+"""What computes attention on CUDA: varlen_attn once for all rows, sdpa for each row, or auto: varlen where it works."""
 
 ATTENTION = "grace_packed"
 ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "varlen": "grace_packed_varlen", "sdpa": "grace_packed_rows"}

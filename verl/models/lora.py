@@ -1,8 +1,8 @@
 """LoRA, low-rank adapters in a frozen model (Hu et al., arXiv 2106.09685), by peft.
 
-An adapted layer multiplies by W + s B A: W [out, in] stays as it was loaded, A [rank, in] and B [out, rank] are trained,
-and s = alpha / rank. B begins as zeros, so that the untrained adapter changes nothing. Everything that needs plain
-weights (the rollout engine, a merged checkpoint, the encoder) gets W + s B A, summed in float32.
+An adapted layer multiplies by W + s B A: W [out, in] stays as it was loaded, A [rank, in] and B [out, rank] are
+trained, and s = alpha / rank. B begins as zeros, so that the untrained adapter changes nothing. Everything that needs
+plain weights (the rollout engine, a merged checkpoint, the encoder) gets W + s B A, summed in float32.
 """
 
 from collections.abc import Iterator
