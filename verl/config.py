@@ -143,9 +143,9 @@ class ModelConfig(_Section):
     """Values that replace those in the model's config.json."""
     use_remove_padding: bool = True
     """Must be true: every forward is packed."""
-    attn_implementation: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
-    """What computes the trainer's attention on CUDA: flash_attention_2 = flash-attn, an error where it does not work;
-    sdpa = torch's own; auto = flash-attn where a trial call works."""
+    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
+    """Which of torch's functions computes the trainer's attention on CUDA: varlen = varlen_attn, an error where it does
+    not work; sdpa = scaled_dot_product_attention; auto = varlen_attn where a trial call works."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 

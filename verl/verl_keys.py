@@ -179,6 +179,9 @@ _VERL_REWARDS = "use naive with custom_reward_function.path, or hidden"
 # Key: {value of verl: why it does not exist here}.
 ABSENT_VALUES: dict[str, dict[str, str]] = {
     "actor_rollout_ref.actor.strategy": {"megatron": _MEGATRON},
+    "actor_rollout_ref.model.attn_implementation": {
+        "flash_attention_2": "use varlen, by which torch has the same kernel"
+    },
     "actor_rollout_ref.rollout.name": {"sglang": "use vllm or hf", "naive": "use hf"},
     "algorithm.adv_estimator": {
         "gae": "it needs a critic (value model)",

@@ -212,6 +212,10 @@ def test_the_yaml_is_that_of_the_classes(repo):
             "actor_rollout_ref.actor.strategy=megatron",
             r"strategy=megatron is not supported: models are sharded by torch",
         ),
+        (
+            "actor_rollout_ref.model.attn_implementation=flash_attention_2",
+            r"attn_implementation=flash_attention_2 is not supported: use varlen",
+        ),
         ("reward_model.reward_manager=dapo", r"reward_manager=dapo is not supported: use naive"),
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "micro-batches need a size"),
         ("custom_reward_function.path=mine.py", "is read by reward_model.reward_manager=naive only"),

@@ -15,16 +15,18 @@ from transformers import AttentionInterface
 
 from verl.errors import UserError
 from verl.models.decoding_cache import Cached, DecodingCache
-from verl.models.flash import flash_attention, flash_problem
 from verl.models.packing import Segment
+from verl.models.varlen import varlen_attention, varlen_problem
 
-Kernel = Literal["auto", "flash_attention_2", "sdpa"]
-"""What computes attention on CUDA: flash-attn, torch's own, or flash-attn where it works."""
+Kernel = Literal["auto", "varlen", "sdpa"]
+"""Which of torch's functions computes attention on CUDA: varlen_attn for all rows of a line at once,
+scaled_dot_product_attention row by row, or the first where it works."""
 
 ATTENTION = "grace_packed"
-# transformers treats a name with "flash" in it in a way of its own.
-ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "flash_attention_2": "grace_packed_fa2", "sdpa": "grace_packed_own"}
+ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "varlen": "grace_packed_varlen", "sdpa": "grace_packed_sdpa"}
 """By kernel, the name under which transformers knows the attention."""
+
+_SDPA = "scaled_dot_product_attention"
 
 
 def grace_attention(  # noqa: PLR0913 - transformers' interface
@@ -56,10 +58,10 @@ def grace_attention(  # noqa: PLR0913 - transformers' interface
         return _one_token_attention(query, keys, values, decoding_cache.bias(sliding_window), scaling, softcap), None
     if decoding_cache is not None:
         decoding_cache.record(module.layer_idx, key, value)  # type: ignore[arg-type]
-    if _takes_flash(kernel, query, key, value, sliding_window, softcap):
-        assert all(not s.ancestors for s in packed_segments), "flash-attention needs rows packed without shared prompts"
+    if _takes_varlen(kernel, query, key, value, sliding_window, softcap):
+        assert all(not s.ancestors for s in packed_segments), "varlen_attn needs rows packed without shared prompts"
         lengths = [s.end - s.start for s in packed_segments]
-        return flash_attention(query, key, value, lengths, scaling, sliding_window, softcap), None
+        return varlen_attention(query, key, value, lengths, scaling, sliding_window), None
     return _segment_attention(query, key, value, packed_segments, scaling, sliding_window, softcap), None
 
 
@@ -84,30 +86,28 @@ def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
     """In words, what computes the attention of a model in bfloat16 on a device.
 
     Raises:
-        UserError: flash-attn is asked for and does not work.
+        UserError: varlen_attn is asked for and does not work.
     """
     if kernel == "sdpa" or (kernel == "auto" and device.type == "cpu"):
-        return "torch's own attention"
+        return _SDPA
     text = config.get_text_config()
     heads = text.num_attention_heads
     key_heads, size = key_shape(text)
     window, softcap = (getattr(text, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
-    problem = flash_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
-    if problem and kernel == "flash_attention_2":
-        raise UserError(
-            f"actor_rollout_ref.model.attn_implementation=flash_attention_2, but {problem}; set auto or sdpa"
-        )
-    return f"torch's own attention ({problem})" if problem else "flash-attn"
+    problem = varlen_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
+    if problem and kernel == "varlen":
+        raise UserError(f"actor_rollout_ref.model.attn_implementation=varlen, but {problem}; set auto or sdpa")
+    return f"{_SDPA} ({problem})" if problem else "varlen_attn"
 
 
-def _takes_flash(
+def _takes_varlen(
     kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
 ) -> bool:
     if kernel == "sdpa" or query.device.type == "cpu" or query.shape[3] != value.shape[3]:
         return False
     shape = (query.shape[1], key.shape[1], query.shape[3])
-    problem = flash_problem(query.device, query.dtype, *shape, window, softcap)
-    if problem and kernel == "flash_attention_2":
+    problem = varlen_problem(query.device, query.dtype, *shape, window, softcap)
+    if problem and kernel == "varlen":
         raise ValueError(problem)
     return problem is None
 

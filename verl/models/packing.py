@@ -163,7 +163,7 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
 
     Args:
         share_prompts: compute equal prompts, and the beginning common to all, once. Kernels that support only
-            separate rows (flash-attention) need False: then every row is one segment.
+            separate rows (varlen_attn) need False: then every row is one segment.
     """
     builder = _Builder()
     if share_prompts:

