@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
 
 from verl.errors import UserError
-from verl.models import attention
+from verl.models import attention, varlen
 from verl.models.attention import grace_attention, kernel_in_use
 from verl.models.packing import Row, pack
 from verl.models.varlen import varlen_attention, varlen_problem
@@ -88,9 +88,11 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def judged_anew():
-    varlen_problem.cache_clear()
+    for remembered in (varlen_problem, varlen._bounds):
+        remembered.cache_clear()
     yield
-    varlen_problem.cache_clear()
+    for remembered in (varlen_problem, varlen._bounds):
+        remembered.cache_clear()
 
 
 def test_one_that_works_is_used(kernels, caplog):

@@ -6,7 +6,7 @@ between releases. So it is run once, and its results and gradients are compared 
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).to(torch.int32)  # [rows + 1]
+    bounds = _bounds(tuple(lengths), query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [K, heads, head size]
     # Only where the model needs it, since torch 2.11 does not have this argument.
     further: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -47,6 +47,15 @@ def varlen_attention(
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(before, 0), **further)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
+
+
+@lru_cache(maxsize=1)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[rows + 1] int32: where each row begins, and the end.
+
+    The layers of a forward share them: every copy to a GPU waits until the GPU has done all work before it.
+    """
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 @cache
