@@ -144,8 +144,8 @@ class ModelConfig(_Section):
     use_remove_padding: bool = True
     """Must be true: every forward is packed."""
     attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
-    """What computes the trainer's attention on CUDA: varlen = torch's varlen_attn, all rows in one call, an error where
-    it does not work; sdpa = each row by itself; auto = varlen where a trial call gives right numbers."""
+    """Which of torch's functions computes the trainer's attention on CUDA: varlen = varlen_attn, an error where it does
+    not work; sdpa = scaled_dot_product_attention; auto = varlen_attn where a trial call works."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     lora_rank: NonNegativeInt = 0

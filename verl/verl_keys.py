@@ -176,7 +176,7 @@ _VERL_REWARDS = "use naive with custom_reward_function.path, or hidden"
 ABSENT_VALUES: dict[str, dict[str, str]] = {
     "actor_rollout_ref.actor.strategy": {"megatron": _MEGATRON},
     "actor_rollout_ref.model.attn_implementation": {
-        "flash_attention_2": "torch's own kernel of flash-attention takes its place; use auto or varlen"
+        "flash_attention_2": "use varlen, by which torch has the same kernel"
     },
     "actor_rollout_ref.rollout.name": {"sglang": "use vllm or hf", "naive": "use hf"},
     "algorithm.adv_estimator": {

@@ -1,4 +1,4 @@
-"""What can only be tested on a GPU: the packed forward on CUDA, its attention, a run with offload.
+"""What can only be tested on a GPU: the packed forward on CUDA, torch's varlen_attn, a run with offload.
 
 Skipped with that reason where there is no CUDA device.
 """
@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_model
 
-from verl.models.attention import ATTENTION
+from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
+from verl.models.varlen import varlen_problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
@@ -31,9 +32,9 @@ def rows() -> list[Row]:
     ]
 
 
-def packed_outputs(device: str, dtype: torch.dtype, share: bool):
+def packed_outputs(device: str, dtype: torch.dtype, share: bool, attention: str = ATTENTION):
     lm = tiny_model().to(device, dtype)
-    lm.set_attn_implementation(ATTENTION)
+    lm.set_attn_implementation(attention)
     packed = pack(rows(), share).to(torch.device(device))
     return PolicyModel(lm)(packed, 1.0, entropy=True, embeddings=True)
 
@@ -49,6 +50,20 @@ def test_bfloat16_on_cuda_is_near_float32():
     cpu, cuda = packed_outputs("cpu", torch.float32, False), packed_outputs("cuda", torch.bfloat16, False)
     assert torch.cosine_similarity(cuda.embeddings.cpu(), cpu.embeddings).min() > 0.99
     assert (cuda.log_probs.cpu() - cpu.log_probs).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("window", [None, 8])
+def test_varlen_attention_works_here(head_size, window):
+    """Its trial compares results and gradients with plain attention in float32."""
+    assert varlen_problem(torch.device("cuda", 0), torch.bfloat16, 8, 2, head_size, window) is None
+
+
+def test_both_kernels_compute_the_same_model():
+    kernels: tuple[Kernel, Kernel] = ("varlen", "sdpa")
+    varlen, sdpa = (packed_outputs("cuda", torch.bfloat16, False, ATTENTIONS[kernel]) for kernel in kernels)
+    assert torch.cosine_similarity(varlen.embeddings, sdpa.embeddings).min() > 0.999
+    assert (varlen.log_probs - sdpa.log_probs).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("offload", [True, False])

@@ -41,3 +41,36 @@ def test_a_cpu_has_no_free_gpu_memory_to_report():
     with stages.stage("updating", REMEDY):
         pass
     assert stages.take_free() == {}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The stages of a GPU of which 5 GiB are free, then 3, then 2; and how often its cache was emptied."""
+    free, emptied = iter([5, 3, 2]), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free) * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    return DeviceStages(torch.device("cuda", 0)), emptied
+
+
+def test_free_gpu_memory_is_reported_once_as_it_was_after_each_stage(gpu):
+    stages, _ = gpu
+    with stages.stage("waking the cache", REMEDY):
+        pass
+    assert stages.take_free() == {"free_gb/waking_the_cache": 3.0}
+    assert stages.take_free() == {}
+
+
+def test_out_of_memory_on_a_gpu_says_what_was_free_before_the_stage(gpu):
+    stages, _ = gpu
+    with pytest.raises(OutOfDeviceMemory, match=r"while updating: 5\.0 GiB were free before it\. Lower"):
+        with stages.stage("updating", REMEDY):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    assert stages.take_free() == {}
+
+
+def test_only_a_gpu_has_a_cache_to_give_back(gpu):
+    stages, emptied = gpu
+    DeviceStages(torch.device("cpu")).release_cache()
+    assert emptied == []
+    stages.release_cache()
+    assert emptied == [1]

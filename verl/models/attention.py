@@ -19,11 +19,14 @@ from verl.models.packing import Segment
 from verl.models.varlen import varlen_attention, varlen_problem
 
 Kernel = Literal["auto", "varlen", "sdpa"]
-"""What computes attention on CUDA: varlen_attn once for all rows, sdpa for each row, or auto: varlen where it works."""
+"""Which of torch's functions computes attention on CUDA: varlen_attn for all rows of a line at once,
+scaled_dot_product_attention row by row, or the first where it works."""
 
 ATTENTION = "grace_packed"
-ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "varlen": "grace_packed_varlen", "sdpa": "grace_packed_rows"}
+ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "varlen": "grace_packed_varlen", "sdpa": "grace_packed_sdpa"}
 """By kernel, the name under which transformers knows the attention."""
+
+_SDPA = "scaled_dot_product_attention"
 
 
 def grace_attention(  # noqa: PLR0913 - transformers' interface
@@ -86,7 +89,7 @@ def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
         UserError: varlen_attn is asked for and does not work.
     """
     if kernel == "sdpa" or (kernel == "auto" and device.type == "cpu"):
-        return "attention row by row"
+        return _SDPA
     text = config.get_text_config()
     heads = text.num_attention_heads
     key_heads, size = key_shape(text)
@@ -94,7 +97,7 @@ def kernel_in_use(config: Any, kernel: Kernel, device: torch.device) -> str:
     problem = varlen_problem(device, torch.bfloat16, heads, key_heads, size, window, softcap)
     if problem and kernel == "varlen":
         raise UserError(f"actor_rollout_ref.model.attn_implementation=varlen, but {problem}; set auto or sdpa")
-    return f"attention row by row ({problem})" if problem else "attention of all rows at once (varlen_attn)"
+    return f"{_SDPA} ({problem})" if problem else "varlen_attn"
 
 
 def _takes_varlen(

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,6 +22,9 @@ from verl.models.lora import Adapter, adapters, file_name, is_part, plain_name
 from verl.models.policy import PolicyModel
 
 _LM_PREFIX = "lm."
+
+CUDA_PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+"""Forwards and backwards in bfloat16; shards, gradients and their sums over ranks in float32."""
 
 
 def shard(
@@ -51,17 +54,38 @@ def shard(
         ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
     )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    precision = CUDA_PRECISION if device.type == "cuda" else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
+    shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
+    return policy
+
+
+def shard_over(
+    policy: PolicyModel, mesh: DeviceMesh, precision: MixedPrecisionPolicy, offload: OffloadPolicy | None = None,
+    reshard_after_forward: bool = True,
+) -> None:  # fmt: skip
+    """Shard the decoder layers and the root, in place.
+
+    Raises:
+        UserError: the model names no decoder layers.
+    """
+    offload = offload or OffloadPolicy()
     for layer in decoder_layers(policy):
         fully_shard(
-            layer, mesh=mesh, mp_policy=precision, offload_policy=offload,
-            reshard_after_forward=config.reshard_after_forward,
-        )  # fmt: skip
+            layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard_after_forward
+        )
     fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return policy
+
+
+def reshard(policy: nn.Module) -> None:
+    """Free the gathered weights that a forward without a backward leaves; the parameters are float32 shards again.
+
+    FSDP keeps the root's (embedding and LM head) for a backward, and with reshard_after_forward=False all. As long as
+    they exist `policy.named_parameters()` are these, in the dtype of the forward.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def decoder_layers(policy: PolicyModel) -> list[nn.Module]:
@@ -128,6 +152,7 @@ def full_weights(
         names: only these; None = all.
         dtype: None = as they are.
     """
+    reshard(policy)
     adapter_of = adapters(policy)
     for own_name, parameter in policy.named_parameters():
         name = plain_name(own_name.removeprefix(_LM_PREFIX))
@@ -143,6 +168,7 @@ def full_weights(
 
 def adapted_weights(policy: PolicyModel, names: Collection[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of the named weights that have an adapter, the weight without it and what it adds. All ranks must iterate."""
+    reshard(policy)
     weights = dict(policy.named_parameters())
     for own_name, adapter in adapters(policy).items():
         name = plain_name(own_name.removeprefix(_LM_PREFIX))
@@ -152,6 +178,7 @@ def adapted_weights(policy: PolicyModel, names: Collection[str]) -> Iterator[tup
 
 def adapter_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
     """The parts of the adapters under the names of a peft file, gathered one at a time. All ranks must iterate."""
+    reshard(policy)
     for own_name, parameter in policy.named_parameters():
         if is_part(own_name):
             yield file_name(own_name.removeprefix(_LM_PREFIX)), _gathered(policy, parameter)

@@ -6,6 +6,7 @@ Shapes: N rows, R response tokens, H hidden size.
 import torch
 
 from verl.embedding.pooling import unit
+from verl.models.fsdp import reshard
 from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto
 from verl.workers.micro_batches import MicroBatch, MicroBatchLimit, micro_batches
@@ -31,6 +32,7 @@ def score(
     columns = ScoreColumns(rows, policy, embed, entropy, log_probs)
     for micro in micro_batches(rows, limit, policy):
         columns.fill(micro, policy(micro.packed, temperature, log_probs, entropy, embed))
+    reshard(policy)
     return columns.to_rows()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.models.fsdp import adapted_weights, full_weights
+from verl.models.fsdp import adapted_weights, full_weights, reshard
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
 from verl.workers.device_stages import DeviceStages
@@ -194,7 +194,9 @@ class WeightSync:
         self._policy.eval()
         rows = [Row(tuple(ids[:1]), tuple(ids[1:]), 0, scored=True) for ids in self._canary]
         packed = pack(rows, share_prompts=False).to(self._policy.device)
-        return self._policy(packed).log_probs.cpu()
+        log_probs = self._policy(packed).log_probs.cpu()
+        reshard(self._policy)
+        return log_probs
 
     def _compare_log_probs(self, expected: Tensor) -> float:
         engine = torch.tensor([log_prob for scores in self._rollout.score(self._canary) for log_prob in scores])
