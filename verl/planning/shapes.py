@@ -51,9 +51,9 @@ PARTS = {
 # Bytes that a rank sends in a ring, by the tensor whose size counts: the whole of a gathered or scattered one, and twice
 # the whole of a reduced one, each times (ranks - 1) / ranks.
 _COLLECTIVES = {
-    torch.ops.c10d._allgather_base_.default: (0, 1),
-    torch.ops.c10d._reduce_scatter_base_.default: (1, 1),
-    torch.ops.c10d.allreduce_.default: (0, 2),
+    torch.ops.c10d._allgather_base_.default: ("all-gather", 0, 1),
+    torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1, 1),
+    torch.ops.c10d.allreduce_.default: ("all-reduce", 0, 2),
 }
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -166,15 +166,15 @@ class _Counted:
 
     def _count_traffic(self, func: Any, args: Sequence[Any], found: Any) -> None:
         if func is _GATHER:
-            tensor, times, ranks, name = found, 1, args[1], "all_gather_into_tensor"
+            name, tensor, times, ranks = "all-gather", found, 1, args[1]
         elif func in _COLLECTIVES:
-            place, times = _COLLECTIVES[func]
+            name, place, times = _COLLECTIVES[func]
             tensor = args[place][0] if isinstance(args[place], list | tuple) else args[place]
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-            ranks, name = torch.distributed.ProcessGroup.unbox(group).size(), func._opname
+            ranks = torch.distributed.ProcessGroup.unbox(group).size()
         else:
             return
-        self.wire[name] += times * tensor.nbytes * (ranks - 1) / ranks
+        self.wire[f"{self._forwards} {name}"] += times * tensor.nbytes * (ranks - 1) / ranks
 
     def _note_peak(self) -> None:
         for kinds in self._curr_mem_snap.values():  # type: ignore[attr-defined]

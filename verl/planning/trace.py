@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Setup:
     world_size: int
     rows: tuple[Row, ...]
     """One rank's rows of one update, or as many of them as tell the peak."""
+    score_rows: tuple[Row, ...]
+    """Likewise of one call that scores."""
     score_limit: tuple[int | None, int | None]
     """See `RolloutConfig`: tokens or rows of a forward that scores."""
     embeds: bool
@@ -93,12 +96,30 @@ class Stage:
     peaks: dict[str, Parts]
     """By section of the pass, see `shapes`."""
     wire: dict[str, float]
-    """Bytes that the rank sends to others, by collective."""
+    """Bytes that the rank sends to others, by the forward since the stage's begin (0 = before it) and the collective."""
 
     @property
     def peak(self) -> Parts:
         """The parts when they take most together."""
         return max(self.peaks.values(), key=lambda parts: sum(parts.values()), default={})
+
+    @property
+    def logits(self) -> int:
+        """Bytes of the logits of a chunk, when they take most."""
+        return max((parts.get("logits", 0) for parts in self.peaks.values()), default=0)
+
+    def sent(self, micro_batches: int) -> dict[str, float]:
+        """Bytes that the rank sends, by collective, where it runs this many micro-batches.
+
+        The stage was traced with one or two; all after the first cost the same.
+        """
+        sent: dict[str, float] = defaultdict(float)
+        last = max((int(name.split()[0]) for name in self.wire), default=0)
+        for name, size in self.wire.items():
+            forward, collective = name.split()
+            times = micro_batches - last + 1 if int(forward) == last > 1 else micro_batches if last == 1 else 1
+            sent[collective] += size * times
+        return dict(sent)
 
 
 @dataclass(frozen=True)
@@ -204,7 +225,7 @@ def run_traces(setups: Sequence[Setup]) -> list[Trace]:
     transformers.logging.set_verbosity_error()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setups[0].world_size)
     try:
-        return [trace(setup, planned_rows(setup.rows, setup.trains_embeddings)) for setup in setups]
+        return [trace(setup, *(planned_rows(rows, setup) for rows in (setup.rows, setup.score_rows))) for setup in setups]
     except _DATA_DEPENDENT as error:
         problem = " ".join(str(error).split())[:200]
         raise PlanError(
@@ -215,22 +236,23 @@ def run_traces(setups: Sequence[Setup]) -> list[Trace]:
         dist.destroy_process_group()
 
 
-def trace(setup: Setup, rows: DataProto) -> Trace:
+def trace(setup: Setup, rows: DataProto, score_rows: DataProto) -> Trace:
     """Sync, score and update of these rows, in the process group that there is."""
     product(torch.ones(1, 1))  # whether oneDNN works is tried with numbers
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _as_on(setup.device):
         policy = _policy(setup, fake)
         actor = Actor(
-            policy, setup.actor, 1.0, int(rows.batch["response_length"].max()), total_steps=1,
+            # A measurement of both gradients takes most.
+            policy, setup.actor.model_copy(update={"embedding_grad_every": 1}), 1.0, int(rows.batch["response_length"].max()), total_steps=1,
             one_update=setup.keeps_forward and setup.device == "cpu",
         )  # fmt: skip
-        stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows)}
+        stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows, score_rows)}
     sizes = [parameter.numel() for parameter in policy.parameters()]
     return Trace(stages, sum(sizes), max(sizes))
 
 
-def _stages(setup: Setup, actor: Actor, rows: DataProto) -> Iterator[tuple[str, Any]]:
+def _stages(setup: Setup, actor: Actor, rows: DataProto, score_rows: DataProto) -> Iterator[tuple[str, Any]]:
     """Run the stages that a run repeats; yields the tracker after each."""
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     with count(actor.policy, actor.optimizer) as counted:  # type: ignore[arg-type]
@@ -239,14 +261,13 @@ def _stages(setup: Setup, actor: Actor, rows: DataProto) -> Iterator[tuple[str, 
         yield "sync", counted
         counted.begin()
         limit = MicroBatchLimit(*setup.score_limit)
-        scored = actor.score(rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
+        actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
         yield "score", counted
-        del scored
-        # The first update makes the optimizer's state, which all others begin with.
-        actor.update(rows, 1)
+        # The first update makes the optimizer's state, which all others begin with; its rows do not matter.
+        actor.update(planned_rows([Row(1, 1, 0)], setup), 1)
         counted.begin()
         if setup.keeps_forward and setup.device == "cpu":
-            actor.score(rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
+            actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
         actor.update(rows, 1)
         yield "update", counted
 
@@ -273,7 +294,7 @@ def _policy(setup: Setup, fake: FakeTensorMode) -> PlannedPolicy:
     return policy
 
 
-def planned_rows(rows: Sequence[Row], trains_embeddings: bool) -> DataProto:
+def planned_rows(rows: Sequence[Row], setup: Setup) -> DataProto:
     """Rows of these lengths, of one mini-batch; their tokens mean nothing."""
     width, length = max(row.prompt for row in rows), max(row.response for row in rows)
     prompts = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -290,7 +311,7 @@ def planned_rows(rows: Sequence[Row], trains_embeddings: bool) -> DataProto:
         "mini_batch": torch.zeros(len(rows), dtype=torch.int64),
         **{name: torch.zeros(len(rows), length) for name in ("old_log_probs", "advantages", "ref_log_prob")},
     }
-    if trains_embeddings:
+    if setup.trains_embeddings:
         # Broadcasts over the dimensions of the embeddings.
         columns["embedding_grad"] = torch.ones(len(rows), 1)
     return DataProto.from_dict(columns)
