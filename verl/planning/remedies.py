@@ -8,6 +8,7 @@ from verl.config import RunConfig
 from verl.planning.plan import Machines, MemoryPlan, Work, make_plan
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_TOKENS, _RESPONSE = f"{_ACTOR}.ppo_max_token_len_per_gpu", "data.max_response_length"
 _MOST_GPUS = 64
 
 
@@ -17,6 +18,10 @@ class Change:
     """Keys of the config and their values."""
     gpus: int | None = None
     """GPUs of all machines together."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(key for key, _ in self.settings)
 
     def __str__(self) -> str:
         named = [f"{key}={value}" for key, value in self.settings]
@@ -28,9 +33,14 @@ def remedies(config: RunConfig, machines: Machines, work: Work, plan: MemoryPlan
 
     Empty where none of them do.
     """
-    single = [change for change in _changes(config, machines, plan) if _fits(config, machines, work, [change])]
+    single: dict[tuple[str, ...], Change] = {}
+    for change in _changes(config, machines, plan):
+        # Shorter rationales are for where a forward of one row is too large.
+        covered = change.keys in single or (_RESPONSE in change.keys and (_TOKENS,) in single)
+        if not covered and _fits(config, machines, work, [change]):
+            single[change.keys] = change
     if single:
-        return single
+        return list(single.values())
     together: list[Change] = []
     for change in _strongest(config, machines, plan):
         together.append(change)
@@ -91,16 +101,16 @@ def _smaller_forwards(config: RunConfig) -> Iterator[Change]:
     tokens, rows = actor.update_limit
     while tokens and tokens > longest:
         tokens = max(longest, tokens // 2)
-        yield _set(f"{_ACTOR}.ppo_max_token_len_per_gpu", tokens)
+        yield _set(_TOKENS, tokens)
     while rows and rows > 1:
         rows //= 2
         yield _set(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", rows)
     response = data.max_response_length
     while response > 64:
         response //= 2
-        settings: list[tuple[str, Any]] = [("data.max_response_length", response)]
+        settings: list[tuple[str, Any]] = [(_RESPONSE, response)]
         if actor.update_limit[0]:
-            settings.append((f"{_ACTOR}.ppo_max_token_len_per_gpu", data.max_prompt_length + response))
+            settings.append((_TOKENS, data.max_prompt_length + response))
         yield Change(tuple(settings))
 
 
@@ -112,7 +122,7 @@ def _strongest(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Itera
         if change.gpus:
             more.append(change)
         else:
-            last[tuple(key for key, _ in change.settings)] = change
+            last[change.keys] = change
     yield from last.values()
     yield from more
 
