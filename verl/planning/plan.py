@@ -142,8 +142,12 @@ class Loads:
 
     def setup(self) -> Setup:
         section = self._config.actor_rollout_ref
+        # Where things wait between the stages does not change the stages; one trace serves all.
+        waits = {"param_offload": False, "optimizer_offload": False, "offload_policy": False}
+        fsdp = section.actor.fsdp_config.model_copy(update=waits)
+        actor = section.actor.model_copy(update={"fsdp_config": fsdp, "strategy": "fsdp"})
         return Setup(
-            section.model, section.actor, "cuda", self._ranks,
+            section.model, actor, "cuda", self._ranks,
             rows=self._fill(self._of_update, section.actor.update_limit, self.update_micro_batches),
             score_rows=self._fill(self._of_score, self._score_limit, self.score_micro_batches),
             score_limit=self._score_limit, embeds=self._work.embeds, trains_embeddings=self._work.trains_embeddings,

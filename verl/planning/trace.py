@@ -86,7 +86,7 @@ class Setup:
     trains_embeddings: bool
     """Updates follow a gradient on the embeddings."""
     keeps_forward: bool
-    """A training step is one update, see `verl.workers.kept_forward`."""
+    """A training step is one update, on a CPU; see `verl.workers.kept_forward`."""
     num_layers: int | None = None
     """None = all of the model's."""
 
@@ -245,7 +245,7 @@ def trace(setup: Setup, rows: DataProto, score_rows: DataProto) -> Trace:
         actor = Actor(
             # A measurement of both gradients takes most.
             policy, setup.actor.model_copy(update={"embedding_grad_every": 1}), 1.0, int(rows.batch["response_length"].max()), total_steps=1,
-            one_update=setup.keeps_forward and setup.device == "cpu",
+            one_update=setup.keeps_forward,
         )  # fmt: skip
         stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows, score_rows)}
     sizes = [parameter.numel() for parameter in policy.parameters()]
@@ -263,10 +263,11 @@ def _stages(setup: Setup, actor: Actor, rows: DataProto, score_rows: DataProto) 
         limit = MicroBatchLimit(*setup.score_limit)
         actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
         yield "score", counted
-        # The first update makes the optimizer's state, which all others begin with; its rows do not matter.
-        actor.update(planned_rows([Row(1, 1, 0)], setup), 1)
+        # The first update makes the optimizer's state, which all others begin with; its rows do not matter, but a kept
+        # forward must be used.
+        actor.update(rows if setup.keeps_forward else planned_rows([Row(1, 1, 0)], setup), 1)
         counted.begin()
-        if setup.keeps_forward and setup.device == "cpu":
+        if setup.keeps_forward:
             actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
         actor.update(rows, 1)
         yield "update", counted
