@@ -195,7 +195,7 @@ def _key(setup: Setup) -> str:
         for file in sorted((_SOURCES / folder).rglob("*.py")):
             code.update(file.read_bytes())
     parts = [
-        setup.model.model_dump_json(), setup.actor.model_dump_json(), model_config(setup.model).to_json_string(),
+        setup.model.model_copy(update={"path": None}).model_dump_json(), setup.actor.model_dump_json(), model_config(setup.model).to_json_string(),
         repr(dataclasses.replace(setup, model=None, actor=None)), torch.__version__, transformers.__version__,  # type: ignore[arg-type]
         code.hexdigest(),
     ]  # fmt: skip
