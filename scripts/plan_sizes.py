@@ -1,7 +1,7 @@
 """The table of model sizes in docs/gpu.md: python3 scripts/plan_sizes.py [SIZE ...]
 
-Which Qwen2.5 models train with the recipe of train.sh on which GPUs, by `verl.plan`. No weights are needed, and no GPU. It
-takes minutes for each size, and the results are kept.
+Which Qwen2.5 models train with the recipe of train.sh on which GPUs, by `verl.plan`. No weights are needed, and no GPU.
+It takes minutes for each size, and the traces are kept.
 """
 
 import sys

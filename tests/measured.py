@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 

@@ -1,9 +1,10 @@
 """What memory, traffic and tokens a training run on GPUs needs, before it starts:
 
-    python3 -m verl.plan --gpus 4 --gpu 80 [key=value ...]     or     bash train.sh --plan --gpus 4 --gpu 80 [key=value ...]
+    python3 -m verl.plan --gpus 4 --gpu 80 [key=value ...]
+    bash train.sh --plan --gpus 4 --gpu 80 [key=value ...]
 
-No GPU is needed, and of the model its config.json alone. Give the overrides of the run. Exit code 1: it does not fit, and
-the last lines name the settings with which it does; 2: an override is wrong.
+No GPU is needed, and of the model its config.json alone. Give the overrides of the run. Exit code 1: it does not fit,
+and the last lines name the settings with which it does; 2: an override is wrong.
 """
 
 import argparse

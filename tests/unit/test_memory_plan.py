@@ -1,21 +1,20 @@
 """The plan of a run's memory: how it is put together, what it refuses, and what it advises."""
 
 import dataclasses
-import json
 import re
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from steps import tiny_policy
-from tiny import tiny_config, tiny_tokenizer
+from tiny import tiny_config
 
 import verl.plan
 from verl.config import ActorConfig, ModelConfig, RunConfig
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
-from verl.planning.remedies import Change, remedies
-from verl.planning.trace import Row, Setup, Stage, Trace, extended, planned_rows, run_traces, traced
+from verl.planning.remedies import remedies
+from verl.planning.trace import Row, Setup, Trace, extended, planned_rows, run_traces, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
 
@@ -169,14 +168,14 @@ def test_what_does_not_fit_is_named_with_settings_that_make_it_fit(tiny_folder):
     assert "it fits with actor_rollout_ref.actor.ppo_max_token_len_per_gpu=800" in text
     for change in found:
         if change.settings:
-            changed = a_run(tiny_folder, **{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.1, **dict(change.settings)})
+            changed = a_run(
+                tiny_folder, **{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.1, **dict(change.settings)}
+            )
             assert not make_plan(changed, machines, WORK).misfits(), change
 
 
 def test_nothing_that_helps_is_said_too():
-    plan = MemoryPlan(
-        Machines(GIB, 1), {"start": {"whole model": 2 * GIB}}, 0, None, 1, {}, 0, {}, 0, 0, {}
-    )
+    plan = MemoryPlan(Machines(GIB, 1), {"start": {"whole model": 2 * GIB}}, 0, None, 1, {}, 0, {}, 0, 0, {})
     text = list(remedy_lines(plan, []))
     assert text[0].startswith("does not fit: start.") and "smaller model" in text[1]
 

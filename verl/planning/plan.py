@@ -248,7 +248,9 @@ class _DeviceUse:
             "update": _sum(self._traced("update"), asleep, reference),
         }
         if self._config.scores_by_untrained:
-            own = {"reference": 0 if self._uses_policy(self._config.actor_rollout_ref.ref.fsdp_config) else self._shards}
+            own = {
+                "reference": 0 if self._uses_policy(self._config.actor_rollout_ref.ref.fsdp_config) else self._shards
+            }
             forward = {name: size for name, size in self._traced("score").items() if name != "shards"}
             stages["reference"] = _sum(forward, own, shards, asleep, optimizer)
         return stages
@@ -296,7 +298,10 @@ def lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
     if plan.cached_tokens is not None:
         rows = plan.cached_tokens / plan.longest_row
         yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
-    yield "host memory", ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items()) + " GiB a machine (formula)"
+    yield (
+        "host memory",
+        ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items()) + " GiB a machine (formula)",
+    )
     yield "checkpoint", f"{_gib(plan.checkpoint)} GiB (formula)"
     sent = ", ".join(f"{name} {_gib(size)}" for name, size in plan.wire.items())
     yield "sent by a rank", f"{_gib(sum(plan.wire.values()))} GiB a step to other ranks: {sent}"

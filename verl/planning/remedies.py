@@ -64,35 +64,47 @@ def with_settings(config: RunConfig, settings: tuple[tuple[str, Any], ...]) -> R
 def _changes(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Iterator[Change]:
     """What may help, gentle before strong; of one setting the gentlest value that makes everything fit is the first."""
     section = config.actor_rollout_ref
-    fsdp, rollout = section.actor.fsdp_config, section.rollout
     if not section.model.enable_gradient_checkpointing:
         yield _set("actor_rollout_ref.model.enable_gradient_checkpointing", True)
-    if not fsdp.offload_policy:
-        for name in ("param_offload", "optimizer_offload"):
-            if not getattr(fsdp, name):
-                yield _set(f"{_ACTOR}.fsdp_config.{name}", True)
-        if not (fsdp.param_offload or fsdp.optimizer_offload):
-            yield Change(((f"{_ACTOR}.fsdp_config.param_offload", True), (f"{_ACTOR}.fsdp_config.optimizer_offload", True)))
-    if rollout.name == "vllm":
-        if not rollout.free_cache_engine:
-            yield _set(f"{_ROLLOUT}.free_cache_engine", True)
-        if "generation" in plan.misfits():
-            yield from (_set(f"{_ROLLOUT}.gpu_memory_utilization", share) for share in (0.6, 0.5, 0.4, 0.3, 0.2)
-                        if share < rollout.gpu_memory_utilization)  # fmt: skip
-        if "cache" in plan.misfits():
-            yield from (_set(f"{_ROLLOUT}.gpu_memory_utilization", share) for share in (0.6, 0.7, 0.8)
-                        if share > rollout.gpu_memory_utilization)  # fmt: skip
-        if {"cache", "sync"} & set(plan.misfits()):
-            yield from (_set(f"{_ROLLOUT}.tensor_model_parallel_size", size) for size in (2, 4, 8)
-                        if size > rollout.tensor_model_parallel_size and machines.gpus % size == 0)  # fmt: skip
+    by_torch = section.actor.fsdp_config.offload_policy
+    if not by_torch:
+        yield from _offloads(config)
+    if section.rollout.name == "vllm":
+        yield from _engine_changes(config, machines, plan.misfits())
     if {"score", "update", "reference"} & set(plan.misfits()):
         yield from _smaller_forwards(config)
-        if not fsdp.offload_policy:
+        if not by_torch:
             yield Change(((f"{_ACTOR}.strategy", "fsdp2"), (f"{_ACTOR}.fsdp_config.offload_policy", True)))
     gpus = 2 * machines.ranks
     while gpus <= _MOST_GPUS:
         yield Change(gpus=gpus)
         gpus *= 2
+
+
+def _offloads(config: RunConfig) -> Iterator[Change]:
+    fsdp = config.actor_rollout_ref.actor.fsdp_config
+    missing = [name for name in ("param_offload", "optimizer_offload") if not getattr(fsdp, name)]
+    changes = [_set(f"{_ACTOR}.fsdp_config.{name}", True) for name in missing]
+    yield from changes
+    if len(changes) > 1:
+        yield _joined(changes)
+
+
+def _engine_changes(config: RunConfig, machines: Machines, misfits: list[str]) -> Iterator[Change]:
+    rollout = config.actor_rollout_ref.rollout
+    share, size = rollout.gpu_memory_utilization, rollout.tensor_model_parallel_size
+    if not rollout.free_cache_engine:
+        yield _set(f"{_ROLLOUT}.free_cache_engine", True)
+    if "generation" in misfits:
+        yield from (
+            _set(f"{_ROLLOUT}.gpu_memory_utilization", less) for less in (0.6, 0.5, 0.4, 0.3, 0.2) if less < share
+        )
+    if "cache" in misfits:
+        higher = (more for more in (0.6, 0.7, 0.8) if more > share)
+        yield from (_set(f"{_ROLLOUT}.gpu_memory_utilization", more) for more in higher)
+    if {"cache", "sync"} & set(misfits):
+        sizes = (wider for wider in (2, 4, 8) if wider > size and machines.gpus % wider == 0)
+        yield from (_set(f"{_ROLLOUT}.tensor_model_parallel_size", wider) for wider in sizes)
 
 
 def _smaller_forwards(config: RunConfig) -> Iterator[Change]:

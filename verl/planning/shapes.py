@@ -48,8 +48,8 @@ PARTS = {
     _MemRefType.OTH: "logits",
 }
 
-# Bytes that a rank sends in a ring, by the tensor whose size counts: the whole of a gathered or scattered one, and twice
-# the whole of a reduced one, each times (ranks - 1) / ranks.
+# Bytes that a rank sends in a ring, by the tensor whose size counts: the whole of a gathered or scattered one, and
+# twice the whole of a reduced one, each times (ranks - 1) / ranks.
 _COLLECTIVES = {
     torch.ops.c10d._allgather_base_.default: ("all-gather", 0, 1),
     torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1, 1),
@@ -151,7 +151,8 @@ class _Counted:
             return 1.0  # the gradient's norm: any finite number does
         if func is _WAIT:
             return args[0]
-        # The model runs inside the fake mode and the optimizer outside. What DTensor tries in a mode of its own is skipped.
+        # The model runs inside the fake mode and the optimizer outside; what DTensor tries in a mode of its own is
+        # skipped.
         mode = active_fake_mode()
         self._fake_mode_on_entry = self._fake if mode is self._fake else None
         found = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[misc]

@@ -96,7 +96,7 @@ class Stage:
     peaks: dict[str, Parts]
     """By section of the pass, see `shapes`."""
     wire: dict[str, float]
-    """Bytes that the rank sends to others, by the forward since the stage's begin (0 = before it) and the collective."""
+    """Bytes that the rank sends to others, by the forward since the stage's begin (0 = before it) and collective."""
 
     @property
     def peak(self) -> Parts:
@@ -194,11 +194,9 @@ def _key(setup: Setup) -> str:
     for folder in ("models", "workers", "planning"):
         for file in sorted((_SOURCES / folder).rglob("*.py")):
             code.update(file.read_bytes())
-    parts = [
-        setup.model.model_copy(update={"path": None}).model_dump_json(), setup.actor.model_dump_json(), model_config(setup.model).to_json_string(),
-        repr(dataclasses.replace(setup, model=None, actor=None)), torch.__version__, transformers.__version__,  # type: ignore[arg-type]
-        code.hexdigest(),
-    ]  # fmt: skip
+    values = vars(setup) | {"model": setup.model.model_copy(update={"path": None})}
+    versions = [torch.__version__, transformers.__version__, code.hexdigest()]
+    parts = [repr(values), model_config(setup.model).to_json_string(), *versions]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -225,7 +223,9 @@ def run_traces(setups: Sequence[Setup]) -> list[Trace]:
     transformers.logging.set_verbosity_error()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setups[0].world_size)
     try:
-        return [trace(setup, *(planned_rows(rows, setup) for rows in (setup.rows, setup.score_rows))) for setup in setups]
+        return [
+            trace(setup, *(planned_rows(rows, setup) for rows in (setup.rows, setup.score_rows))) for setup in setups
+        ]
     except _DATA_DEPENDENT as error:
         problem = " ".join(str(error).split())[:200]
         raise PlanError(
@@ -242,11 +242,10 @@ def trace(setup: Setup, rows: DataProto, score_rows: DataProto) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _as_on(setup.device):
         policy = _policy(setup, fake)
-        actor = Actor(
-            # A measurement of both gradients takes most.
-            policy, setup.actor.model_copy(update={"embedding_grad_every": 1}), 1.0, int(rows.batch["response_length"].max()), total_steps=1,
-            one_update=setup.keeps_forward,
-        )  # fmt: skip
+        # An update that measures both gradients takes most.
+        config = setup.actor.model_copy(update={"embedding_grad_every": 1})
+        longest = int(rows.batch["response_length"].max())
+        actor = Actor(policy, config, 1.0, longest, total_steps=1, one_update=setup.keeps_forward)
         stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows, score_rows)}
     sizes = [parameter.numel() for parameter in policy.parameters()]
     return Trace(stages, sum(sizes), max(sizes))

@@ -69,7 +69,10 @@ def run_lines(config: RunConfig, gpus: int) -> Iterator[tuple[str, str]]:
         return
     yield from lines(plan)
     if misfits := plan.misfits():
-        yield "", f"WARNING: {_named(misfits)} may not fit; bash train.sh --plan with the same settings names what helps"
+        yield (
+            "",
+            f"WARNING: {_named(misfits)} may not fit; bash train.sh --plan with the same settings names what helps",
+        )
 
 
 def find_work(config: RunConfig) -> Work:
