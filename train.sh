@@ -6,6 +6,7 @@
 #   RECIPE=joint bash train.sh         a contrastive loss on the embeddings too, see docs/objectives.md; without a GPU
 #                                      it is what triplets are trained by, and RECIPE=paper is the paper's objective
 #   bash train.sh --doctor             whether this machine can do that: every line OK, or what to do
+#   bash train.sh --plan --gpus 4 --gpu 80   what memory, traffic and tokens the run would need on 4 GPUs of 80 GiB
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
 #
 # From the environment: MODE, RECIPE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON. Several files:
@@ -17,6 +18,9 @@ PROGRAM=verl.trainer.main_ppo
 if [[ "${1:-}" == --doctor ]]; then
     PROGRAM=verl.doctor
     shift
+elif [[ "${1:-}" == --plan ]]; then
+    PROGRAM=verl.plan
+    shift
 fi
 MODE=${MODE:-supervised}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -24,7 +28,12 @@ if [[ "$MODE" != supervised && "$MODE" != unsupervised ]]; then
     echo "train.sh: MODE=$MODE; use supervised or unsupervised" >&2
     exit 2
 fi
-GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
+if [[ "$PROGRAM" == verl.plan ]]; then
+    # GPUs that need not be here.
+    GPUS=$("$PYTHON" -m verl.plan --print-gpus "$@")
+else
+    GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
+fi
 # On a CPU a policy gradient alone moves little in the minutes that people wait.
 RECIPE=${RECIPE:-$( (( GPUS == 0 )) && [[ "$MODE" == supervised ]] && echo joint || echo paper)}
 case "$RECIPE" in

@@ -587,7 +587,7 @@ class RunConfig(_Section):
 
     @property
     def saves_whole_model(self) -> bool:
-        """Whether the model folder of a checkpoint has all weights; else an adapter alone."""
+        """Whether the model folder of a checkpoint has all weights; else an adapter alone, in float32."""
         return self.trainer.merge_lora or not self.actor_rollout_ref.model.trains_adapter
 
     @property

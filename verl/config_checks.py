@@ -35,8 +35,11 @@ _GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grp
 _FIELDS = dict(walk_fields(RunConfig))
 
 
-def build_config(values: Mapping[str, Any]) -> RunConfig:
+def build_config(values: Mapping[str, Any], has_data: bool = True) -> RunConfig:
     """A checked `RunConfig` of a plain nested mapping; keys that it lacks have their defaults.
+
+    Args:
+        has_data: False = its files of data need not be there yet.
 
     Raises:
         UserError: unknown keys, wrong types, values out of range, or combinations that cannot work; one a line.
@@ -44,7 +47,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     known, problems = split_keys(values)
     config, wrong = _validate(known)
     problems += wrong.values()
-    for check in _CHECKS:
+    for check in (*_CHECKS, *([_check_data] if has_data else [])):
         # What a rejected value should have been is not known, nor what depends on it.
         problems += [text for text in check(config) if not any(key in text for key in wrong)]
     if problems:
@@ -145,6 +148,11 @@ def multiples_near(value: int, divisor: int) -> str:
 def _check_required(config: RunConfig) -> Iterator[str]:
     if not config.actor_rollout_ref.model.path:
         yield "actor_rollout_ref.model.path is not set; give a model folder or hub name."
+    if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
+        yield "trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N."
+
+
+def _check_data(config: RunConfig) -> Iterator[str]:
     if not config.data.train_files:
         yield "data.train_files is not set; give the train.parquet that process_data.py wrote."
     yield from _missing_files("data.train_files", config.data.train_files)
@@ -155,8 +163,6 @@ def _check_required(config: RunConfig) -> Iterator[str]:
                 "give a parquet file, or set trainer.test_freq=-1 trainer.val_before_train=False."
             )
         yield from _missing_files("data.val_files", config.data.val_files)
-    if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
-        yield "trainer.resume_mode=resume_path needs trainer.resume_from_path=.../global_step_N."
 
 
 def _missing_files(key: str, files: str | list[str] | None) -> Iterator[str]:

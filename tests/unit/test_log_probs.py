@@ -35,7 +35,7 @@ def reference(
 @pytest.mark.parametrize("by_onednn", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, rows_per_chunk, by_onednn, form):
-    monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * VOCAB * rows_per_chunk})
+    monkeypatch.setattr("verl.models.log_probs.CHUNK_BYTES", {"cpu": 4 * VOCAB * rows_per_chunk})
     torch.manual_seed(0)
     exact = nn.Linear(HIDDEN, VOCAB, bias=bias).double()
     head = nn.Linear(HIDDEN, VOCAB, bias=bias)
@@ -70,7 +70,7 @@ def test_without_tokens_there_are_no_log_probs_and_gradients_are_zero():
 @pytest.mark.parametrize("chunks", [1, 37, 75])
 def test_in_bfloat16_the_heads_gradient_does_not_lose_precision_with_the_number_of_chunks(monkeypatch, chunks):
     vocab, size, tokens = 512, 64, 75 * 8
-    monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * vocab * -(-tokens // chunks)})
+    monkeypatch.setattr("verl.models.log_probs.CHUNK_BYTES", {"cpu": 4 * vocab * -(-tokens // chunks)})
     torch.manual_seed(0)
     head = nn.Linear(size, vocab).bfloat16()
     hidden = torch.randn(tokens, size).bfloat16()

@@ -133,7 +133,7 @@ def test_scored_positions_have_the_row_and_column_of_their_tokens():
 def test_log_probs_do_not_depend_on_the_size_of_logit_chunks(monkeypatch):
     policy, packed = packed_policy(), pack(make_rows(), share_prompts=True)
     whole = policy(packed, TEMPERATURE, entropy=True)
-    monkeypatch.setattr("verl.models.log_probs._CHUNK_BYTES", {"cpu": 4 * 260 * 7})
+    monkeypatch.setattr("verl.models.log_probs.CHUNK_BYTES", {"cpu": 4 * 260 * 7})
     parts = policy(packed, TEMPERATURE, entropy=True)
     torch.testing.assert_close(parts.log_probs, whole.log_probs, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(parts.entropy, whole.entropy, atol=1e-6, rtol=1e-6)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from verl.checkpoint.training_state import checkpoint_bytes, save_transformers_folder
+from verl.checkpoint.training_state import checkpoint_size, save_transformers_folder
+from verl.config import RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.policy import load_causal_lm
 
@@ -60,5 +61,7 @@ def test_the_estimate_of_the_room_is_that_of_the_files(tmp_path):
     lm = load_causal_lm(str(base))
     count = sum(weight.numel() for weight in lm.parameters())
     # Three times float32, and the folder in bfloat16.
-    assert checkpoint_bytes(lm, whole_model=True) == 14 * count
+    assert checkpoint_size(RunConfig(), count, count, lm.config.dtype) == 14 * count
+    lora = RunConfig.model_validate({"actor_rollout_ref": {"model": {"lora_rank": 4}}})
+    assert checkpoint_size(lora, 100, count, lm.config.dtype) == 16 * 100
     assert 2 * count == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.05)

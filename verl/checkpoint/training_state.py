@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from verl.algorithm.gradient_balance import GradientBalance
 from verl.checkpoint.disk_errors import disk_errors
 from verl.checkpoint.safe_dcp import SafePlanner, SafeReader
+from verl.config import RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.lora import WEIGHTS_NAME, write_adapter_config
 
@@ -38,18 +39,22 @@ from verl.models.lora import WEIGHTS_NAME, write_adapter_config
 _MOMENTS = "optimizer.state."
 
 
-def checkpoint_bytes(lm: Any, whole_model: bool) -> int:
-    """About what a checkpoint takes on disk: what is trained, with AdamW's moments in float32, and the model folder.
+def checkpoint_size(config: RunConfig, trained: int, parameters: int, dtype: torch.dtype | None) -> int:
+    """About the bytes of a checkpoint: what is trained, with AdamW's moments in float32, and the model folder.
 
     Args:
-        lm: with what is trained requiring a gradient.
-        whole_model: whether the folder has all weights; False = the trained ones alone, an adapter.
+        trained: parameters that are trained.
+        parameters: all of the model's.
+        dtype: of the model that training starts from; None = float32.
     """
-    trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
-    in_folder = trained * torch.float32.itemsize
-    if whole_model:
-        in_folder = sum(weight.numel() for weight in lm.parameters()) * (lm.config.dtype or torch.float32).itemsize
-    return trained * 3 * torch.float32.itemsize + in_folder
+    return trained * 3 * torch.float32.itemsize + folder_size(config, trained, parameters, dtype)
+
+
+def folder_size(config: RunConfig, trained: int, parameters: int, dtype: torch.dtype | None) -> int:
+    """About the bytes of a checkpoint's model folder; see `checkpoint_size`."""
+    if not config.saves_whole_model:
+        return trained * torch.float32.itemsize
+    return parameters * (dtype or torch.float32).itemsize
 
 
 def save_training_state(

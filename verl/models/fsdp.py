@@ -28,19 +28,22 @@ CUDA_PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=t
 
 
 def shard(
-    policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool, section: str = "actor"
-) -> PolicyModel:
+    policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool, section: str = "actor",
+    compute_as: str | None = None,
+) -> PolicyModel:  # fmt: skip
     """Shard the decoder layers and the root over all ranks: float32 master weights, bfloat16 compute on CUDA.
 
     Args:
         offload_policy: keep the shards in host memory by torch's CPUOffloadPolicy.
         section: of the config, for messages: actor or ref.
+        compute_as: the type of device whose precision is used; None = the device's own.
 
     Raises:
         UserError: config.fsdp_size does not divide the number of workers, or the model names no decoder layers.
     """
     world_size = dist.get_world_size()
-    if device.type == "cpu" and world_size == 1:
+    compute_as = compute_as or device.type
+    if compute_as == "cpu" and world_size == 1:
         return policy
     policy.to(device)
     policy.device = device
@@ -54,7 +57,7 @@ def shard(
         ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
     )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    precision = CUDA_PRECISION if device.type == "cuda" else MixedPrecisionPolicy()
+    precision = CUDA_PRECISION if compute_as == "cuda" else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
     shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
     return policy

@@ -16,7 +16,7 @@ from verl.models.logits import PLAIN, LogitForm
 from verl.models.onednn import TrainedLinear, plain_product, product
 
 # Bytes of a chunk's float32 logits: about half of a CPU's last-level cache; on CUDA enough to keep the device busy.
-_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 _Product = Callable[[Tensor], Tensor]
 _Multiplier = Callable[[Tensor], _Product]
@@ -114,7 +114,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, _CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
+    size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 

@@ -72,14 +72,19 @@ def adapter_line(lm: Any) -> str | None:
     layers = list(_layers(lm))
     if not layers:
         return None
-    trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
-    whole = sum(weight.numel() for weight in lm.parameters())
+    trained, whole = count_parameters(lm)
     kinds = sorted({name.rpartition(".")[2] for name, _ in layers})
     config = lm.peft_config[_NAME]
     return (
         f"LoRA of rank {config.r}, alpha {config.lora_alpha:g}, in {len(layers)} layers ({', '.join(kinds)}): "
         f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}); the others are frozen"
     )
+
+
+def count_parameters(lm: Any) -> tuple[int, int]:
+    """Parameters that are trained, and all."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in lm.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -15,13 +15,18 @@ from verl.trainer.overrides import hydra_overrides, resolve
 CONFIG_DIR = Path(__file__).parent / "config"
 
 
-def compose_config(overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR) -> RunConfig:
+def compose_config(
+    overrides: list[str], config_name: str = "ppo_trainer", config_path: Path = CONFIG_DIR, has_data: bool = True
+) -> RunConfig:
     """Compose YAML and overrides with hydra, and check the result.
+
+    Args:
+        has_data: False = the files of data need not be there yet.
 
     Raises:
         UserError: unknown keys, wrong values, missing files and bad combinations, one a line.
     """
-    return build_config(resolve(compose_values(overrides, config_name, config_path)))
+    return build_config(resolve(compose_values(overrides, config_name, config_path)), has_data)
 
 
 def compose_values(

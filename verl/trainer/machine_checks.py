@@ -19,12 +19,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
-from verl.checkpoint.training_state import checkpoint_bytes
+from verl.checkpoint.training_state import checkpoint_size
 from verl.config import RunConfig
 from verl.embedding.chat_template import Message, with_system_prompt
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.attention import kernel_in_use
+from verl.models.lora import count_parameters
 from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, build_without_weights, find_devices, load_model_config, start_ray
@@ -228,7 +229,8 @@ def _write_speed(folder: Path) -> float:
 
 def _checkpoint_size(config: RunConfig) -> int:
     """Bytes of one checkpoint."""
-    return checkpoint_bytes(build_without_weights(config), config.saves_whole_model)
+    lm = build_without_weights(config)
+    return checkpoint_size(config, *count_parameters(lm), lm.config.dtype)
 
 
 CHECKS: dict[str, Callable[[RunConfig], str]] = {

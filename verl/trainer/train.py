@@ -12,6 +12,7 @@ from verl.errors import UserError, WorkerError
 from verl.single_controller.local_group import LocalWorkerGroup
 from verl.single_controller.ray_group import RayWorkerGroup
 from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.memory_plan import run_lines
 from verl.trainer.ppo.alerts import AlertError
 from verl.trainer.ppo.mismatch import StaleEngineError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -46,6 +47,8 @@ def train(config: RunConfig) -> None:
     ):  # fmt: skip
         trainer = RayPPOTrainer(prepared, workers, signals)
         trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", prepared.lines())
+        if prepared.device == "cuda":
+            trainer.display.table("Memory", list(run_lines(prepared.config, prepared.workers_per_node)))
         trainer.fit()
 
 

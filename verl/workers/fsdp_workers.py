@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from verl.batch_plan import BatchPlan
 from verl.checkpoint.training_state import (
-    checkpoint_bytes,
+    checkpoint_size,
     load_training_state,
     save_adapter_folder,
     save_training_state,
@@ -25,7 +25,7 @@ from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
 from verl.models.fsdp import adapter_weights, full_weights, move_optimizer, shard
-from verl.models.lora import adapter_line, adapters_off, add_adapter
+from verl.models.lora import adapter_line, adapters_off, add_adapter, count_parameters
 from verl.models.policy import PolicyModel, build_twin, check_longest_row, load_causal_lm
 from verl.models.probe import dropout_of
 from verl.protocol import DataProto, prompt_ids
@@ -92,10 +92,11 @@ class ActorRolloutRefWorker(Worker):
             one_update=self.run_config.num_mini_batches == 1,
         )  # fmt: skip
         self._offload_params()
+        trained, parameters = count_parameters(self.lm)
         return {
-            "parameters": sum(p.numel() for p in policy.parameters()),
+            "parameters": parameters,
             "adapter": adapter_line(self.lm),
-            "checkpoint_bytes": checkpoint_bytes(self.lm, self.run_config.saves_whole_model),
+            "checkpoint_bytes": checkpoint_size(self.run_config, trained, parameters, self.lm.config.dtype),
             "device": str(self.device),
             "reference": self.run_config.needs_reference,
             "attention": attention,

@@ -52,8 +52,12 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
     row of one token, whose result is ignored.
     """
     tokens = token_rows(rows)
-    prompts, responses = [row.prompt for row in tokens], [len(row.response) for row in tokens]
-    parts = pack_rows(prompts, [len(prompt) for prompt in prompts], responses, limit.max_tokens, limit.max_rows)
+    # A prompt that is computed for every row counts for every row.
+    prompts = [row.prompt for row in tokens] if policy.shares_prompts else range(len(tokens))
+    parts = pack_rows(
+        prompts, [len(row.prompt) for row in tokens], [len(row.response) for row in tokens], limit.max_tokens,
+        limit.max_rows,
+    )  # fmt: skip
     count = torch.tensor(len(parts), device=collective_device())
     dist.all_reduce(count, dist.ReduceOp.MAX)
     for i in range(int(count)):

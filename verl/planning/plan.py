@@ -1,0 +1,316 @@
+"""What memory, traffic and tokens a run on GPUs needs: the traced stages, put together as a worker orders them.
+
+`ActorRolloutRefWorker` has the order of device use, docs/gpu.md the table of it. Traced is what the policy does; sums
+of whole weights, the engine's share and host memory are formulas, and `lines` marks them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+
+from verl.checkpoint.training_state import checkpoint_size, folder_size
+from verl.config import FsdpConfig, RunConfig
+from verl.models.attention import cache_bytes
+from verl.planning.shapes import Parts
+from verl.planning.trace import Row, Setup, Trace, model_config, traced
+
+GIB = 2**30
+# An assumption: CUDA's contexts, NCCL's buffers and what torch's allocator cannot fill are not counted.
+USABLE = 0.9
+# What torch's CPUOffloadPolicy keeps in host memory.
+_KEPT_ON_HOST = ("shards", "gradient shards", "optimizer")
+
+
+@dataclass(frozen=True)
+class Machines:
+    gpu_bytes: int
+    """Of one GPU."""
+    gpus: int
+    """Of one machine."""
+    nodes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What follows from the reward manager."""
+
+    num_anchors: int
+    """Most anchors of a sample."""
+    embeds: bool
+    trains_embeddings: bool
+    trains_anchors: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    machines: Machines
+    stages: dict[str, Parts]
+    """Bytes on the GPU of a rank, of each stage when it takes most."""
+    logits: int
+    """Bytes of the logits of a chunk, within the activations of a pass through the LM head."""
+    cached_tokens: int | None
+    """Tokens that an engine's cache holds; None = its size is not planned (hf)."""
+    longest_row: int
+    """Tokens."""
+    host: dict[str, int]
+    """Bytes of host memory of a machine."""
+    checkpoint: int
+    """Bytes of a checkpoint."""
+    wire: dict[str, float]
+    """Bytes that a rank sends to other ranks in a step, by stage."""
+    moved: int
+    """Bytes that a rank copies between host and GPU in a step."""
+    rows: int
+    """Bytes of the rows of a step between driver and workers."""
+    tokens: dict[str, int]
+    """Most tokens of a step."""
+    micro_batches: dict[str, int] = field(default_factory=dict)
+    """Most of a rank in a step."""
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that a stage may take."""
+        return USABLE * self.machines.gpu_bytes
+
+    def misfits(self) -> list[str]:
+        """The stages that do not fit."""
+        found = [name for name, parts in self.stages.items() if sum(parts.values()) > self.usable]
+        if self.cached_tokens is not None and self.cached_tokens < self.longest_row:
+            found.append("cache")
+        return found
+
+
+def make_plan(config: RunConfig, machines: Machines, work: Work) -> MemoryPlan:
+    """Plan the run of a config whose engine's name is resolved.
+
+    Raises:
+        PlanError: see `traced`.
+        UserError: the model's config cannot be had.
+    """
+    section = config.actor_rollout_ref
+    lm = model_config(section.model)
+    loads = Loads(config, machines.ranks, work)
+    trace = traced(loads.setup(), lm.get_text_config().num_hidden_layers)
+    device = _DeviceUse(config, machines, trace, lm)
+    cached = device.engine.get("KV cache")
+    a_token = cache_bytes(lm.get_text_config(), device.engine_dtype) / section.rollout.ranks_per_engine
+    return MemoryPlan(
+        machines=machines,
+        stages=device.stages(),
+        logits=max(stage.logits for stage in trace.stages.values()),
+        cached_tokens=None if cached is None else int(cached / a_token),
+        longest_row=loads.longest_row,
+        host=device.host(),
+        checkpoint=checkpoint_size(config, trace.trained, trace.parameters, lm.dtype),
+        wire=loads.wire(trace),
+        moved=device.moved(),
+        rows=loads.row_bytes(lm.get_text_config().hidden_size),
+        tokens=loads.tokens(),
+        micro_batches={"score": loads.score_micro_batches, "update": loads.update_micro_batches},
+    )
+
+
+class Loads:
+    """The rows of a step and of a rank, all of full length."""
+
+    def __init__(self, config: RunConfig, ranks: int, work: Work) -> None:
+        data, section = config.data, config.actor_rollout_ref
+        self._config, self._ranks, self._work = config, ranks, work
+        self.longest_row = data.max_prompt_length + data.max_response_length
+        self.trained = data.train_batch_size * section.rollout.n
+        self.anchors = data.train_batch_size * work.num_anchors
+        per_sample = section.rollout.n + (work.num_anchors if work.trains_anchors else 0)
+        self._of_update = ceil(section.actor.ppo_mini_batch_size * per_sample / ranks)
+        self._of_score = ceil((self.trained + self.anchors) / ranks)
+        self._score_limit = section.actor.score_limit(section.rollout)
+
+    @property
+    def update_micro_batches(self) -> int:
+        """Most of an update."""
+        return ceil(self._of_update / self._full_rows(self._config.actor_rollout_ref.actor.update_limit))
+
+    @property
+    def score_micro_batches(self) -> int:
+        return ceil(self._of_score / self._full_rows(self._score_limit))
+
+    def setup(self) -> Setup:
+        section = self._config.actor_rollout_ref
+        # Where things wait between the stages does not change the stages; one trace serves all.
+        waits = {"param_offload": False, "optimizer_offload": False, "offload_policy": False}
+        fsdp = section.actor.fsdp_config.model_copy(update=waits)
+        actor = section.actor.model_copy(update={"fsdp_config": fsdp, "strategy": "fsdp"})
+        return Setup(
+            section.model, actor, "cuda", self._ranks,
+            rows=self._fill(self._of_update, section.actor.update_limit, self.update_micro_batches),
+            score_rows=self._fill(self._of_score, self._score_limit, self.score_micro_batches),
+            score_limit=self._score_limit, embeds=self._work.embeds, trains_embeddings=self._work.trains_embeddings,
+            keeps_forward=False,
+        )  # fmt: skip
+
+    def wire(self, trace: Trace) -> dict[str, float]:
+        """Bytes that a rank sends in a step, by stage."""
+        config = self._config
+        score = sum(trace.stages["score"].sent(self.score_micro_batches).values())
+        updates = config.num_mini_batches * config.actor_rollout_ref.actor.ppo_epochs
+        sent = {
+            "sync": sum(trace.stages["sync"].wire.values()),
+            "score": score,
+            "update": updates * sum(trace.stages["update"].sent(self.update_micro_batches).values()),
+        }
+        return sent | ({"reference": score} if config.needs_reference else {})
+
+    def tokens(self) -> dict[str, int]:
+        rows = self.trained + self.anchors
+        return {
+            "written": rows * self._config.data.max_response_length,
+            "scored": rows * self.longest_row,
+            "trained on": self.trained * self.longest_row * self._config.actor_rollout_ref.actor.ppo_epochs,
+        }
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Of int64 ids, float32 log-probs and vectors that go to workers and come back."""
+        prompt, response = 8 * self._config.data.max_prompt_length, self._config.data.max_response_length
+        rows = self.trained + self.anchors
+        generation = rows * (prompt + 12 * response)
+        vectors = 4 * hidden_size * self._work.embeds
+        scoring = rows * (prompt + 8 * response + 4 * response + vectors)
+        update = self.trained * (prompt + 8 * response + 2 * 4 * response)
+        return generation + scoring + update
+
+    def _full_rows(self, limit: tuple[int | None, int | None]) -> int:
+        """Rows of full length in a micro-batch."""
+        tokens, rows = limit
+        return max(1, tokens // self.longest_row if tokens else rows or 1)
+
+    def _fill(self, own: int, limit: tuple[int | None, int | None], micro_batches: int) -> tuple[Row, ...]:
+        """The rows of one micro-batch that is as full as can be, or of two: the second meets the first's gradients."""
+        count, length = min(own, self._full_rows(limit)), self.longest_row
+        if micro_batches > 1 and limit[0] and limit[0] > length:
+            count = ceil(limit[0] / length)
+            length = limit[0] // count
+        response = max(1, length * self._config.data.max_response_length // self.longest_row)
+        rows = [Row(max(1, length - response), response, group) for group in range(count * min(2, micro_batches))]
+        return tuple(rows)
+
+
+class _DeviceUse:
+    """Who has the memory in which stage."""
+
+    def __init__(self, config: RunConfig, machines: Machines, trace: Trace, lm: Any) -> None:
+        section = config.actor_rollout_ref
+        self._config, self._machines, self._trace, self._rollout = config, machines, trace, section.rollout
+        self._folder = folder_size(config, trace.trained, trace.parameters, lm.dtype)
+        self.engine_dtype: torch.dtype = getattr(torch, section.rollout.dtype)
+        self._whole = 4 * trace.parameters
+        self._shards = trace.stages["score"].peak["shards"]
+        self._optimizer = max(parts.get("optimizer", 0) for parts in trace.stages["update"].peaks.values())
+        own, reference = section.actor.fsdp_config, section.ref.fsdp_config
+        self._by_torch = self._uses_policy(own)
+        self._params_move = own.param_offload and not self._by_torch
+        self._optimizer_moves = own.optimizer_offload and not self._by_torch
+        # A policy with adapters is its own reference, with these off.
+        self._adapts = section.model.trains_adapter
+        self._has_reference = config.needs_reference and not self._adapts
+        self._reference_moves = reference.param_offload or self._uses_policy(reference)
+        self.engine = self._engine()
+
+    def _uses_policy(self, fsdp: FsdpConfig) -> bool:
+        return fsdp.offload_policy and self._config.actor_rollout_ref.actor.strategy == "fsdp2"
+
+    def _engine(self) -> Parts:
+        """The engine when it generates."""
+        weights = self.engine_dtype.itemsize * self._trace.parameters // self._rollout.ranks_per_engine
+        if self._rollout.name != "vllm":
+            return {"engine weights": weights}
+        share = int(self._rollout.gpu_memory_utilization * self._machines.gpu_bytes)
+        return {"engine weights": weights, "KV cache": max(0, share - weights)}
+
+    def stages(self) -> dict[str, Parts]:
+        """By stage, in the order of a run."""
+        sleeps = self._rollout.name == "vllm" and self._rollout.free_cache_engine
+        asleep: Parts = {} if sleeps else self.engine
+        weights = {"engine weights": self.engine["engine weights"]} if sleeps else self.engine
+        optimizer: Parts = {} if self._by_torch or self._optimizer_moves else {"optimizer": self._optimizer}
+        shards: Parts = {} if self._by_torch or self._params_move else {"shards": self._shards}
+        reference: Parts = {"reference": self._shards} if self._has_reference and not self._reference_moves else {}
+        sync = self._traced("sync")
+        gathered = {"gathered layers": sync.pop("activations", 0) + sync.get("gathered layers", 0)}
+        stages = {
+            "start": {"whole model": self._whole, **asleep},
+            "sync": _sum(sync, gathered, weights, optimizer, reference),
+            "generation": _sum(self.engine, shards, optimizer, reference),
+            "score": _sum(self._traced("score"), asleep, optimizer, reference),
+            "update": _sum(self._traced("update"), asleep, reference),
+        }
+        if self._config.scores_by_untrained and not self._adapts:
+            own = {
+                "reference": 0 if self._uses_policy(self._config.actor_rollout_ref.ref.fsdp_config) else self._shards
+            }
+            forward = {name: size for name, size in self._traced("score").items() if name != "shards"}
+            stages["reference"] = _sum(forward, own, shards, asleep, optimizer)
+        return stages
+
+    def _traced(self, stage: str) -> Parts:
+        parts = self._trace.stages[stage].peak
+        return {name: size for name, size in parts.items() if size and not (self._by_torch and name in _KEPT_ON_HOST)}
+
+    def host(self) -> dict[str, int]:
+        """Bytes of a machine, of weights alone."""
+        ranks = self._machines.gpus
+        kept = self._shards * (self._params_move or self._by_torch)
+        kept += self._optimizer * (self._optimizer_moves or self._by_torch)
+        kept += self._shards * (self._has_reference and self._reference_moves)
+        if self._rollout.name == "vllm" and self._rollout.free_cache_engine:
+            kept += self.engine["engine weights"]  # of an engine that sleeps
+        return {
+            "start": ranks * self._whole,
+            "steps": ranks * kept,
+            "checkpoint": ranks * kept + self._folder,
+        }
+
+    def moved(self) -> int:
+        """Bytes between host and GPU: the weights there and back for sync, score and update, the optimizer once."""
+        moved = 2 * 3 * self._shards * self._params_move + 2 * self._optimizer * self._optimizer_moves
+        return moved + 2 * self._shards * (self._has_reference and self._reference_moves)
+
+
+def _sum(*parts: Parts) -> Parts:
+    names = dict.fromkeys(name for one in parts for name in one)
+    total = {name: sum(one.get(name, 0) for one in parts) for name in names}
+    return {name: size for name, size in total.items() if size}
+
+
+def lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
+    """The plan as (what, how much) lines."""
+    machines = plan.machines
+    yield "planned for", f"{machines.nodes} x {machines.gpus} GPU(s) of {machines.gpu_bytes / GIB:.0f} GiB; per rank:"
+    for stage, parts in plan.stages.items():
+        ordered = sorted(parts.items(), key=lambda part: -part[1])
+        named = " + ".join(f"{name} {_gib(size)}" for name, size in ordered if size >= 0.01 * GIB)
+        verdict = "" if sum(parts.values()) <= plan.usable else "  DOES NOT FIT"
+        yield f"  {stage}", f"{_gib(sum(parts.values()))} GiB = {named or '0'}{verdict}"
+    yield "  logits", f"{_gib(plan.logits, 2)} GiB of a chunk at a time, when the LM head runs"
+    if plan.cached_tokens is not None:
+        rows = plan.cached_tokens / plan.longest_row
+        yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
+    yield (
+        "host memory",
+        ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items()) + " GiB a machine (formula)",
+    )
+    yield "checkpoint", f"{_gib(plan.checkpoint)} GiB (formula)"
+    sent = ", ".join(f"{name} {_gib(size)}" for name, size in plan.wire.items())
+    yield "sent by a rank", f"{_gib(sum(plan.wire.values()))} GiB a step to other ranks: {sent}"
+    yield "moved by a rank", f"{_gib(plan.moved)} GiB a step between host and GPU (formula)"
+    yield "rows of a step", f"{_gib(plan.rows, 2)} GiB between driver and workers (formula)"
+    yield "tokens of a step", ", ".join(f"{count} {name}" for name, count in plan.tokens.items()) + " at most"
+
+
+def _gib(size: float, digits: int = 1) -> str:
+    return f"{size / GIB:.{digits}f}"
