@@ -15,7 +15,7 @@ from verl.errors import UserError
 from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
-from verl.planning.remedies import remedies
+from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import Row, Setup, Trace, extended, planned_rows, run_traces, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
