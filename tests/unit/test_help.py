@@ -68,6 +68,8 @@ def test_every_program_is_found():
         ["-m", "verl.trainer.main_ppo", "trainer.no_such_key=1"],
         ["-m", "verl.trainer.main_ppo", "--config-name", "no_such_yaml"],
         ["-m", "verl.doctor", "trainer.no_such_key=1"],
+        ["-m", "verl.plan", "--gpus", "1", "trainer.no_such_key=1"],
+        ["-m", "verl.plan", "--gpus", "0"],
     ],
     ids=" ".join,
 )

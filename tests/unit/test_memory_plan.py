@@ -11,9 +11,11 @@ from tiny import tiny_config
 
 import verl.plan
 from verl.config import ActorConfig, ModelConfig, RunConfig
+from verl.errors import UserError
+from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
-from verl.planning.remedies import remedies
+from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import Row, Setup, Trace, extended, planned_rows, run_traces, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
@@ -28,6 +30,15 @@ def a_setup(folder: Path, layers: int | None = None, checkpointing: bool = True,
         model, ActorConfig(ppo_max_token_len_per_gpu=150, **actor), "cuda", world_size, rows, rows, (150, None),
         embeds=True, trains_embeddings=False, keeps_forward=False, num_layers=layers,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """One for this file, in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "grace" / "plans"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def test_parts_are_what_they_are_by_count(traces):
     assert moments == pytest.approx(2 * padded, rel=0.01)
     # The first of two forwards gathers the root too, and each forward and each backward pass the layers.
     score = trace.stages["score"]
-    assert score.sent(1)["all-gather"] == pytest.approx(2 * 0.75 * (9 * layer + padded - 9 * layer), rel=0.01)
+    assert score.sent(1)["all-gather"] == pytest.approx(2 * 0.75 * padded, rel=0.01)
     assert score.sent(3)["all-gather"] - score.sent(2)["all-gather"] == pytest.approx(2 * 0.75 * 9 * layer, rel=0.01)
     assert update.sent(5)["reduce-scatter"] == pytest.approx(5 * 4 * 0.75 * padded, rel=0.01)
 
@@ -94,7 +105,7 @@ def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_referenc
 
 
 def test_a_plan_finds_no_config_of_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(tracing.UserError, match="a plan needs its config.json"):
+    with pytest.raises(UserError, match="a plan needs its config.json"):
         traced(a_setup(tmp_path / "none"), 3)
 
 
@@ -109,7 +120,7 @@ def test_a_model_whose_sizes_depend_on_numbers_is_refused(tmp_path):
         pool.apply(run_traces, ([a_setup(tmp_path, 2)],))
 
 
-def test_rows_that_share_no_prompt_count_each_in_full(process_group):
+def test_rows_that_share_no_prompt_count_each_in_full(process_group, monkeypatch):
     """On a GPU the prompt of a group is computed for each of its rows."""
     policy = tiny_policy()
     setup = a_setup(Path())
@@ -117,11 +128,8 @@ def test_rows_that_share_no_prompt_count_each_in_full(process_group):
     limit = MicroBatchLimit(160, None)
     shared = [micro.packed.input_ids.shape[1] for micro in micro_batches(rows, limit, policy)]
     assert shared == [30 + 8 * 10]
-    type(policy).shares_prompts, before = property(lambda _: False), type(policy).shares_prompts
-    try:
-        apart = [micro.packed.input_ids.shape[1] for micro in micro_batches(rows, limit, policy)]
-    finally:
-        type(policy).shares_prompts = before
+    monkeypatch.setattr(PolicyModel, "shares_prompts", property(lambda _: False))
+    apart = [micro.packed.input_ids.shape[1] for micro in micro_batches(rows, limit, policy)]
     assert apart == [160, 160]
 
 
@@ -136,22 +144,14 @@ def a_run(folder: Path, **changes) -> RunConfig:
         },
         "trainer": {"diag_freq": -1},
     }
-    config = RunConfig.model_validate(values)
-    from verl.planning.remedies import with_settings
-
-    return with_settings(config, tuple(changes.items()))
+    return with_settings(RunConfig.model_validate(values), tuple(changes.items()))
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "grace" / "plans"
-
-
-def test_a_trace_is_kept_and_used_again(tiny_folder, own_cache, monkeypatch):
+def test_a_trace_is_kept_and_used_again(tiny_folder, cache, monkeypatch):
     setup = a_setup(tiny_folder)
+    before = set(cache.glob("*"))
     first = traced(setup, 3)
-    assert len(list(own_cache.glob("*.json"))) == 1
+    assert len(set(cache.glob("*")) - before) == 1
     monkeypatch.setattr(tracing, "ProcessPoolExecutor", None)  # a second trace would need it
     assert traced(setup, 3) == first
     with pytest.raises(TypeError):
@@ -203,7 +203,7 @@ def test_nothing_that_helps_is_said_too():
     assert text[0].startswith("does not fit: start.") and "smaller model" in text[1]
 
 
-def test_the_program_tells_plan_and_exit_code(tiny_folder, own_cache, capsys):
+def test_the_program_tells_plan_and_exit_code(tiny_folder, capsys):
     common = [
         f"actor_rollout_ref.model.path={tiny_folder}", "data.train_files=none.parquet", "data.max_prompt_length=50",
         "data.max_response_length=50", "actor_rollout_ref.rollout.name=vllm", "--gpus", "2",
