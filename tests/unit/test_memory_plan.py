@@ -82,7 +82,7 @@ def test_parts_are_what_they_are_by_count(traces):
     assert update.sent(5)["reduce-scatter"] == pytest.approx(5 * 4 * 0.75 * padded, rel=0.01)
 
 
-def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_reference(tiny_folder, own_cache):
+def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_reference(tiny_folder):
     values = {
         "data": {"train_batch_size": 8, "max_prompt_length": 40, "max_response_length": 40},
         "actor_rollout_ref": {
@@ -117,7 +117,10 @@ def test_a_model_whose_sizes_depend_on_numbers_is_refused(tmp_path):
         num_key_value_heads=2, num_local_experts=4,
     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(tracing.PlanError, match="depend on the numbers"), get_context("spawn").Pool(1) as pool:
-        pool.apply(run_traces, ([a_setup(tmp_path, 2)],))
+        setup = a_setup(tmp_path, 2)
+        # A loop over the experts, each with the tokens that chose it.
+        model = setup.model.model_copy(update={"override_config": {"experts_implementation": "eager"}})
+        pool.apply(run_traces, ([dataclasses.replace(setup, model=model)],))
 
 
 def test_rows_that_share_no_prompt_count_each_in_full(process_group, monkeypatch):
