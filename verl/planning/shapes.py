@@ -77,7 +77,7 @@ class PlannedPolicy(PolicyModel):
     def shares_prompts(self) -> bool:
         return not self.on_gpu
 
-    def to(self, *args: Any, **kwargs: Any) -> "PlannedPolicy":  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> "PlannedPolicy":
         """Nothing: shapes are nowhere."""
         return self
 
