@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
 from verl.planning.remedies import remedies, with_settings
-from verl.planning.trace import Row, Setup, Trace, extended, planned_rows, run_traces, traced
+from verl.planning.trace import Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
 
@@ -45,8 +44,7 @@ def cache(tmp_path_factory) -> Path:
 def traces(tiny_folder) -> dict[tuple[int, bool], Trace]:
     """By number of layers, and whether checkpointing is on."""
     cases = [(layers, checkpointing) for checkpointing in (True, False) for layers in (4, 5, 9)]
-    with get_context("spawn").Pool(1) as pool:
-        found = pool.apply(run_traces, ([a_setup(tiny_folder, *case) for case in cases],))
+    found = in_own_process([a_setup(tiny_folder, *case) for case in cases])
     return dict(zip(cases, found, strict=True))
 
 
@@ -116,11 +114,11 @@ def test_a_model_whose_sizes_depend_on_numbers_is_refused(tmp_path):
         vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(tracing.PlanError, match="depend on the numbers"), get_context("spawn").Pool(1) as pool:
-        setup = a_setup(tmp_path, 2)
-        # A loop over the experts, each with the tokens that chose it.
-        model = setup.model.model_copy(update={"override_config": {"experts_implementation": "eager"}})
-        pool.apply(run_traces, ([dataclasses.replace(setup, model=model)],))
+    setup = a_setup(tmp_path, 2)
+    # A loop over the experts, each with the tokens that chose it.
+    model = setup.model.model_copy(update={"override_config": {"experts_implementation": "eager"}})
+    with pytest.raises(tracing.PlanError, match="depend on the numbers"):
+        in_own_process([dataclasses.replace(setup, model=model)])
 
 
 def test_rows_that_share_no_prompt_count_each_in_full(process_group, monkeypatch):

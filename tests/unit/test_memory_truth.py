@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 from measured import peak_of
-from torch.multiprocessing import get_context
 
 from verl.config import ActorConfig, ModelConfig
 from verl.models.policy import PolicyModel, load_causal_lm
-from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, planned_rows, run_traces
+from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows
 from verl.workers.actor import Actor
 from verl.workers.micro_batches import MicroBatchLimit
 
@@ -24,11 +23,6 @@ def a_setup(folder: Path, rows: tuple[Row, ...], tokens: int, num_layers: int | 
     actor = ActorConfig(ppo_max_token_len_per_gpu=tokens, **changes.pop("actor", {}))
     values = {"embeds": True, "trains_embeddings": False, "keeps_forward": False, "num_layers": num_layers, **changes}
     return Setup(model, actor, "cpu", 1, rows, rows, (tokens, None), **values)
-
-
-def in_one_process(setups: list[Setup]) -> list[Trace]:
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(run_traces, (setups,))
 
 
 def peaks(trace: Trace) -> dict[str, int]:
@@ -69,7 +63,7 @@ def test_peaks_of_the_tiny_model(tiny_folder):
         a_setup(tiny_folder, TINY, 600, trains_embeddings=True, actor={"embedding_grad_share": 0.5}),
         a_setup(tiny_folder, TINY, 600, actor={"entropy_coeff": 0.1}),
     ]
-    for setup, trace in zip(setups, in_one_process(setups), strict=True):
+    for setup, trace in zip(setups, in_own_process(setups), strict=True):
         found = measured(setup)
         assert peaks(trace) == pytest.approx(found, rel=0.1), (setup, peaks(trace), found)
 
@@ -79,6 +73,6 @@ def test_peaks_of_smollm2_from_the_line_through_two_of_fewer_layers(repo):
     if not (folder / "model.safetensors").is_file():
         pytest.skip("SmolLM2 is not there; python3 -m verl.get_demo_model")
     setups = [a_setup(folder, SMOL, 300, layers) for layers in DEPTHS]
-    trace = extended(DEPTHS, in_one_process(setups), 30)
+    trace = extended(DEPTHS, in_own_process(setups), 30)
     found = measured(setups[0])
     assert peaks(trace) == pytest.approx(found, rel=0.1), (peaks(trace), found)

@@ -177,9 +177,7 @@ def _cached(setup: Setup, depths: Sequence[int]) -> list[Trace]:
     setups = [dataclasses.replace(setup, num_layers=depth) for depth in depths]
     files = [_cache_folder() / f"{_key(one)}.json" for one in setups]
     if not all(file.is_file() for file in files):
-        # One process for all: it takes longer to start than to trace.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found = pool.submit(run_traces, setups).result()
+        found = in_own_process(setups)
         with contextlib.suppress(OSError):  # A home that cannot be written to costs the time of a trace.
             _cache_folder().mkdir(parents=True, exist_ok=True)
             for file, trace in zip(files, found, strict=True):
@@ -188,6 +186,12 @@ def _cached(setup: Setup, depths: Sequence[int]) -> list[Trace]:
                 part.replace(file)
         return found
     return [_from_json(json.loads(file.read_text())) for file in files]
+
+
+def in_own_process(setups: Sequence[Setup]) -> list[Trace]:
+    """The traces of setups of one number of ranks. One process for all: it takes about as long to start as to trace."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run_traces, setups).result()
 
 
 def _from_json(values: dict[str, Any]) -> Trace:
