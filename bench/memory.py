@@ -8,27 +8,14 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import MODEL, markdown, prepare_data, write_json
+from one_worker import StepSize, build_config, prompt_rows, run_step, workers_of
 
-from verl.batch_plan import BatchPlan
-from verl.config import RunConfig
-from verl.data.collator import PromptCollator
-from verl.data.dataset import PromptDataset
-from verl.embedding.prompts import PromptRenderer
-from verl.embedding.settings import EmbedderSettings
-from verl.protocol import DataProto, is_trained
-from verl.single_controller.local_group import LocalWorkerGroup
-from verl.trainer.ppo.step_rows import expand
-from verl.utils.tokenizer import load_tokenizer
-from verl.workers.fsdp_workers import ActorRolloutRefWorker
-from verl.workers.group import ActorRolloutRefGroup
-
-TRIPLETS, N, TOKENS = 4, 8, 96
+SIZE = StepSize(triplets=4, n=8, tokens=96)
 
 
 def peak_gib() -> float:
@@ -41,42 +28,6 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def build_config(model: str, lora_rank: int) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "data": {"train_batch_size": TRIPLETS, "max_prompt_length": 160, "max_response_length": TOKENS},
-            "actor_rollout_ref": {
-                "model": {"path": model, "enable_gradient_checkpointing": False, "lora_rank": lora_rank},
-                "actor": {"ppo_mini_batch_size": TRIPLETS},
-                "rollout": {"name": "hf", "n": N, "ignore_eos": True},
-            },
-        }
-    )
-
-
-def start_workers(config: RunConfig, device: str) -> ActorRolloutRefGroup:
-    plan = BatchPlan.from_config(config, num_samples=TRIPLETS, num_anchors=2, world_size=1)
-    return ActorRolloutRefGroup(LocalWorkerGroup(ActorRolloutRefWorker, (config, plan), device), ranks_per_engine=1)
-
-
-def prompt_rows(config: RunConfig, model: str, train_file: Path) -> DataProto:
-    renderer = PromptRenderer(load_tokenizer(model), config.data.max_prompt_length)
-    samples = PromptDataset([str(train_file)], config.data, ("positive", "query", "negative"), renderer)
-    collate = PromptCollator(renderer, EmbedderSettings(max_new_tokens=TOKENS), config.data.reward_fn_key)
-    return expand(collate([samples[i] for i in range(TRIPLETS)]), config.actor_rollout_ref.rollout)
-
-
-def trained_rows(rows: DataProto, scored: DataProto) -> DataProto:
-    """The positives with random advantages and the other columns of an update."""
-    rows = rows.with_tensors(old_log_probs=scored.batch["log_probs"])
-    batch = rows[is_trained(rows)]
-    advantage = torch.randn(len(batch), 1, generator=torch.Generator().manual_seed(0))
-    return batch.with_tensors(
-        advantages=advantage.expand(-1, batch.batch["responses"].shape[1]).contiguous(),
-        mini_batch=torch.zeros(len(batch), dtype=torch.int64),
-    )
 
 
 def main() -> None:
@@ -99,17 +50,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         train_file = prepare_data(Path(folder))
-        config = build_config(args.model, args.lora_rank)
-        workers = start_workers(config, args.device)
-        phase("loading", workers.init_model)
-        prompts = prompt_rows(config, args.model, train_file)
-        for step in range(2):
-            phase("sync", workers.sync_rollout_weights)
-            responses = phase("gen", partial(workers.generate, prompts, step, on_progress=lambda count: None))
-            rows = prompts.union(responses)
-            scored = phase("score", partial(workers.score, rows, log_probs=True, embed=True, for_update=True))
-            phase("update", partial(workers.update_actor, trained_rows(rows, scored), 1))
-        workers.shutdown()
+        config = build_config(args.model, SIZE, lora_rank=args.lora_rank)
+        with workers_of(config, args.device) as workers:
+            phase("loading", workers.init_model)
+            prompts = prompt_rows(config, train_file)
+            for step in range(2):
+                run_step(workers, prompts, step, phase)
     columns = list(found["update"])
     table = [[name, *(f"{values[column]:.2f}" for column in columns)] for name, values in found.items()]
     print(markdown(["phase", *columns], table))

@@ -71,6 +71,8 @@ def test_both_kernels_compute_the_same_model():
 def test_a_run_on_a_gpu(tmp_path, engine, offload):
     if engine == "vllm" and find_spec("vllm") is None:
         pytest.skip("vllm is not installed (pip install -e '.[vllm]')")
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
     model = save_tiny(tmp_path / "model", hidden_size=256, llama=True)
     data = prepare("supervised", write_triplets(tmp_path / "raw.jsonl"), tmp_path / "data")
     overrides = [o for o in recipe(model, data, tmp_path / "run") if not o.startswith("trainer.device")]
