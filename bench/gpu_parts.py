@@ -41,7 +41,7 @@ class Skipped(Exception):
 class Form:
     """How much is measured."""
 
-    model: dict[str, int]
+    model: dict[str, Any]
     """What the config of the random Qwen2 model has."""
     step: StepSize
     lengths: tuple[int, ...]
@@ -114,15 +114,16 @@ def _attend(
 ) -> list[torch.Tensor]:
     """The output [1, K, heads, head size] and the gradients by query, key and value, float32."""
     generator, (heads, key_heads, size) = torch.Generator().manual_seed(0), shape
-    line = [
+    query, key, value = (
         torch.randn(1, n, sum(lengths), size, generator=generator).to(device, torch.bfloat16).requires_grad_()
         for n in (heads, key_heads, key_heads)
-    ]
+    )
     segments = pack([Row((0,) * n, (), 0, False) for n in lengths], share_prompts=False).segments
     out, _ = grace_attention(
-        torch.nn.Module(), *line, None, kernel=kernel, packed_segments=segments, sliding_window=window  # type: ignore[arg-type]
-    )  # fmt: skip
-    return [x.detach().float() for x in (out, *torch.autograd.grad(out.float().square().mean(), line))]
+        torch.nn.Module(), query, key, value, None, kernel=kernel, packed_segments=segments, sliding_window=window
+    )
+    gradients = torch.autograd.grad(out.float().square().mean(), (query, key, value))
+    return [x.detach().float() for x in (out, *gradients)]
 
 
 def packing(form: Form, device: str, folder: Path) -> Found:
