@@ -24,7 +24,7 @@ def solve(requirements: Path) -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
         command += ["--use-feature=fast-deps", "--report", str(report), "--requirement", str(requirements)]
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]

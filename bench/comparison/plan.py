@@ -35,8 +35,12 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
     # The untrained model is also given each text again in place of a rationale.
     base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
     if recipes:
-        seconds = shape.seconds + _START + on_dev
-        return [base, *(Line(name, f"a run, dev alone: {rows.RECIPES[name].title}", seconds) for name in recipes)]
+        seconds, until = shape.seconds, f"{shape.seconds:g} s"
+        if shape.recipe_steps is not None:
+            seconds, until = 0, f"{shape.recipe_steps} steps, which are not in the minutes"
+        each = shape.seeds * (seconds + _START + on_dev)
+        what = f"runs: {shape.seeds}, of {until}, dev alone:"
+        return [base, *(Line(name, f"{what} {rows.RECIPES[name].title}", each) for name in recipes)]
     answers = _ANSWER * len(data.answers) + _LOAD
     points, runs = len(shape.shares), len(shape.grid) + shape.seeds - 1
     contrastive = runs * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test)

@@ -15,7 +15,7 @@ from comparison.baseline import Setting
 from comparison.data import Data, PartSize, Sizes, load
 from comparison.pictures import draw
 from comparison.plan import Line, plan
-from comparison.report import Found, as_json, choose, summary
+from comparison.report import Found, as_json, beside, choose, cost_cells, summary, verdicts
 from comparison.rows import RECIPES, ROWS
 from comparison.scoring import WITH, choices, mean_of_main
 from comparison.states import WITHOUT
@@ -114,16 +114,22 @@ def compare(study: Study, out: Path) -> None:
 
 
 def compare_recipes(study: Study, names: Sequence[str]) -> None:
-    """Recipes on dev: with rationales, without, and the best vector of each."""
+    """Recipes on dev: with rationales, without, and the best vector of each; and the others beside the first one."""
     untrained = Point(Cost(0, 0, 0, 0, 0), study.base("dev"))
+    seeds = range(study.shape.seeds)
+    found = {BASE: [untrained], **{name: [study.recipe(name, seed) for seed in seeds] for name in names}}
     lines = []
-    for name, (cost, scores) in {BASE: untrained, **{name: study.recipe(name) for name in names}}.items():
-        means = {variant: mean_of_main([scores], variant) for variant in choices()}
+    for name, runs in found.items():
+        means = {variant: mean_of_main([run.scores for run in runs], variant) for variant in choices()}
         best = max(means, key=lambda variant: means[variant])
         figures = [f"{100 * means[variant]:.1f}" for variant in (WITH, WITHOUT.name, best)]
-        lines.append([name, *figures, best, f"{cost.seconds:.0f}", cost.tokens, cost.samples])
-    print("\nMean of the main metrics on dev x 100, one seed:\n")
+        lines.append([name, *figures, best, *cost_cells([run.cost for run in runs])])
+    print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n")
     print(markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines))
+    first, *others = names
+    made = [line for name in others for line in beside(name, found[name], first, found[first])]
+    if made:
+        print(f"\n{verdicts(made)}")
 
 
 def show_plan(data: Data, lines: Sequence[Line]) -> None:
@@ -140,7 +146,12 @@ def _shape(args: argparse.Namespace, shape: Shape) -> Shape:
     if seconds <= 0:
         raise UserError(f"--seconds={seconds:g} must be above 0")
     seeds = shape.seeds if args.seeds is None else whole_number("--seeds", args.seeds, 1)
-    return replace(shape, seconds=seconds, seeds=seeds)
+    steps = args.steps if args.steps is None else whole_number("--steps", args.steps, 1)
+    if steps and args.recipes is None:
+        raise UserError(f"--steps={steps} is of --recipes; rows are trained for --seconds")
+    if args.recipes is not None and args.seeds is None:
+        seeds = 1
+    return replace(shape, seconds=seconds, seeds=seeds, recipe_steps=steps)
 
 
 def _recipes(names: Sequence[str] | None) -> list[str]:

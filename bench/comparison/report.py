@@ -14,6 +14,7 @@ from comparison.scoring import SHUFFLED, WITH, Scores, mean_of_main
 from comparison.states import WITHOUT, Variant
 from comparison.study import BASE, CONTRASTIVE, Point
 from comparison.tasks import MAIN
+from comparison.training import Cost
 from verl.embedding.settings import Mix
 
 # Below the untrained model's, by at most this share of it.
@@ -84,12 +85,16 @@ class Found:
     """Empty where there are none."""
 
 
+Run = dict[str, dict[str, Measured]]
+"""What one model's vectors were measured at, by task and metric."""
+
+
 class Shown(NamedTuple):
     row: Row
     variant: str
     """The one chosen on dev."""
-    runs: list[dict[str, dict[str, Measured]]]
-    """On test, of each seed, by task and metric."""
+    runs: list[Run]
+    """On test, of each seed."""
 
 
 def choose(found: Found) -> dict[str, Shown]:
@@ -104,9 +109,8 @@ def choose(found: Found) -> dict[str, Shown]:
     return shown
 
 
-def columns(shown: Mapping[str, Shown]) -> list[tuple[str, str]]:
+def columns(run: Run) -> list[tuple[str, str]]:
     """Task and metric of each column: the main metrics, and R@1 of the triplets."""
-    (run, *_) = next(iter(shown.values())).runs
     return [
         (task, metric)
         for task, metrics in run.items()
@@ -117,26 +121,43 @@ def columns(shown: Mapping[str, Shown]) -> list[tuple[str, str]]:
 
 def table(found: Found, shown: Mapping[str, Shown]) -> str:
     """The table of all rows: figures x 100 with the half width of their interval."""
-    over = columns(shown)
+    over = columns(_any_run(shown))
     head = ["row", "vector", *(f"{task} {metric}" for task, metric in over), METRIC, "seconds", "tokens", "samples"]
     lines = []
     for row, variant, runs in shown.values():
         cells = [_figure(interval([run[task][metric] for run in runs])) for task, metric in over]
         kept = found.answers.get(row.model)
         likelihood = f"{interval(kept).value:.3f}" if kept else "-"
-        lines.append([f"{row.key} {row.title}", variant, *cells, likelihood, *_cost(found.points.get(row.model))])
+        lines.append(
+            [f"{row.key} {row.title}", variant, *cells, likelihood, *cost_cells(_ends(found.points.get(row.model)))]
+        )
     return markdown(head, lines)
 
 
 def differences(shown: Mapping[str, Shown]) -> list[dict[str, Any]]:
     """Every deciding difference on every column."""
+    over = columns(_any_run(shown))
+    return [
+        line
+        for first, second, what in DECIDING
+        for line in _differences((first, shown[first].runs), (second, shown[second].runs), what, over)
+    ]
+
+
+def beside(first: str, runs: Sequence[Point], second: str, others: Sequence[Point]) -> list[dict[str, Any]]:
+    """The differences of two recipes on dev, with rationales."""
+    sides = [[point.scores[WITH] for point in points] for points in (runs, others)]
+    return _differences((first, sides[0]), (second, sides[1]), "with rationales", columns(sides[0][0]))
+
+
+def _differences(
+    first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], what: str, over: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:  # fmt: skip
     made = []
-    for first, second, what in DECIDING:
-        for task, metric in columns(shown):
-            one, other = ([run[task][metric] for run in shown[key].runs] for key in (first, second))
-            by = difference(one, other)
-            made.append({"first": first, "second": second, "decides": what, "task": task, "metric": metric,
-                         "difference": by.value, "low": by.low, "high": by.high, "verdict": by.verdict})  # fmt: skip
+    for task, metric in over:
+        by = difference(*([run[task][metric] for run in runs] for _, runs in (first, second)))
+        made.append({"first": first[0], "second": second[0], "decides": what, "task": task, "metric": metric,
+                     "difference": by.value, "low": by.low, "high": by.high, "verdict": by.verdict})  # fmt: skip
     return made
 
 
@@ -182,8 +203,12 @@ def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
     return "\n".join(lines)
 
 
+def _any_run(shown: Mapping[str, Shown]) -> Run:
+    return next(iter(shown.values())).runs[0]
+
+
 def _in_domain(shown: Mapping[str, Shown]) -> list[str]:
-    tasks = [task for task in IN_DOMAIN if task in dict(columns(shown))]
+    tasks = [task for task in IN_DOMAIN if task in dict(columns(_any_run(shown)))]
     return [f"in-domain, of the kind of text that is trained on: {', '.join(tasks)}"]
 
 
@@ -214,10 +239,12 @@ def _figure(found: Interval) -> str:
     return f"{100 * found.value:.1f} ±{50 * (found.high - found.low):.1f}"
 
 
-def _cost(seeds: Sequence[Sequence[Point]] | None) -> list[str]:
+def _ends(seeds: Sequence[Sequence[Point]] | None) -> list[Cost]:
+    """Of each seed, at the end of its training; the untrained model has cost nothing."""
+    return [seed[-1].cost for seed in seeds] if seeds else [Cost(0, 0, 0, 0, 0)]
+
+
+def cost_cells(ends: Sequence[Cost]) -> list[str]:
     """Mean seconds, tokens and samples over the seeds."""
-    if not seeds:
-        return ["0", "0", "0"]
-    ends = [seed[-1].cost for seed in seeds]
     sums = (sum(end.seconds for end in ends), sum(end.tokens for end in ends), sum(end.samples for end in ends))
     return [f"{total / len(ends):,.0f}" for total in sums]

@@ -39,6 +39,8 @@ class Shape:
     """Settings that the contrastive baseline is chosen from."""
     tokens: int = 16
     """Of a rationale of the base model."""
+    recipe_steps: int | None = None
+    """What a recipe is trained for; None = `seconds`."""
 
 
 class Point(NamedTuple):
@@ -75,22 +77,28 @@ class Study:
 
     def row(self, name: str, seed: int) -> list[Point]:
         """Train a row of `rows.ROWS`, and score it on dev at every share of the seconds."""
-        run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+        run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
         points = self._train(name, seed, run, settings, self.shape.shares)
         run.finish()
         return points
 
-    def recipe(self, name: str) -> Point:
-        """Train a recipe for all of the seconds, and score it on dev. Its model is not kept."""
-        label = name.replace(" ", "-")
-        run, settings = self._run(label, rows.RECIPES[name], 0, (1.0,))
-        (point,) = self._train(label, 0, run, settings, (1.0,))
+    def recipe(self, name: str, seed: int) -> Point:
+        """Train a recipe for all of the seconds or steps, and score it on dev. Its model is not kept."""
+        label, steps = name.replace(" ", "-"), self.shape.recipe_steps
+        until = self._seconds((1.0,)) if steps is None else {"steps": steps}
+        run, settings = self._run(label, rows.RECIPES[name], seed, until)
+        if steps is None:
+            (point,) = self._train(label, seed, run, settings, (1.0,))
+        else:
+            title = f"{name}, seed {seed}: {steps} steps of training, and dev"
+            made = self._part(f"{label}-s{seed}", settings, title, lambda _: self._on_dev(run, run.train_steps(steps)))
+            point = _point(made)
         clear(run.folder)
         return point
 
     def test_row(self, name: str, seed: int) -> Scores:
         """The scores on test of a row that `row` has trained."""
-        run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+        run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
 
         def make(_: Path) -> dict[str, Any]:
             return scoring.score_encoder(run.trained_model, self.data.parts["test"], self.data.centre, None)
@@ -139,7 +147,7 @@ class Study:
         elif name == CONTRASTIVE:
             folder, settings = self._baseline_model(seed), self._baseline_settings(self.chosen, seed)
         else:
-            run, settings = self._run(name, rows.ROWS[name], seed, self.shape.shares)
+            run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
             folder = run.trained_model
         described = {**settings, "answers": key_of(self.data.answers)}
         made = self._part(
@@ -148,14 +156,21 @@ class Study:
         )  # fmt: skip
         return Measured.from_json(made)
 
+    def _seconds(self, shares: tuple[float, ...]) -> dict[str, Any]:
+        return {"seconds": self.shape.seconds, "shares": list(shares)}
+
     def _run(
-        self, name: str, trained: rows.Trained, seed: int, shares: tuple[float, ...]
-    ) -> tuple[Run, dict[str, Any]]:
-        """A row's training run, and what its results on dev depend on."""
+        self, name: str, trained: rows.Trained, seed: int, until: dict[str, Any]
+    ) -> tuple[Run, dict[str, Any]]:  # fmt: skip
+        """A row's training run, and what its results on dev depend on.
+
+        Args:
+            until: what the run is trained for.
+        """
         overrides = [*trained.overrides, f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
         settings = {
             **self._common, **self._scored_on("dev"), "overrides": overrides, "mode": trained.mode,
-            "train": key_of(self.data.train), "seconds": self.shape.seconds, "shares": list(shares),
+            "train": key_of(self.data.train), **until,
         }  # fmt: skip
         folder = self.out / "runs" / f"{name}-s{seed}-{key_of(settings)}"
         return Run(folder, str(self.model), self._train_file(trained.mode), trained.mode, overrides), settings
@@ -168,13 +183,15 @@ class Study:
             seconds = share * self.shape.seconds
 
             def make(_: Path, seconds: float = seconds) -> dict[str, Any]:
-                cost = run.train_until(seconds)
-                scores = scoring.score_encoder(run.trained_model, self.data.parts["dev"], self.data.centre, None)
-                return {"cost": cost.as_json(), **scores}
+                return self._on_dev(run, run.train_until(seconds))
 
             title = f"{name}, seed {seed}: training until {seconds:g} s, and dev"
             points.append(_point(self._part(f"{name}-s{seed}", {**settings, "share": share}, title, make)))
         return points
+
+    def _on_dev(self, run: Run, cost: Cost) -> dict[str, Any]:
+        scores = scoring.score_encoder(run.trained_model, self.data.parts["dev"], self.data.centre, None)
+        return {"cost": cost.as_json(), **scores}
 
     def _train_file(self, mode: str) -> Path:
         """The training triplets, or their queries and positives as plain texts, as train.sh reads them."""

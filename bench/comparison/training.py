@@ -1,4 +1,4 @@
-"""Training a row of the comparison for so many seconds: `train.sh`, stopped by SIGTERM and resumed by its next part."""
+"""Training a row of the comparison for so many seconds, `train.sh` stopped by SIGTERM and resumed, or steps."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,18 @@ class Run:
             TrainingError: the run ended otherwise.
         """
         if self._saved_step() == 0 or self.cost().seconds + self.cost().step_seconds / 2 < seconds:
-            self._run(seconds)
+            resumed_from = self._saved_step()
+            self._run(_STEPS, lambda: _is_due(_steps_of(self.folder), resumed_from, seconds))
+        return self.cost()
+
+    def train_steps(self, steps: int) -> Cost:
+        """Train until this many steps are done, and save. What an earlier call did is not done again.
+
+        Raises:
+            TrainingError: the run ended otherwise.
+        """
+        if self._saved_step() < steps:
+            self._run(steps, lambda: False)
         return self.cost()
 
     @property
@@ -97,12 +108,12 @@ class Run:
         newest, _ = RunFolder(self.folder).newest_whole() if self.folder.is_dir() else (None, [])
         return int(newest.name.rsplit("_", 1)[1]) if newest else 0
 
-    def _run(self, seconds: float) -> None:
+    def _run(self, steps: int, is_due: Callable[[], bool]) -> None:
+        """Train to the end of these steps, or until it is due to stop."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        resumed_from = self._saved_step()
-        _forget_after(self.folder, resumed_from)
+        _forget_after(self.folder, self._saved_step())
         command = [
-            "bash", "train.sh", *self.overrides, f"trainer.total_training_steps={_STEPS}",
+            "bash", "train.sh", *self.overrides, f"trainer.total_training_steps={steps}",
             f"trainer.default_local_dir={self.folder.absolute()}", "trainer.use_ray=False", "trainer.save_freq=-1",
             "trainer.max_actor_ckpt_to_keep=1", "trainer.samples_per_step=0",
         ]  # fmt: skip
@@ -117,12 +128,12 @@ class Run:
                 command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                while process.poll() is None and not _is_due(_steps_of(self.folder), resumed_from, seconds):
+                while process.poll() is None and not is_due():
                     time.sleep(_POLL_SECONDS)
             finally:
                 process.terminate()
                 process.wait()
-        if process.returncode != _STOPPED:
+        if process.returncode not in (0, _STOPPED):
             end = "\n".join((self.folder / _LOG).read_text().splitlines()[-20:])
             raise TrainingError(f"{' '.join(command)}\nended with exit code {process.returncode}:\n{end}")
 

@@ -1,5 +1,6 @@
 """The parts of bench/worth.py: the split, the metrics, the bootstrap, the vectors, and what is kept."""
 
+import argparse
 import json
 import math
 import random
@@ -23,12 +24,14 @@ from verl.errors import UserError
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from comparison import answers, baseline, rows, scoring
-from comparison.data import PartSize, Sizes, load
+from comparison.data import Data, PartSize, Sizes, load
 from comparison.kept import Kept
 from comparison.measured import Measured, difference, interval
+from comparison.program import SHAPES, _shape, compare_recipes
 from comparison.report import DECIDING, table_rows
 from comparison.split import same_text, split_by_text
 from comparison.states import States, Variant, another_each, lookup, read_states, vectors_of
+from comparison.study import Shape, Study
 from comparison.tasks import Labels, Pairs, Retrieval, Triplets, ranking
 from comparison.training import Run, _is_due
 
@@ -385,6 +388,35 @@ def test_a_row_is_trained_for_its_seconds_and_goes_on_from_there(tmp_path, tiny_
     with GraceEncoder(run.trained_model, device="cpu") as encoder:
         assert encoder.settings.max_new_tokens == 4
     assert not list(run.folder.glob("global_step_*"))
+
+
+def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_folder, monkeypatch, capsys):
+    train = [(f"query {i}", f"positive {i}", f"negative {i}") for i in range(24)]
+    tasks = [Triplets("triplets", [tuple(TEXTS[:3]), tuple(TEXTS[1:4])])]
+    data = Data(train, 0, {"dev": tasks, "test": []}, ["a text", "and another"], [])
+    for name, share in (("none", 1), ("some", 0.5)):
+        overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
+        monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
+    shape = Shape(1e6, (1.0,), seeds=1, grid=(), tokens=4, recipe_steps=3)
+    study = Study(tiny_folder, data, shape, tmp_path, lambda _: None)
+    compare_recipes(study, ["none", "some"])
+    shown = capsys.readouterr().out
+    made = {name: [study.recipe(name, 0)] for name in ("none", "some")}
+    assert [[point.cost.steps for point in points] for points in made.values()] == [[3], [3]]
+    assert [[point.cost.samples for point in points] for points in made.values()] == [[6], [6]]
+    scores = {name: [p.scores["with"]["triplets"]["nDCG@10"] for p in points] for name, points in made.items()}
+    by = difference(scores["some"], scores["none"])
+    assert f"{100 * by.value:+.1f} [{100 * by.low:+.1f}, {100 * by.high:+.1f}] {by.verdict}" in shown
+    assert "| some - none |" in shown and "| none | " in shown
+
+
+def test_steps_are_of_recipes_alone():
+    args = argparse.Namespace(seconds=None, seeds=None, steps=5, recipes=None)
+    with pytest.raises(UserError, match="--steps=5 is of --recipes"):
+        _shape(args, SHAPES["short"])
+    args.recipes = ["joint"]
+    shape = _shape(args, SHAPES["full"])
+    assert (shape.recipe_steps, shape.seeds) == (5, 1)
 
 
 def test_the_deciding_differences_are_between_rows_of_the_table():
