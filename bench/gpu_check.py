@@ -4,9 +4,9 @@
 
 The tests of tests/gpu, attention by both kernels, packed against padded rows, and training steps of SmolLM2 and of a
 random model in the shape of Qwen2 1.5B with and without offload, with vLLM where it is installed: tokens per second,
-MFU, peak memory. Each part is a process of its own. What is finished is kept in the folder; the same command does
-the rest, and parts that failed again. Parts that cannot run here are skipped, with the reason. Exit code 1: a part
-failed; 3: time ran out, and the same command goes on.
+MFU, peak memory beside the plan's. Each part is a process of its own. What is finished is kept in the folder; the
+same command does the rest, and parts that failed again. Parts that cannot run here are skipped, with the reason. Exit
+code 1: a part failed; 3: time ran out, and the same command goes on.
 """
 
 import argparse
@@ -106,10 +106,16 @@ def in_words(part: dict[str, Any]) -> str:
 def table_of(found: dict[str, dict[str, Any]]) -> str:
     """A line for each part; MFU is the share of the rate of a large product on the same device."""
     rate = found["rate"].get("figures", {}).get("flop_per_s")
-    return markdown(["part", "result"], [[name, _line(part, rate)] for name, part in found.items()])
+    planned = found["plan"].get("figures", {})
+    lines = [[name, _line(part, rate, planned.get(name, {}))] for name, part in found.items()]
+    return markdown(["part", "result"], lines)
 
 
-def _line(part: dict[str, Any], rate: float | None) -> str:
+def _line(part: dict[str, Any], rate: float | None, planned: dict[str, float]) -> str:
+    """
+    Args:
+        planned: GiB by phase.
+    """
     if part["state"] != "done":
         return in_words(part)
     figures = part["figures"]
@@ -121,13 +127,19 @@ def _line(part: dict[str, Any], rate: float | None) -> str:
         words.append(f"MFU {100 * figures['update_flop'] / seconds['update'] / rate:.2g} %")
     words.append(f"generation {figures['generated_tokens'] / seconds['gen']:.4g} tokens/s")
     words += [f"sync {seconds['sync']:.2g} s", f"attention by {figures['attention']}"]
-    words += [f"peak of {name} {value:.2f} GiB" for name, value in peaks.items()]
+    words += [f"peak of {name} {value:.2f} GiB{_beside(planned.get(name))}" for name, value in peaks.items()]
     return ", ".join(words)
+
+
+def _beside(planned: float | None) -> str:
+    return "" if planned is None else f" (planned {planned:.2f})"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_short(part)}" for key, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -25,6 +25,8 @@ from verl.models.attention import ATTENTIONS, Kernel, grace_attention
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
 from verl.models.varlen import varlen_problem
+from verl.planning.plan import Machines, make_plan
+from verl.trainer.memory_plan import find_work
 
 sys.path.insert(0, str(REPO / "tests"))
 
@@ -166,40 +168,93 @@ def _padded(lm: Any, rows: list[list[int]], device: str) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def random_step(form: Form, device: str, folder: Path, offload: bool = False, engine: str = "hf") -> Found:
-    """A training step of the random model, which the parts share."""
-    model = folder.parent / f"random_model_{form.model['hidden_size']}"
+@dataclass(frozen=True)
+class Steps:
+    """Training steps of one kind."""
+
+    demo: bool = False
+    """Of SmolLM2-135M; else of the random model."""
+    offload: bool = False
+    engine: str = "hf"
+
+    def config(self, form: Form, folder: Path) -> RunConfig:
+        """With gradient checkpointing; all weights are read back after each sync.
+
+        Raises:
+            Skipped: the demo model is not there.
+        """
+        model = _demo_model() if self.demo else _random_model(form, folder.parent)
+        fsdp = {"param_offload": self.offload, "optimizer_offload": self.offload}
+        rollout = {"name": self.engine, "check_weight_sync": "full", "gpu_memory_utilization": 0.3}
+        return build_config(str(model), form.step, recompute=True, fsdp=fsdp, rollout=rollout)
+
+    def why_not(self, form: Form, device: str) -> str | None:
+        """Why they cannot be run here."""
+        if self.demo and form is FORMS["small"]:
+            return "the small form has the random model alone"
+        if self.engine == "vllm" and find_spec("vllm") is None:
+            return "vllm is not installed (pip install -e '.[vllm]')"
+        if self.engine == "vllm" and device == "cpu":
+            return "on a CPU vllm has no sleep mode"
+        return None
+
+
+STEPS = {
+    "random step": Steps(),
+    "random step, offload": Steps(offload=True),
+    # vLLM sleeps while the policy trains.
+    "vllm step": Steps(offload=True, engine="vllm"),
+    "SmolLM2 step": Steps(demo=True),
+    "SmolLM2 step, offload": Steps(demo=True, offload=True),
+}
+
+
+def _random_model(form: Form, folder: Path) -> Path:
+    """The model that the parts share."""
+    model = folder / f"random_model_{form.model['hidden_size']}"
     if not (model / "tokenizer.json").is_file():  # it is written last
         AutoModelForCausalLM.from_config(_config(form), dtype=torch.bfloat16).save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
-    return _step(str(model), form.step, device, folder, offload, engine)
+    return model
 
 
-def demo_step(form: Form, device: str, folder: Path, offload: bool = False) -> Found:
-    """A training step of SmolLM2-135M."""
-    if form is FORMS["small"]:
-        raise Skipped("the small form has the random model alone")
+def _demo_model() -> Path:
     try:
         get_model()
     except subprocess.CalledProcessError as error:
         raise Skipped(f"{MODEL} is missing and cannot be made (python3 -m verl.get_demo_model)") from error
-    return _step(str(REPO / MODEL), form.step, device, folder, offload, "hf")
+    return REPO / MODEL
 
 
-def vllm_step(form: Form, device: str, folder: Path) -> Found:
-    """A training step with vLLM, which sleeps while the policy trains; all weights are read back after each sync."""
-    if find_spec("vllm") is None:
-        raise Skipped("vllm is not installed (pip install -e '.[vllm]')")
-    if device == "cpu":
-        raise Skipped("on a CPU vllm has no sleep mode")
-    return random_step(form, device, folder, offload=True, engine="vllm")
+def plan(form: Form, device: str, folder: Path) -> Found:
+    """Of each kind of steps, GiB of each phase by the plan of its config, for prompts as long as its longest."""
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+    train_file = prepare_examples(folder / "data")
+    found: Found = {}
+    for name, steps in STEPS.items():
+        if steps.why_not(form, device):
+            continue
+        try:
+            config = steps.config(form, folder)
+        except Skipped:  # as the steps themselves are
+            continue
+        longest = int(prompt_rows(config, train_file).batch["prompt_length"].max())
+        data = config.data.model_copy(update={"max_prompt_length": longest})
+        config = config.model_copy(update={"data": data})
+        stages = make_plan(config, Machines(gpu_bytes, 1), find_work(config)).stages
+        found[name] = {phase: sum(stages[stage].values()) / 2**30 for phase, stage in _STAGES.items()}
+    return found
 
 
-def _step(model: str, size: StepSize, device: str, folder: Path, offload: bool, engine: str) -> Found:
-    """Three steps by one worker, with gradient checkpointing: seconds and peaks of the last one's phases."""
-    fsdp = {"param_offload": offload, "optimizer_offload": offload}
-    rollout = {"name": engine, "check_weight_sync": "full", "gpu_memory_utilization": 0.3}
-    config = build_config(model, size, recompute=True, fsdp=fsdp, rollout=rollout)
+# Of the plan, by the phases that are measured.
+_STAGES = {"load": "start", "sync": "sync", "gen": "generation", "score": "score", "update": "update"}
+
+
+def step(form: Form, device: str, folder: Path, steps: Steps) -> Found:
+    """Three steps by one worker: seconds and peaks of the last one's phases."""
+    if reason := steps.why_not(form, device):
+        raise Skipped(reason)
+    config = steps.config(form, folder)
     train_file = prepare_examples(folder / "data")
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
@@ -218,15 +273,15 @@ def _step(model: str, size: StepSize, device: str, folder: Path, offload: bool, 
     with workers_of(config, device) as workers:
         facts = measure("load", workers.init_model)
         prompts = prompt_rows(config, train_file)
-        for step in range(3):
-            trained, metrics = run_step(workers, prompts, step, measure)
+        for number in range(3):
+            trained, metrics = run_step(workers, prompts, number, measure)
         memory = workers.memory()
     tokens = int((trained.batch["prompt_length"] + trained.batch["response_length"]).sum())
     scored = int(trained.batch["response_length"].sum())
     return {
-        "attention": facts["attention"], "offload": offload, "engine": engine, "size": asdict(size),
+        "attention": facts["attention"], **asdict(steps), "size": asdict(form.step),
         "update_tokens": tokens, "update_tokens_per_s": tokens / seconds["update"],
-        "update_flop": _update_flop(config, tokens, scored), "generated_tokens": prompts_written(size),
+        "update_flop": _update_flop(config, tokens, scored), "generated_tokens": prompts_written(form.step),
         "grad_norm": metrics["grad_norm"], "seconds": seconds, "peak_gib": peaks,
         "free_gib": {name: value for name, value in memory.items() if name.startswith("free_gb/")},
     }  # fmt: skip
@@ -288,11 +343,8 @@ PARTS: dict[str, Callable[[Form, str, Path], Found]] = {
     "rate": rate,
     "attention": attention,
     "packed against padded": packing,
-    "random step": random_step,
-    "random step, offload": partial(random_step, offload=True),
-    "vllm step": vllm_step,
-    "SmolLM2 step": demo_step,
-    "SmolLM2 step, offload": partial(demo_step, offload=True),
+    **{name: partial(step, steps=steps) for name, steps in STEPS.items()},
+    "plan": plan,
     "tests": tests,
 }
 """In the order in which they run; the first ones say most."""

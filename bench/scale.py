@@ -33,9 +33,17 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All of them but biases and norms."""
+        return self.of_layers + self.of_root
+
+    @property
+    def of_layers(self) -> int:
         keys = 2 * self.hidden * self.key_heads * self.head_size
-        layer = 2 * self.hidden**2 + keys + 3 * self.hidden * self.inner
-        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * (2 * self.hidden**2 + keys + 3 * self.hidden * self.inner)
+
+    @property
+    def of_root(self) -> int:
+        """Embedding and LM head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def cache_bytes(self) -> int:
@@ -142,6 +150,17 @@ def forward_flop(shape: Shape, recipe: Recipe, rows: int) -> float:
     return tokens * (2 * shape.parameters + 2 * shape.layers * shape.hidden * recipe.row_tokens)
 
 
+def scoring_bytes(shape: Shape, gpus: int) -> float:
+    """What a GPU receives for a micro-batch: the layers are gathered, the root stays from the first one on."""
+    return BF16 * shape.of_layers * (gpus - 1) / gpus
+
+
+def update_bytes(shape: Shape, gpus: int) -> float:
+    """For the forward and the backward of a micro-batch: gathers, the layers' once more, and gradients in float32."""
+    gathered = BF16 * (2 * shape.of_layers + shape.of_root)
+    return (gathered + FLOAT32 * shape.parameters) * (gpus - 1) / gpus
+
+
 def passes(shape: Shape, recipe: Recipe, hardware: Hardware, gpus: int, training: bool) -> tuple[float, float]:
     """Seconds of all forwards, with backwards where training, and those of them that wait for links alone."""
     rows, rounds = (recipe.trained_rows, recipe.updates) if training else (recipe.rows, 1)
@@ -149,8 +168,7 @@ def passes(shape: Shape, recipe: Recipe, hardware: Hardware, gpus: int, training
     compute = flop / (gpus * hardware.flop_per_s * hardware.flop_share)
     tokens_per_round = rows * recipe.row_tokens / gpus / rounds
     micro_batches = rounds * max(1, -(-int(tokens_per_round) // recipe.tokens_per_micro_batch))
-    # A gather for the forward; for a backward one more, and the gradients' sum in float32.
-    sent = shape.parameters * (2 * BF16 + FLOAT32 if training else BF16) * (gpus - 1) / gpus
+    sent = update_bytes(shape, gpus) if training else scoring_bytes(shape, gpus)
     least = shape.layers * (3 if training else 1) * hardware.collective_s
     links = micro_batches * max(sent / ring_bandwidth(hardware, gpus), least)
     return max(compute, links), max(0.0, links - compute)
@@ -162,9 +180,12 @@ def moving(shape: Shape, hardware: Hardware, gpus: int) -> float:
     return (3 * 2 * FLOAT32 + 2 * 2 * FLOAT32) * shard / (hardware.host * hardware.link_share)
 
 
+def sync_bytes(shape: Shape, gpus: int) -> float:
+    return BF16 * shape.parameters * (gpus - 1) / gpus
+
+
 def sync(shape: Shape, hardware: Hardware, gpus: int) -> float:
-    sent = shape.parameters * BF16 * (gpus - 1) / gpus / ring_bandwidth(hardware, gpus)
-    return max(sent, shape.weights * hardware.collective_s)
+    return max(sync_bytes(shape, gpus) / ring_bandwidth(hardware, gpus), shape.weights * hardware.collective_s)
 
 
 def step(shape: Shape, recipe: Recipe, hardware: Hardware, gpus: int) -> dict[str, float]:

@@ -58,6 +58,20 @@ def test_a_steps_figures_follow_from_its_rows(found):
     assert offloaded["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
 
 
+def test_the_plan_of_the_steps_is_that_of_their_weights(found):
+    plans = found[2]["plan"]["figures"]
+    assert set(plans) == {"random step", "random step, offload"}
+    hidden, wide, kv = 64, 128, 32
+    layer = 2 * hidden * hidden + hidden + 2 * hidden * kv + 2 * kv + 3 * hidden * wide + 2 * hidden
+    weights = 300 * hidden + hidden + 2 * layer
+    gib = {name: {phase: size * 2**30 for phase, size in phases.items()} for name, phases in plans.items()}
+    # What waits elsewhere: float32 weights while the engine generates, and AdamW's two moments then too.
+    kept = gib["random step"]["gen"] - gib["random step, offload"]["gen"]
+    assert kept == pytest.approx(3 * 4 * weights, rel=0.02)
+    # Weights, gradients and moments are there in the update.
+    assert gib["random step"]["update"] > 4 * 4 * weights
+
+
 def test_what_is_finished_is_kept_and_the_rest_is_said_to_be_left(found, repo):
     folder, _, parts, _ = found
     code, again, _ = check(repo, folder, "--minutes", "0")
@@ -71,5 +85,5 @@ def test_mfu_is_the_share_of_the_measured_rate():
         "update_flop": 3e9, "update_tokens_per_s": 10.0, "seconds": {"update": 2.0, "gen": 1.0, "sync": 0.5},
         "generated_tokens": 40, "peak_gib": {"update": 7.5}, "attention": "varlen_attn",
     }  # fmt: skip
-    line = gpu_check._line({"state": "done", "seconds": 1, "figures": figures}, 1e10)
-    assert "MFU 15 %" in line and "peak of update 7.50 GiB" in line and "generation 40 tokens/s" in line
+    line = gpu_check._line({"state": "done", "seconds": 1, "figures": figures}, 1e10, {"update": 7.25, "sync": 1.0})
+    assert "MFU 15 %" in line and "peak of update 7.50 GiB (planned 7.25)" in line and "generation 40 tokens/s" in line

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import scale
 
 WORK = Work(num_anchors=2, embeds=True, trains_embeddings=False, trains_anchors=False)
 
@@ -78,6 +83,12 @@ def test_parts_are_what_they_are_by_count(traces):
     assert score.sent(1)["all-gather"] == pytest.approx(2 * 0.75 * padded, rel=0.01)
     assert score.sent(3)["all-gather"] - score.sent(2)["all-gather"] == pytest.approx(2 * 0.75 * 9 * layer, rel=0.01)
     assert update.sent(5)["reduce-scatter"] == pytest.approx(5 * 4 * 0.75 * padded, rel=0.01)
+    # What docs/scale.md counts with leaves out norms and biases, 1 % here, and the vocabulary's padding.
+    shape = scale.Shape(hidden, 9, 4, 2, inner, config.vocab_size, tied=True)
+    for stage, expected in ((score, scale.scoring_bytes(shape, 4)), (update, scale.update_bytes(shape, 4))):
+        another = sum(stage.sent(3).values()) - sum(stage.sent(2).values())
+        assert another == pytest.approx(expected, rel=0.015)
+    assert sum(trace.stages["sync"].wire.values()) == pytest.approx(scale.sync_bytes(shape, 4), rel=0.015)
 
 
 def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_reference(tiny_folder):

@@ -1,13 +1,14 @@
-"""The table of model sizes in docs/gpu.md: python3 scripts/plan_sizes.py [SIZE ...]
+"""The table of model sizes in docs/gpu.md: python3 bench/plan_sizes.py [--sizes 0.5B ...]
 
 Which Qwen2.5 models train with the recipe of train.sh on which GPUs, by `verl.plan`. No weights are needed, and no GPU.
 It takes minutes for each size, and the traces are kept.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
+from scale import SHAPES
 from transformers import Qwen2Config
 
 from verl.planning.plan import GIB, Machines, MemoryPlan, make_plan
@@ -16,15 +17,6 @@ from verl.trainer.compose import compose_config
 from verl.trainer.memory_plan import find_work
 
 GPUS, MEMORY = (1, 2, 4, 8), (24, 48, 80, 141)
-# hidden, layers, heads, key heads, intermediate, tied, vocabulary: of the config.json files of Qwen/Qwen2.5-*-Instruct.
-SIZES = {
-    "0.5B": (896, 24, 14, 2, 4864, True, 151936),
-    "1.5B": (1536, 28, 12, 2, 8960, True, 151936),
-    "3B": (2048, 36, 16, 2, 11008, True, 151936),
-    "7B": (3584, 28, 28, 4, 18944, False, 152064),
-    "14B": (5120, 48, 40, 8, 13824, False, 152064),
-    "32B": (5120, 64, 40, 8, 27648, False, 152064),
-}
 # As in train.sh.
 RECIPE = (
     "data.train_batch_size=64", "data.max_prompt_length=1024", "data.max_response_length=2048",
@@ -66,17 +58,19 @@ def cells(folder: Path, gpus: int) -> list[str]:
 def main(sizes: list[str]) -> None:
     print("| model | GPUs |", *(f"{memory} GiB |" for memory in MEMORY))
     print("|" + "---|" * (2 + len(MEMORY)))
-    for size in sizes or SIZES:
-        hidden, layers, heads, key_heads, inner, tied, vocabulary = SIZES[size]
+    for size in sizes:
+        shape = SHAPES[size]
         with tempfile.TemporaryDirectory() as folder:
             Qwen2Config(
-                hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
-                intermediate_size=inner, tie_word_embeddings=tied, vocab_size=vocabulary, max_position_embeddings=32768,
-                dtype="bfloat16",
+                hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                num_key_value_heads=shape.key_heads, intermediate_size=shape.inner, tie_word_embeddings=shape.tied,
+                vocab_size=shape.vocabulary, max_position_embeddings=32768, dtype="bfloat16",
             ).save_pretrained(folder)  # fmt: skip
             for gpus in GPUS:
                 print(f"| {size} | {gpus} |", *(f"{cell} |" for cell in cells(Path(folder), gpus)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    main(parser.parse_args().sizes)
