@@ -1,10 +1,12 @@
-"""Peak memory by phase of a worker: python3 bench/memory.py [--device cpu] [--model FOLDER] [--lora_rank N]
+"""Peak memory by phase of a worker: python3 bench/memory.py [--model FOLDER] [--lora_rank N] [--recompute]
 
 One worker in this process runs two steps of 4 triplets x 8 rationales x 96 tokens; the second is reported: the largest
-resident memory during each phase (Linux lets a process reset that mark), and on CUDA the most that was allocated.
+resident memory during each phase (Linux lets a process reset that mark; what an earlier phase freed is given back
+before), and on CUDA the most that was allocated.
 """
 
 import argparse
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +27,8 @@ def peak_gib() -> float:
 
 
 def forget_peak() -> None:
+    # glibc keeps what was freed, and more or less of it from run to run.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--lora_rank", type=int, default=0, help="0 = all weights are trained")
+    parser.add_argument("--recompute", action="store_true", help="activations in the backward pass")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
@@ -50,7 +55,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         train_file = prepare_data(Path(folder))
-        config = build_config(args.model, SIZE, lora_rank=args.lora_rank)
+        config = build_config(args.model, SIZE, args.recompute, lora_rank=args.lora_rank)
         with workers_of(config, args.device) as workers:
             phase("loading", workers.init_model)
             prompts = prompt_rows(config, train_file)
