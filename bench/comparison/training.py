@@ -79,6 +79,8 @@ class Run:
         """
         if self._saved_step() < steps:
             self._run(steps, lambda: False)
+        if (saved := self._saved_step()) < steps:
+            raise TrainingError(f"{self.folder}: stopped after {saved} of {steps} steps; the same command goes on")
         return self.cost()
 
     @property
