@@ -118,7 +118,7 @@ def loaded(tmp_path_factory) -> Path:
     save_adapter(folder)
     config = tiny_config(False, hidden_size=128, llama=True)
     config.num_hidden_layers, config.intermediate_size = 12, 1024
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "deep")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "deep", max_shard_size="2MB")
     mp.spawn(run_rank, args=(2, free_port(), folder), nprocs=2)
     return folder
 
@@ -170,8 +170,10 @@ def test_adapters_keep_their_numbers_beside_weights_that_are_read(loaded, kind):
 
 
 def test_a_rank_never_allocates_the_whole_model(loaded):
-    size = sum(weight.numel() * 4 for weight in load_file(loaded / "deep" / "model.safetensors").values())
+    files = list((loaded / "deep").glob("*.safetensors"))
+    size = sum(weight.numel() * 4 for file in files for weight in load_file(file).values())
+    assert len(files) > 8
     for found in ranks(loaded):
         by_shards, whole = found["peaks"]
-        # Half of it is kept; the small model of the proof and single weights come and go.
-        assert by_shards < 0.62 * size < size <= whole
+        # Half of it is kept. One file is mapped at a time, which counts as allocated here.
+        assert by_shards < 0.7 * size < size <= whole
