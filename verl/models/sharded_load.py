@@ -165,9 +165,7 @@ def empty_lm(config: Any) -> Any:
     return lm.eval()
 
 
-def _build_empty(
-    path: str, trust_remote_code: bool, override_config: dict[str, Any], kernel: Kernel
-) -> Loaded:
+def _build_empty(path: str, trust_remote_code: bool, override_config: dict[str, Any], kernel: Kernel) -> Loaded:
     if base := base_of_adapter(path):
         raise _NotByShards(f"it is an adapter, which is merged into {base}")
     with no_causal_lm(path):
