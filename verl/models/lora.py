@@ -207,7 +207,8 @@ def _leave_meta(lm: Any, seed: int) -> None:
     for _, layer in _layers(lm):
         if layer.weight.is_meta:
             for parts in (layer.lora_A, layer.lora_B):
-                parts[_NAME] = nn.Linear(parts[_NAME].in_features, parts[_NAME].out_features, bias=False)
+                part: Any = parts[_NAME]
+                parts[_NAME] = nn.Linear(part.in_features, part.out_features, bias=False)
             layer.reset_lora_parameters(_NAME, True)
 
 

@@ -193,10 +193,11 @@ def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, A
     if base := base_of_adapter(path):
         return merge_adapter(_load_eager(base, trust_remote_code, override_config), path)
     blueprint = read_blueprint(path, trust_remote_code, override_config)
-    lm, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, config=blueprint.config, dtype=torch.float32, attn_implementation="eager",
         trust_remote_code=trust_remote_code, output_loading_info=True,
     )  # fmt: skip
+    lm, found = loaded
     if found["missing_keys"]:
         # transformers has made them up, and warned.
         refuse_names(path, "lack", found["missing_keys"])
