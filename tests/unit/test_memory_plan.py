@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from family_models import tiny
 from steps import tiny_policy
 from tiny import tiny_config
 
@@ -187,6 +188,18 @@ def test_offload_moves_weights_and_moments_out_of_the_other_stages(tiny_folder):
     assert sum(stays.stages["generation"].values()) - sum(moves.stages["generation"].values()) == sum(
         stays.stages["generation"][name] for name in ("shards", "optimizer")
     )
+
+
+def test_loading_takes_shards_and_a_small_model_or_whole_ones_where_weights_are_converted(tiny_folder, tmp_path):
+    plan = make_plan(a_run(tiny_folder), Machines(GIB, 4), WORK)
+    assert plan.stages["start"] == {"shards": plan.stages["score"]["shards"]}
+    # By hand: embedding, untied or not, two layers of width 64 with 4 heads and 2 key heads and an MLP of 64, a norm.
+    layer = 2 * (64 * 64) + 64 + 2 * (64 * 32 + 32) + 3 * 64 * 64 + 2 * 64
+    assert plan.host["start"] == 4 * 4 * (256 * 64 + 2 * layer + 64)
+    neox = tiny(tmp_path, "gpt_neox")
+    converted = make_plan(a_run(tmp_path), Machines(GIB, 4), WORK)
+    assert converted.host["start"] == 4 * 4 * sum(weight.numel() for weight in neox.parameters())
+    assert converted.stages["start"]["whole layer"] > 4 * sum(p.numel() for p in neox.gpt_neox.layers[0].parameters())
 
 
 def test_what_does_not_fit_is_named_with_settings_that_make_it_fit(tiny_folder):

@@ -21,7 +21,7 @@ from verl.errors import UserError
 from verl.models.lora import Adapter, adapters, file_name, is_part, plain_name
 from verl.models.policy import PolicyModel
 
-_LM_PREFIX = "lm."
+LM_PREFIX = "lm."
 
 CUDA_PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 """Forwards and backwards in bfloat16; shards, gradients and their sums over ranks in float32."""
@@ -33,6 +33,8 @@ def shard(
 ) -> PolicyModel:  # fmt: skip
     """Shard the decoder layers and the root over all ranks: float32 master weights, bfloat16 compute on CUDA.
 
+    Weights on the meta device stay there; see `models.sharded_load`.
+
     Args:
         offload_policy: keep the shards in host memory by torch's CPUOffloadPolicy.
         section: of the config, for messages: actor or ref.
@@ -43,9 +45,9 @@ def shard(
     """
     world_size = dist.get_world_size()
     compute_as = compute_as or device.type
-    if compute_as == "cpu" and world_size == 1:
+    if not is_sharded(compute_as):
         return policy
-    policy.to(device)
+    # FSDP moves the layers one after the other, so the device never holds the whole model.
     policy.device = device
     group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
     if world_size % group:
@@ -61,6 +63,11 @@ def shard(
     offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
     shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
     return policy
+
+
+def is_sharded(device_type: str) -> bool:
+    """Whether `shard` shards what computes on that type of device."""
+    return device_type != "cpu" or dist.get_world_size() > 1
 
 
 def shard_over(
@@ -158,7 +165,7 @@ def full_weights(
     reshard(policy)
     adapter_of = adapters(policy)
     for own_name, parameter in policy.named_parameters():
-        name = plain_name(own_name.removeprefix(_LM_PREFIX))
+        name = plain_name(own_name.removeprefix(LM_PREFIX))
         if is_part(name) or (names is not None and name not in names):
             continue
         adapter = adapter_of.get(own_name)
@@ -174,7 +181,7 @@ def adapted_weights(policy: PolicyModel, names: Collection[str]) -> Iterator[tup
     reshard(policy)
     weights = dict(policy.named_parameters())
     for own_name, adapter in adapters(policy).items():
-        name = plain_name(own_name.removeprefix(_LM_PREFIX))
+        name = plain_name(own_name.removeprefix(LM_PREFIX))
         if name in names:
             yield name, _gathered(policy, weights[own_name]), _product(policy, adapter)
 
@@ -184,7 +191,7 @@ def adapter_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
     reshard(policy)
     for own_name, parameter in policy.named_parameters():
         if is_part(own_name):
-            yield file_name(own_name.removeprefix(_LM_PREFIX)), _gathered(policy, parameter)
+            yield file_name(own_name.removeprefix(LM_PREFIX)), _gathered(policy, parameter)
 
 
 def _gathered(policy: PolicyModel, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:

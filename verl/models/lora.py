@@ -45,7 +45,7 @@ def add_adapter(lm: Any, model: ModelConfig, seed: int) -> None:
     """Freeze a model and give its linear layers adapters: new ones, or those of `lora_adapter_path`.
 
     Args:
-        lm: on the CPU in float32; changed in place.
+        lm: in float32 on the CPU, or without numbers on the meta device; changed in place. Adapters have numbers.
         seed: of the new adapters' A; the same on all ranks, which hold parts of one.
 
     Raises:
@@ -57,6 +57,7 @@ def add_adapter(lm: Any, model: ModelConfig, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, lm, _NAME)
+            _leave_meta(lm, seed)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{_KEY}target_modules={_shown(config.target_modules)}: peft cannot adapt these layers of {model.path!r}: "
@@ -198,6 +199,17 @@ def _adapter_config(model: ModelConfig) -> LoraConfig:
         )
     config.inference_mode = False
     return config
+
+
+def _leave_meta(lm: Any, seed: int) -> None:
+    """Make adapters anew that peft has moved to the meta device, where their weights are; with the same numbers."""
+    torch.manual_seed(seed)
+    for _, layer in _layers(lm):
+        if layer.weight.is_meta:
+            for parts in (layer.lora_A, layer.lora_B):
+                part: Any = parts[_NAME]
+                parts[_NAME] = nn.Linear(part.in_features, part.out_features, bias=False)
+            layer.reset_lora_parameters(_NAME, True)
 
 
 def _check_layers(lm: Any, head: nn.Module, config: LoraConfig) -> None:

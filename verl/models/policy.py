@@ -5,8 +5,10 @@ size [S,V] is kept (`log_probs`), and the LM head runs on scored positions only.
 """
 
 import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -118,38 +120,88 @@ def load_causal_lm(
     Its config keeps the dtype that the folder is stored in, in which checkpoints are written.
 
     Raises:
-        UserError: transformers cannot load the model, or the packed forward cannot stand for the model's own.
+        UserError: transformers cannot load the model, its files lack a weight, or the packed forward cannot stand for
+            the model's own.
         OSError: there is no model at `path`.
     """
-    try:
+    with no_causal_lm(path):
         lm = _load_eager(path, trust_remote_code, override_config or {})
-    except ValueError as error:
-        problem = " ".join(str(error).split())[:500]
-        raise UserError(f"{path!r}: transformers loads no causal language model from it: {problem}") from error
+    prove(lm, path, kernel)
+    replace_linears(lm)
+    return lm
+
+
+def prove(lm: Any, path: str, kernel: Kernel) -> None:
+    """Give a model with transformers' plain attention the packed one, and prove it; see `why_unsupported`.
+
+    Raises:
+        UserError: the packed forward cannot stand for the model's own.
+    """
     reason = why_unsupported(lm, ATTENTIONS[kernel], lambda rows: _packed_log_probs(lm, rows))
     if reason:
         raise UserError(
             f"{path!r} (a model of type {lm.config.model_type!r}) is not supported: {reason}. "
             f"Types that are: {', '.join(FAMILIES)}; see docs/models.md"
         )
-    replace_linears(lm)
-    return lm
+
+
+@contextmanager
+def no_causal_lm(path: str) -> Iterator[None]:
+    """Make transformers' errors about a model a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        problem = " ".join(str(error).split())[:500]
+        raise UserError(f"{path!r}: transformers loads no causal language model from it: {problem}") from error
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model is built from."""
+
+    config: Any
+    """Without dropout."""
+    dropout: dict[str, float]
+    """The rates that the stored config has."""
+    dtype: torch.dtype | None
+    """That the weights are stored in, by the stored config."""
+
+    def finish(self, lm: Any) -> None:
+        """Let the model's config, which checkpoints get, be the stored one; its layers have no dropout, and float32."""
+        set_dropout(lm.config, self.dropout)
+        lm.config.dtype = self.dtype
+
+
+def read_blueprint(path: str, trust_remote_code: bool, override_config: dict[str, Any]) -> Blueprint:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **override_config)
+    dropout = dropout_of(config)
+    set_dropout(config, dict.fromkeys(dropout, 0.0))
+    return Blueprint(config, dropout, config.dtype)
+
+
+def refuse_names(path: str, problem: str, names: Collection[str]) -> NoReturn:
+    """Raise the UserError about names of weights in a model's files."""
+    shown = ", ".join(sorted(names)[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UserError(f"the weights of {path!r} {problem} {shown}{more}; get the model's files anew, or another model")
 
 
 def _load_eager(path: str, trust_remote_code: bool, override_config: dict[str, Any]) -> Any:
     """The model without dropout, with transformers' plain attention: the fused one leaves out Gemma 2's soft cap."""
     if base := base_of_adapter(path):
         return merge_adapter(_load_eager(base, trust_remote_code, override_config), path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **override_config)
-    dropout = dropout_of(config)
-    set_dropout(config, dict.fromkeys(dropout, 0.0))
-    stored_dtype = config.dtype
-    lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
-    )
-    # For the checkpoints' config.json; the layers have 0, and float32.
-    set_dropout(lm.config, dropout)
-    lm.config.dtype = stored_dtype
+    blueprint = read_blueprint(path, trust_remote_code, override_config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=blueprint.config, dtype=torch.float32, attn_implementation="eager",
+        trust_remote_code=trust_remote_code, output_loading_info=True,
+    )  # fmt: skip
+    lm, found = loaded
+    if found["missing_keys"]:
+        # transformers has made them up, and warned.
+        refuse_names(path, "lack", found["missing_keys"])
+    blueprint.finish(lm)
     return lm
 
 

@@ -14,6 +14,7 @@ import torch
 from verl.checkpoint.training_state import checkpoint_size, folder_size
 from verl.config import FsdpConfig, RunConfig
 from verl.models.attention import cache_bytes
+from verl.models.sharded_load import empty_lm, small_config, why_loaded_whole
 from verl.planning.shapes import Parts
 from verl.planning.trace import Row, Setup, Trace, model_config, traced
 
@@ -208,7 +209,7 @@ class _DeviceUse:
         self._config, self._machines, self._trace, self._rollout = config, machines, trace, section.rollout
         self._folder = folder_size(config, trace.trained, trace.parameters, lm.dtype)
         self.engine_dtype: torch.dtype = getattr(torch, section.rollout.dtype)
-        self._whole = 4 * trace.parameters
+        self._start = _Start(config, machines, trace, lm)
         self._shards = trace.stages["score"].peak["shards"]
         self._optimizer = max(parts.get("optimizer", 0) for parts in trace.stages["update"].peaks.values())
         own, reference = section.actor.fsdp_config, section.ref.fsdp_config
@@ -243,7 +244,7 @@ class _DeviceUse:
         sync = self._traced("sync")
         gathered = {"gathered layers": sync.pop("activations", 0) + sync.get("gathered layers", 0)}
         stages = {
-            "start": {"whole model": self._whole, **asleep},
+            "start": _sum(self._start.on_device(self._shards), asleep),
             "sync": _sum(sync, gathered, weights, optimizer, reference),
             "generation": _sum(self.engine, shards, optimizer, reference),
             "score": _sum(self._traced("score"), asleep, optimizer, reference),
@@ -270,7 +271,7 @@ class _DeviceUse:
         if self._rollout.name == "vllm" and self._rollout.free_cache_engine:
             kept += self.engine["engine weights"]  # of an engine that sleeps
         return {
-            "start": ranks * self._whole,
+            "start": ranks * self._start.on_host(),
             "steps": ranks * kept,
             "checkpoint": ranks * kept + self._folder,
         }
@@ -279,6 +280,33 @@ class _DeviceUse:
         """Bytes between host and GPU: the weights there and back for sync, score and update, the optimizer once."""
         moved = 2 * 3 * self._shards * self._params_move + 2 * self._optimizer * self._optimizer_moves
         return moved + 2 * self._shards * (self._has_reference and self._reference_moves)
+
+
+class _Start:
+    """What loading takes, by formulas; see `models.sharded_load`."""
+
+    def __init__(self, config: RunConfig, machines: Machines, trace: Trace, lm: Any) -> None:
+        self._loaded_whole = why_loaded_whole(lm, config.actor_rollout_ref.model.trust_remote_code) is not None
+        self._trace, self._machines, self._lm = trace, machines, lm
+
+    def on_device(self, shards: int) -> Parts:
+        """Shards are filled one weight after the other. Those of a whole model are cut layer by layer."""
+        if not self._loaded_whole:
+            return {"shards": shards}
+        layer = self._trace.parameters // self._lm.get_text_config().num_hidden_layers
+        # The root has the embedding and the LM head.
+        return {"shards": shards, "whole layer": 4 * max(layer, 2 * self._trace.largest_weight)}
+
+    def on_host(self) -> int:
+        """Bytes of a rank: the small model of the proof, or later its part of the largest weight as it is stored.
+
+        Not the mapped pages of the files, which the ranks of a machine share and the kernel can drop.
+        """
+        if self._loaded_whole:
+            return 4 * self._trace.parameters
+        small = sum(weight.numel() * weight.itemsize for weight in empty_lm(small_config(self._lm)).parameters())
+        part = self._trace.largest_weight * (self._lm.dtype or torch.float32).itemsize // self._machines.ranks
+        return max(small, part)
 
 
 def _sum(*parts: Parts) -> Parts:

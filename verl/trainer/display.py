@@ -72,6 +72,8 @@ def model_lines(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
         f"{path}: {facts['parameters'] / 1e6:.1f}M parameters, {facts['device']}, {facts['attention']}, "
         f"reference model {reference}"
     )
+    if facts["why_whole"]:
+        yield f"every worker loaded the whole model into host memory before it was sharded: {facts['why_whole']}"
     if facts["adapter"]:
         yield facts["adapter"]
     if facts["dropout"]:

@@ -26,8 +26,9 @@ from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
 from verl.models.fsdp import adapter_weights, full_weights, move_optimizer, shard
 from verl.models.lora import adapter_line, adapters_off, add_adapter, count_parameters
-from verl.models.policy import PolicyModel, build_twin, check_longest_row, load_causal_lm
+from verl.models.policy import PolicyModel, build_twin, check_longest_row
 from verl.models.probe import dropout_of
+from verl.models.sharded_load import Loaded, Source, load_to_shard
 from verl.protocol import DataProto, prompt_ids
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker, WorkerPlace
@@ -65,7 +66,8 @@ class ActorRolloutRefWorker(Worker):
         """Load and shard the models and start the engine; return facts for the log."""
         model = self.config.model
         self.tokenizer = load_tokenizer(_model_path(self.config), model.trust_remote_code)
-        self.lm = self._load()
+        loaded = self._load()
+        self.lm = loaded.lm
         check_longest_row(self.lm.config, self._longest_row)
         attention = kernel_in_use(self.lm.config, model.attn_implementation, self.device)
         policy = PolicyModel(self.lm)
@@ -85,7 +87,7 @@ class ActorRolloutRefWorker(Worker):
         needs_model = self.run_config.needs_reference and not model.trains_adapter
         self.reference = self._build_reference() if needs_model else None
         fsdp = self.config.actor.fsdp_config
-        policy = shard(policy, self.device, fsdp, self._uses_offload_policy(fsdp))
+        policy = self._shard(policy, loaded.source, fsdp)
         self.actor = Actor(
             policy, self.config.actor, self.config.rollout.temperature,
             self.run_config.data.max_response_length, self.plan.total_steps,
@@ -95,6 +97,7 @@ class ActorRolloutRefWorker(Worker):
         trained, parameters = count_parameters(self.lm)
         return {
             "parameters": parameters,
+            "why_whole": loaded.why_whole,
             "adapter": adapter_line(self.lm),
             "checkpoint_bytes": checkpoint_size(self.run_config, trained, parameters, self.lm.config.dtype),
             "device": str(self.device),
@@ -249,16 +252,26 @@ class ActorRolloutRefWorker(Worker):
         self._offload_optimizer()
         self._offload_params()
 
-    def _load(self) -> Any:
+    def _load(self) -> Loaded:
         model = self.config.model
-        return load_causal_lm(
-            _model_path(self.config), model.trust_remote_code, model.override_config, model.attn_implementation
-        )
+        return load_to_shard(
+            _model_path(self.config), model.trust_remote_code, model.override_config, model.attn_implementation,
+            self.device,
+        )  # fmt: skip
+
+    def _shard(
+        self, policy: PolicyModel, source: Source | None, fsdp: FsdpConfig, section: str = "actor"
+    ) -> PolicyModel:
+        stays_on_host = self._uses_offload_policy(fsdp)
+        policy = shard(policy, self.device, fsdp, stays_on_host, section)
+        if source:
+            source.fill(policy, torch.device("cpu") if stays_on_host else self.device)
+        return policy
 
     def _build_reference(self) -> PolicyModel:
-        reference = PolicyModel(self._load()).requires_grad_(False)
+        loaded = self._load()
         fsdp = self.config.ref.fsdp_config
-        reference = shard(reference, self.device, fsdp, self._uses_offload_policy(fsdp), section="ref")
+        reference = self._shard(PolicyModel(loaded.lm).requires_grad_(False), loaded.source, fsdp, "ref")
         return reference.to("cpu") if self._moves_by_hand(fsdp) and fsdp.param_offload else reference
 
     def _score_by(self, reference: PolicyModel, rows: DataProto) -> DataProto:
