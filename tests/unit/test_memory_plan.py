@@ -9,6 +9,7 @@ import pytest
 from family_models import tiny
 from steps import tiny_policy
 from tiny import tiny_config
+from transformers import Qwen2Config
 
 import verl.plan
 from verl.config import ActorConfig, ModelConfig, RunConfig
@@ -63,6 +64,24 @@ def test_the_line_through_two_traces_is_the_trace_of_more_layers(traces, checkpo
     for name, stage in full.stages.items():
         assert sum(found.stages[name].peak.values()) == sum(stage.peak.values()), name
         assert found.stages[name].wire == pytest.approx(stage.wire), name
+
+
+def test_moments_that_take_turns_at_being_the_peak_are_lines_of_their_own(tmp_path):
+    """In this shape the peak between layers has logits at five layers, and the root's gradients at four."""
+    Qwen2Config(
+        hidden_size=5120, num_attention_heads=40, num_key_value_heads=8, intermediate_size=27648, vocab_size=152064,
+        num_hidden_layers=64,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    rows = tuple(Row(683, 1365, group) for group in range(4))
+    setup = dataclasses.replace(a_setup(tmp_path), rows=rows, score_rows=rows[:1], score_limit=(4096, None))
+    setup = dataclasses.replace(setup, actor=ActorConfig(ppo_max_token_len_per_gpu=4096))
+    few, more, full = in_own_process([dataclasses.replace(setup, num_layers=layers) for layers in (4, 5, 6)])
+    peaks = {
+        name: {key: sum(parts.values()) for key, parts in stage.peaks.items()} for name, stage in full.stages.items()
+    }
+    found = extended((4, 5), [few, more], 6)
+    for name, stage in found.stages.items():
+        assert {key: sum(parts.values()) for key, parts in stage.peaks.items()} == pytest.approx(peaks[name], rel=0.01)
 
 
 def test_parts_are_what_they_are_by_count(traces):

@@ -115,8 +115,9 @@ class _Counted:
     """What is added to torch's trackers: a peak for each section of a pass, logits by name, and traffic.
 
     A section is a pass through one decoder layer or what lies between them: forward or backward, in which forward since
-    the section's begin, and at which of first, middle and last layer. Within a section memory grows linearly with the
-    number of layers, so that the peaks of two models of few layers tell those of a model of many.
+    the section's begin, at which of first, middle and last layer, and which parts are there: moments with and without
+    logits take turns at being the peak. Within a section memory grows linearly with the number of layers, so that the
+    peaks of two models of few layers tell those of a model of many.
     """
 
     def __init__(self, policy: PlannedPolicy, logits: Any, *args: Any) -> None:
@@ -179,13 +180,12 @@ class _Counted:
 
     def _note_peak(self) -> None:
         for kinds in self._curr_mem_snap.values():  # type: ignore[attr-defined]
-            total = kinds["Total"]
-            section = self._section()
-            if total > sum(self.peaks.get(section, {}).values()):
-                parts: Parts = defaultdict(int)
-                for kind, size in kinds.items():
-                    if kind in PARTS:
-                        parts[PARTS[kind]] += size
+            parts: Parts = defaultdict(int)
+            for kind, size in kinds.items():
+                if size and kind in PARTS:
+                    parts[PARTS[kind]] += size
+            section = f"{self._section()}: {', '.join(sorted(parts))}"
+            if kinds["Total"] > sum(self.peaks.get(section, {}).values()):
                 self.peaks[section] = dict(parts)
 
     def _section(self) -> str:

@@ -160,7 +160,7 @@ def extended(depths: tuple[int, int], traces: Sequence[Trace], num_layers: int) 
 
     stages = {
         name: Stage(
-            {key: lines(few.stages[name].peaks.get(key, {}), stage.peaks[key]) for key in stage.peaks},
+            {key: lines(few.stages[name].peaks.get(key, parts), parts) for key, parts in stage.peaks.items()},
             lines(few.stages[name].wire, stage.wire),
         )
         for name, stage in more.stages.items()
