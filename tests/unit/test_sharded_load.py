@@ -139,7 +139,7 @@ def test_one_process_on_a_cpu_loads_as_ever(folder, process_group):
 
 def test_other_files_in_the_folder_are_not_read(folder, process_group):
     stale = {name: torch.zeros_like(weight) for name, weight in load_file(folder / "model.safetensors").items()}
-    save_file(stale, folder / "stale.safetensors")
+    save_file(stale | {"more": torch.ones(1)}, folder / "stale.safetensors")
     loaded = load(folder)
     policy = PolicyModel(loaded.lm)
     policy.device = torch.device("cpu")
