@@ -155,7 +155,8 @@ def _differences(
 ) -> list[dict[str, Any]]:  # fmt: skip
     made = []
     for task, metric in over:
-        by = difference(*([run[task][metric] for run in runs] for _, runs in (first, second)))
+        one, other = ([run[task][metric] for run in runs] for _, runs in (first, second))
+        by = difference(one, other)
         made.append({"first": first[0], "second": second[0], "decides": what, "task": task, "metric": metric,
                      "difference": by.value, "low": by.low, "high": by.high, "verdict": by.verdict})  # fmt: skip
     return made

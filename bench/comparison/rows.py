@@ -43,8 +43,8 @@ def _grace(lr: float) -> tuple[str, ...]:
     return (*_shape(6, 4, 16, lr), f"{_REWARDS}.contrastive_weight=0")
 
 
-# More rationales of a text, whose rewards make better advantages, by a model that has learned to embed before.
-_FOUR, _EVERY_STEP = _shape(4, 4, 8), {"between": 0, "warm_up": 20}
+# More rationales of a text, whose rewards make better advantages.
+_FOUR = _shape(4, 4, 8)
 
 
 class Trained(NamedTuple):
@@ -83,8 +83,10 @@ RECIPES = {
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
-    "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _joint(_FOUR, share=1, **_EVERY_STEP)),
-    "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _joint(_FOUR, **_EVERY_STEP)),
+    "no policy, 4 x 4": Trained(
+        "rationales in every step, no policy gradient", _joint(_FOUR, share=1, between=0, warm_up=20)
+    ),
+    "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _joint(_FOUR, between=0, warm_up=20)),
     "unsupervised": Trained("texts alone", _joint(between=0), "unsupervised"),
 }
 """Tried by --recipes on the dev part."""
