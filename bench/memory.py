@@ -1,12 +1,12 @@
 """Peak memory by phase of a worker: python3 bench/memory.py [--model FOLDER] [--lora_rank N] [--recompute]
 
 One worker in this process runs two steps of 4 triplets x 8 rationales x 96 tokens; the second is reported: the largest
-resident memory during each phase (Linux lets a process reset that mark; what an earlier phase freed is given back
-before), and on CUDA the most that was allocated.
+resident memory during each phase (Linux lets a process reset that mark), and on CUDA the most that was allocated.
 """
 
 import argparse
-import ctypes
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +27,17 @@ def peak_gib() -> float:
 
 
 def forget_peak() -> None:
-    # glibc keeps what was freed, and more or less of it from run to run.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def give_back_what_is_freed() -> None:
+    """Begin again with a malloc that keeps no freed tensors: what it keeps, half a GiB or more, depends on chance."""
+    setting = "MALLOC_MMAP_THRESHOLD_"
+    if setting not in os.environ:
+        os.environ[setting] = str(2**17)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def main() -> None:
@@ -42,6 +48,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activations in the backward pass")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    give_back_what_is_freed()
     found: dict[str, dict[str, float]] = {}
 
     def phase(name: str, work: Callable[[], Any]) -> Any:

@@ -13,7 +13,6 @@ from common import MODEL, REPO, get_model, markdown, write_json
 
 from comparison.baseline import Setting
 from comparison.data import Data, PartSize, Sizes, load
-from comparison.pictures import draw
 from comparison.plan import Line, plan
 from comparison.report import Found, as_json, beside, choose, cost_cells, summary, verdicts
 from comparison.rows import RECIPES, ROWS
@@ -95,6 +94,9 @@ def _alone(out: Path) -> Iterator[None]:
 
 def compare(study: Study, out: Path) -> None:
     """The rows: everything on dev first, then test once."""
+    # Here, so that recipes need no matplotlib.
+    from comparison.pictures import draw
+
     seeds = range(study.shape.seeds)
     dev = {BASE: [study.base("dev")]}
     points = {CONTRASTIVE: [study.contrastive(study.chosen, seed) for seed in seeds]}
