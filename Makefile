@@ -21,7 +21,7 @@ quickstart: $(READY)
 
 # Two processes: a test mostly waits for imports and for processes that it has started. Threads that wait may not spin
 # beside another process.
-PYTEST := OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadgroup --durations=20 --durations-min=30
+PYTEST := OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --durations-min=30
 
 test: $(READY)
 	$(PYTEST)

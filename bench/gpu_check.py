@@ -49,10 +49,9 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     found: dict[str, dict[str, Any]] = {}
     for name in PARTS:
-        place = f"{name}: "
         own = {**settings, "part": name}
         found[name] = kept.find(_file_name(name), own) or attempt(name, args, kept, own, end)
-        print(place + in_words(found[name]), flush=True)
+        print(f"{name}: {in_words(found[name])}", flush=True)
     print("\n" + (table := table_of(found)))
     write_json(args.json or args.folder / "gpu_check.json", {**settings, "parts": found, "table": table})
     states = {part["state"] for part in found.values()}

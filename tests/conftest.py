@@ -12,12 +12,8 @@ from tiny import save_tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For two test processes: the long tests first, and those that share a fixture of their file in one process."""
+    """For two test processes, which take a file each: the long tests first."""
     items.sort(key=lambda item: "unit" in item.path.parts)
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition.scope == "module" for definitions in fixtures for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from comparison import scoring
 from comparison.answers import METRIC
 from comparison.data import IN_DOMAIN
 from comparison.measured import Interval, Measured, difference, interval
-from comparison.scoring import SHUFFLED, WITH, Scores, mean_of_main
+from comparison.scoring import SHUFFLED, WITH, Scores, TaskScores, mean_of_main
 from comparison.states import WITHOUT, Variant
 from comparison.study import BASE, CONTRASTIVE, Point
 from comparison.tasks import MAIN
@@ -85,15 +85,11 @@ class Found:
     """Empty where there are none."""
 
 
-Run = dict[str, dict[str, Measured]]
-"""What one model's vectors were measured at, by task and metric."""
-
-
 class Shown(NamedTuple):
     row: Row
     variant: str
     """The one chosen on dev."""
-    runs: list[Run]
+    runs: list[TaskScores]
     """On test, of each seed."""
 
 
@@ -109,7 +105,7 @@ def choose(found: Found) -> dict[str, Shown]:
     return shown
 
 
-def columns(run: Run) -> list[tuple[str, str]]:
+def columns(run: TaskScores) -> list[tuple[str, str]]:
     """Task and metric of each column: the main metrics, and R@1 of the triplets."""
     return [
         (task, metric)
@@ -151,7 +147,8 @@ def beside(first: str, runs: Sequence[Point], second: str, others: Sequence[Poin
 
 
 def _differences(
-    first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], what: str, over: Sequence[tuple[str, str]]
+    first: tuple[str, Sequence[TaskScores]], second: tuple[str, Sequence[TaskScores]], what: str,
+    over: Sequence[tuple[str, str]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     made = []
     for task, metric in over:
@@ -204,7 +201,7 @@ def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def _any_run(shown: Mapping[str, Shown]) -> Run:
+def _any_run(shown: Mapping[str, Shown]) -> TaskScores:
     return next(iter(shown.values())).runs[0]
 
 

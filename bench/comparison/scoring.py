@@ -21,8 +21,10 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the text: the points of the curve over w."""
 _CHOICES = (0.3, 0.5, 0.7)
 
-Scores = dict[str, dict[str, dict[str, Measured]]]
-"""By variant, task and metric."""
+TaskScores = dict[str, dict[str, Measured]]
+"""Of one vector, by task and metric."""
+Scores = dict[str, TaskScores]
+"""By variant."""
 
 
 def variants(own: Mix, answers: Sequence[str]) -> dict[str, Variant]:

@@ -40,7 +40,7 @@ class Shape:
     tokens: int = 16
     """Of a rationale of the base model."""
     recipe_steps: int | None = None
-    """What a recipe is trained for; None = `seconds`."""
+    """Of training, for a recipe; None = `seconds` for it too."""
 
 
 class Point(NamedTuple):

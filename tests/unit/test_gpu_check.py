@@ -13,8 +13,6 @@ import gpu_check
 import gpu_parts
 from gpu_parts import FORMS
 
-# The parts are run once, and not once in each of pytest's processes.
-pytestmark = pytest.mark.xdist_group("gpu_check")
 SMALL = FORMS["small"]
 
 

@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import scale
 
-# The traces are made once, and not once in each of pytest's processes.
-pytestmark = pytest.mark.xdist_group("memory_plan")
 WORK = Work(num_anchors=2, embeds=True, trains_embeddings=False, trains_anchors=False)
 
 

@@ -124,7 +124,7 @@ def load_causal_lm(
             the model's own.
         OSError: there is no model at `path`.
     """
-    with no_causal_lm(path):
+    with explained_load(path):
         lm = _load_eager(path, trust_remote_code, override_config or {})
     prove(lm, path, kernel)
     replace_linears(lm)
@@ -146,7 +146,7 @@ def prove(lm: Any, path: str, kernel: Kernel) -> None:
 
 
 @contextmanager
-def no_causal_lm(path: str) -> Iterator[None]:
+def explained_load(path: str) -> Iterator[None]:
     """Make transformers' errors about a model a UserError."""
     try:
         yield

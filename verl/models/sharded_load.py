@@ -34,8 +34,8 @@ from verl.models.lora import base_of_adapter, is_part, plain_name
 from verl.models.onednn import replace_linears
 from verl.models.policy import (
     PolicyModel,
+    explained_load,
     load_causal_lm,
-    no_causal_lm,
     prove,
     read_blueprint,
     refuse_names,
@@ -168,7 +168,7 @@ def empty_lm(config: Any) -> Any:
 def _build_empty(path: str, trust_remote_code: bool, override_config: dict[str, Any], kernel: Kernel) -> Loaded:
     if base := base_of_adapter(path):
         raise _NotByShards(f"it is an adapter, which is merged into {base}")
-    with no_causal_lm(path):
+    with explained_load(path):
         blueprint = read_blueprint(path, trust_remote_code, override_config)
     if reason := why_loaded_whole(blueprint.config, trust_remote_code):
         raise _NotByShards(reason)

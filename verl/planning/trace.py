@@ -148,8 +148,18 @@ def traced(setup: Setup, num_layers: int) -> Trace:
 
 
 def extended(depths: tuple[int, int], traces: Sequence[Trace], num_layers: int) -> Trace:
-    """The straight line through the traces of two numbers of layers, at a third."""
+    """The straight line through the traces of two numbers of layers, at a third.
+
+    Raises:
+        PlanError: the traces have other sections than each other, so that there are no lines.
+    """
     few, more = traces
+    for name, stage in more.stages.items():
+        if lone := few.stages[name].peaks.keys() ^ stage.peaks.keys():
+            raise PlanError(
+                f"{name}: models of {depths[0]} and {depths[1]} layers do not pass through the same sections "
+                f"({min(lone)}), so the memory of one of {num_layers} layers cannot be planned"
+            )
     steps = (num_layers - depths[0]) / (depths[1] - depths[0])
 
     def line(a: float, b: float) -> float:
@@ -160,7 +170,7 @@ def extended(depths: tuple[int, int], traces: Sequence[Trace], num_layers: int) 
 
     stages = {
         name: Stage(
-            {key: lines(few.stages[name].peaks.get(key, parts), parts) for key, parts in stage.peaks.items()},
+            {key: lines(few.stages[name].peaks[key], parts) for key, parts in stage.peaks.items()},
             lines(few.stages[name].wire, stage.wire),
         )
         for name, stage in more.stages.items()
