@@ -14,10 +14,9 @@ from common import MODEL, REPO, get_model, markdown, write_json
 from comparison.baseline import Setting
 from comparison.data import Data, PartSize, Sizes, load
 from comparison.plan import Line, plan
-from comparison.report import Found, as_json, beside, choose, cost_cells, summary, verdicts
+from comparison.report import Found, as_json, beside_first, choose, figures, recipe_table, summary, verdicts
 from comparison.rows import RECIPES, ROWS
-from comparison.scoring import WITH, choices, mean_of_main
-from comparison.states import WITHOUT
+from comparison.scoring import WITH
 from comparison.study import BASE, CONTRASTIVE, Point, Shape, Study
 from comparison.training import Cost, TrainingError
 from verl.encoder.arguments import whole_number
@@ -116,22 +115,21 @@ def compare(study: Study, out: Path) -> None:
 
 
 def compare_recipes(study: Study, names: Sequence[str]) -> None:
-    """Recipes on dev: with rationales, without, and the best vector of each; and the others beside the first one."""
-    untrained = Point(Cost(0, 0, 0, 0, 0), study.base("dev"))
+    """The recipes on dev, where one is chosen, and each beside the first; after as many steps that is on test."""
     seeds = range(study.shape.seeds)
-    found = {BASE: [untrained], **{name: [study.recipe(name, seed) for seed in seeds] for name in names}}
-    lines = []
-    for name, runs in found.items():
-        means = {variant: mean_of_main([run.scores for run in runs], variant) for variant in choices()}
-        best = max(means, key=lambda variant: means[variant])
-        figures = [f"{100 * means[variant]:.1f}" for variant in (WITH, WITHOUT.name, best)]
-        lines.append([name, *figures, best, *cost_cells([run.cost for run in runs])])
-    print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n")
-    print(markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines))
-    first, *others = names
-    made = [line for name in others for line in beside(name, found[name], first, found[first])]
+    dev = {BASE: [Point(Cost(0, 0, 0, 0, 0), study.base("dev"))]}
+    dev |= {name: [study.recipe(name, seed) for seed in seeds] for name in names}
+    print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n\n{recipe_table(dev)}")
+    if study.shape.recipe_steps is None:
+        part, scores = "dev", {name: [point.scores for point in dev[name]] for name in names}
+    else:
+        part, scores = "test", {name: [study.test_recipe(name, seed) for seed in seeds] for name in names}
+    made = beside_first(scores)
     if made:
-        print(f"\n{verdicts(made)}")
+        print(f"\nWith rationales, on {part}, x 100:\n\n{verdicts(made)}")
+    costs = {name: [point.cost.as_json() for point in dev[name]] for name in names}
+    found = {name: figures([run[WITH] for run in runs]) for name, runs in scores.items()}
+    write_json(study.out / "recipes.json", {part: found, "differences": made, "costs": costs})
 
 
 def show_plan(data: Data, lines: Sequence[Line]) -> None:

@@ -125,7 +125,7 @@ def table(found: Found, shown: Mapping[str, Shown]) -> str:
         kept = found.answers.get(row.model)
         likelihood = f"{interval(kept).value:.3f}" if kept else "-"
         lines.append(
-            [f"{row.key} {row.title}", variant, *cells, likelihood, *cost_cells(_ends(found.points.get(row.model)))]
+            [f"{row.key} {row.title}", variant, *cells, likelihood, *_cost_cells(_ends(found.points.get(row.model)))]
         )
     return markdown(head, lines)
 
@@ -140,10 +140,22 @@ def differences(shown: Mapping[str, Shown]) -> list[dict[str, Any]]:
     ]
 
 
-def beside(first: str, runs: Sequence[Point], second: str, others: Sequence[Point]) -> list[dict[str, Any]]:
-    """The differences of two recipes on dev, with rationales."""
-    sides = [[point.scores[WITH] for point in points] for points in (runs, others)]
-    return _differences((first, sides[0]), (second, sides[1]), "with rationales", columns(sides[0][0]))
+def recipe_table(found: Mapping[str, Sequence[Point]]) -> str:
+    """A line for each recipe: means of the main metrics with rationales, without, and of the best vector."""
+    lines = []
+    for name, runs in found.items():
+        means = {variant: mean_of_main([run.scores for run in runs], variant) for variant in scoring.choices()}
+        best = max(means, key=lambda variant: means[variant])
+        shown = [f"{100 * means[variant]:.1f}" for variant in (WITH, WITHOUT.name, best)]
+        lines.append([name, *shown, best, *_cost_cells([run.cost for run in runs])])
+    return markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines)
+
+
+def beside_first(found: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
+    """The differences of every other recipe from the first one, with rationales."""
+    (first, *others) = ((name, [run[WITH] for run in runs]) for name, runs in found.items())
+    over = columns(first[1][0])
+    return [line for other in others for line in _differences(other, first, "with rationales", over)]
 
 
 def _differences(
@@ -215,11 +227,7 @@ def as_json(found: Found, shown: Mapping[str, Shown]) -> dict[str, Any]:
     rows = {
         key: {
             "title": row.title, "model": row.model, "vector": variant,
-            "test": {
-                f"{task} {metric}": interval([run[task][metric] for run in runs])._asdict()
-                for task, metrics in runs[0].items()
-                for metric in metrics
-            },
+            "test": figures(runs),
         }
         for key, (row, variant, runs) in shown.items()
     }  # fmt: skip
@@ -233,6 +241,15 @@ def as_json(found: Found, shown: Mapping[str, Shown]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def figures(runs: Sequence[TaskScores]) -> dict[str, Any]:
+    """Every metric of every task with its interval over items and seeds."""
+    return {
+        f"{task} {metric}": interval([run[task][metric] for run in runs])._asdict()
+        for task, metrics in runs[0].items()
+        for metric in metrics
+    }
+
+
 def _figure(found: Interval) -> str:
     return f"{100 * found.value:.1f} ±{50 * (found.high - found.low):.1f}"
 
@@ -242,7 +259,7 @@ def _ends(seeds: Sequence[Sequence[Point]] | None) -> list[Cost]:
     return [seed[-1].cost for seed in seeds] if seeds else [Cost(0, 0, 0, 0, 0)]
 
 
-def cost_cells(ends: Sequence[Cost]) -> list[str]:
+def _cost_cells(ends: Sequence[Cost]) -> list[str]:
     """Mean seconds, tokens and samples over the seeds."""
     sums = (sum(end.seconds for end in ends), sum(end.tokens for end in ends), sum(end.samples for end in ends))
     return [f"{total / len(ends):,.0f}" for total in sums]

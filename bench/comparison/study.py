@@ -83,27 +83,37 @@ class Study:
         return points
 
     def recipe(self, name: str, seed: int) -> Point:
-        """Train a recipe for all of the seconds or steps, and score it on dev. Its model is not kept."""
-        label, steps = name.replace(" ", "-"), self.shape.recipe_steps
-        until = self._seconds((1.0,)) if steps is None else {"steps": steps}
-        run, settings = self._run(label, rows.RECIPES[name], seed, until)
+        """Train a recipe for all of the seconds or steps, and score it on dev."""
+        run, settings = self._recipe_run(name, seed)
+        label, steps = _label(name), self.shape.recipe_steps
         if steps is None:
             (point,) = self._train(label, seed, run, settings, (1.0,))
-        else:
-            title = f"{name}, seed {seed}: {steps} steps of training, and dev"
-            made = self._part(f"{label}-s{seed}", settings, title, lambda _: self._on_dev(run, run.train_steps(steps)))
-            point = _point(made)
-        clear(run.folder)
-        return point
+            # It was tried to choose by dev; its model is not asked for anything else.
+            clear(run.folder)
+            return point
+        title = f"{name}, seed {seed}: {steps} steps of training, and dev"
+        return _point(
+            self._part(f"{label}-s{seed}", settings, title, lambda _: self._on_dev(run, run.train_steps(steps)))
+        )
 
     def test_row(self, name: str, seed: int) -> Scores:
         """The scores on test of a row that `row` has trained."""
         run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
+        return self._test(name, seed, settings, lambda _: self._on_test(run))
+
+    def test_recipe(self, name: str, seed: int) -> Scores:
+        """The scores on test of a recipe that `recipe` has trained for its steps. Its model is kept."""
+        steps = self.shape.recipe_steps
+        assert steps is not None
+        run, settings = self._recipe_run(name, seed)
 
         def make(_: Path) -> dict[str, Any]:
-            return scoring.score_encoder(run.trained_model, self.data.parts["test"], self.data.centre, None)
+            if not run.is_finished:
+                run.train_steps(steps)  # nothing to do, unless its folder was removed meanwhile
+                run.finish()
+            return self._on_test(run)
 
-        return self._test(name, seed, settings, make)
+        return self._test(_label(name), seed, settings, make)
 
     def contrastive(self, setting: Setting, seed: int) -> list[Point]:
         """Train the contrastive baseline, and score it on dev at every share of the seconds."""
@@ -175,6 +185,11 @@ class Study:
         folder = self.out / "runs" / f"{name}-s{seed}-{key_of(settings)}"
         return Run(folder, str(self.model), self._train_file(trained.mode), trained.mode, overrides), settings
 
+    def _recipe_run(self, name: str, seed: int) -> tuple[Run, dict[str, Any]]:
+        steps = self.shape.recipe_steps
+        until = self._seconds((1.0,)) if steps is None else {"steps": steps}
+        return self._run(_label(name), rows.RECIPES[name], seed, until)
+
     def _train(
         self, name: str, seed: int, run: Run, settings: dict[str, Any], shares: tuple[float, ...]
     ) -> list[Point]:
@@ -192,6 +207,9 @@ class Study:
     def _on_dev(self, run: Run, cost: Cost) -> dict[str, Any]:
         scores = scoring.score_encoder(run.trained_model, self.data.parts["dev"], self.data.centre, None)
         return {"cost": cost.as_json(), **scores}
+
+    def _on_test(self, run: Run) -> dict[str, Any]:
+        return scoring.score_encoder(run.trained_model, self.data.parts["test"], self.data.centre, None)
 
     def _train_file(self, mode: str) -> Path:
         """The training triplets, or their queries and positives as plain texts, as train.sh reads them."""
@@ -231,6 +249,11 @@ class Study:
         if self.kept.find(name, settings) is None:
             self.say(title)
         return self.kept.get(name, settings, make)
+
+
+def _label(recipe: str) -> str:
+    """Its name in names of folders."""
+    return recipe.replace(" ", "-")
 
 
 def _point(made: dict[str, Any]) -> Point:

@@ -84,14 +84,20 @@ class Run:
         return self.cost()
 
     @property
+    def is_finished(self) -> bool:
+        """Whether `finish` has left the model alone."""
+        return (self.folder / _MODEL).is_dir()
+
+    @property
     def trained_model(self) -> Path:
         """The model folder of the newest saved step."""
-        finished = self.folder / _MODEL
-        return finished if finished.is_dir() else step_folder(self.folder, self._saved_step()) / "huggingface"
+        if self.is_finished:
+            return self.folder / _MODEL
+        return step_folder(self.folder, self._saved_step()) / "huggingface"
 
     def finish(self) -> None:
         """Keep the model alone: what resuming needs is four times as large, and `train_until` cannot go on then."""
-        if not (self.folder / _MODEL).is_dir():
+        if not self.is_finished:
             self.trained_model.rename(self.folder / _MODEL)
         for step in saved_steps(self.folder):
             clear(step_folder(self.folder, step))

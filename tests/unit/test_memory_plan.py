@@ -18,7 +18,7 @@ from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
 from verl.planning.remedies import remedies, with_settings
-from verl.planning.trace import Row, Setup, Trace, extended, in_own_process, planned_rows, traced
+from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
 
@@ -50,15 +50,15 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def traces(tiny_folder) -> dict[tuple[int, bool], Trace]:
     """By number of layers, and whether checkpointing is on."""
-    cases = [(layers, checkpointing) for checkpointing in (True, False) for layers in (4, 5, 9)]
+    cases = [(layers, checkpointing) for checkpointing in (True, False) for layers in (*DEPTHS, 9)]
     found = in_own_process([a_setup(tiny_folder, *case) for case in cases])
     return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_line_through_two_traces_is_the_trace_of_more_layers(traces, checkpointing):
-    few, more, full = (traces[layers, checkpointing] for layers in (4, 5, 9))
-    found = extended((4, 5), [few, more], 9)
+    few, more, full = (traces[layers, checkpointing] for layers in (*DEPTHS, 9))
+    found = extended(DEPTHS, [few, more], 9)
     for count in ("parameters", "trained", "largest_weight"):
         assert getattr(found, count) == getattr(full, count)
     for name, stage in full.stages.items():
@@ -67,7 +67,7 @@ def test_the_line_through_two_traces_is_the_trace_of_more_layers(traces, checkpo
 
 
 def test_moments_that_take_turns_at_being_the_peak_are_lines_of_their_own(tmp_path):
-    """In this shape the peak between layers has logits at five layers, and the root's gradients at four."""
+    """In this shape the peak between layers has logits from five layers on, and the root's gradients before."""
     Qwen2Config(
         hidden_size=5120, num_attention_heads=40, num_key_value_heads=8, intermediate_size=27648, vocab_size=152064,
         num_hidden_layers=64,
@@ -75,11 +75,11 @@ def test_moments_that_take_turns_at_being_the_peak_are_lines_of_their_own(tmp_pa
     rows = tuple(Row(683, 1365, group) for group in range(4))
     setup = dataclasses.replace(a_setup(tmp_path), rows=rows, score_rows=rows[:1], score_limit=(4096, None))
     setup = dataclasses.replace(setup, actor=ActorConfig(ppo_max_token_len_per_gpu=4096))
-    few, more, full = in_own_process([dataclasses.replace(setup, num_layers=layers) for layers in (4, 5, 6)])
+    few, more, full = in_own_process([dataclasses.replace(setup, num_layers=layers) for layers in (*DEPTHS, 6)])
     peaks = {
         name: {key: sum(parts.values()) for key, parts in stage.peaks.items()} for name, stage in full.stages.items()
     }
-    found = extended((4, 5), [few, more], 6)
+    found = extended(DEPTHS, [few, more], 6)
     for name, stage in found.stages.items():
         assert {key: sum(parts.values()) for key, parts in stage.peaks.items()} == pytest.approx(peaks[name], rel=0.01)
 

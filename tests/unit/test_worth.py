@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -393,7 +393,8 @@ def test_a_row_is_trained_for_its_seconds_and_goes_on_from_there(tmp_path, tiny_
 def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_folder, monkeypatch, capsys):
     train = [(f"query {i}", f"positive {i}", f"negative {i}") for i in range(24)]
     tasks = [Triplets("triplets", [tuple(TEXTS[:3]), tuple(TEXTS[1:4])])]
-    data = Data(train, 0, {"dev": tasks, "test": []}, ["a text", "and another"], [])
+    tested = [Triplets("triplets", list(permutations(TEXTS, 3)))]
+    data = Data(train, 0, {"dev": tasks, "test": tested}, ["a text", "and another"], [])
     for name, share in (("none", 1), ("some", 0.5)):
         overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
         monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
@@ -401,13 +402,20 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     study = Study(tiny_folder, data, shape, tmp_path, lambda _: None)
     compare_recipes(study, ["none", "some"])
     shown = capsys.readouterr().out
-    made = {name: [study.recipe(name, 0)] for name in ("none", "some")}
-    assert [[point.cost.steps for point in points] for points in made.values()] == [[3], [3]]
-    assert [[point.cost.samples for point in points] for points in made.values()] == [[6], [6]]
-    scores = {name: [p.scores["with"]["triplets"]["nDCG@10"] for p in points] for name, points in made.items()}
+    costs = {name: study.recipe(name, 0).cost for name in ("none", "some")}
+    assert [(cost.steps, cost.samples) for cost in costs.values()] == [(3, 6), (3, 6)]
+    assert "| none | " in shown and "| some - none |" in shown
+    kept = {name: next(tmp_path.glob(f"runs/{name}-*/model")) for name in costs}
+    assert not list(tmp_path.glob("runs/*/global_step_*"))
+    scores = {}
+    for name, model in kept.items():
+        found = scoring.from_json(scoring.score_encoder(model, tested, data.centre, None)["scores"])
+        scores[name] = [found["with"]["triplets"]["nDCG@10"]]
     by = difference(scores["some"], scores["none"])
     assert f"{100 * by.value:+.1f} [{100 * by.low:+.1f}, {100 * by.high:+.1f}] {by.verdict}" in shown
-    assert "| some - none |" in shown and "| none | " in shown
+    written = json.loads((tmp_path / "recipes.json").read_text())["differences"]
+    (line,) = (line for line in written if line["metric"] == "nDCG@10")
+    assert (line["difference"], line["low"], line["high"]) == (by.value, by.low, by.high)
 
 
 def test_steps_are_of_recipes_alone():

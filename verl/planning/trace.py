@@ -50,7 +50,7 @@ from verl.workers.actor import Actor
 from verl.workers.micro_batches import MicroBatchLimit
 
 # Models of these many layers are traced; a model of more is the straight line through them.
-DEPTHS = (4, 5)
+DEPTHS = (3, 4)
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _SOURCES = Path(__file__).parents[1]
 
