@@ -8,7 +8,7 @@
 
 Trains and scores every row for the same seconds on the same texts, on the CPU; chooses on a dev part and shows the test
 part once. Every finished part is kept in --out and not done again, so a run may be killed at any moment; a part with
-another setting is another part. Writes table.md, result.json and two pictures there. How to read them:
+another setting is another part. Writes table.md, result.json and two pictures there, or recipes.json. How to read them:
 docs/experiments.md. It needs `pip install -e '.[bench,eval]'`.
 """
 

@@ -16,6 +16,7 @@ _WITH_RATIONALE = 0.25
 """A text with its rationale, another one's, and alone."""
 _ALONE = 0.03
 _ECHO = 1.3
+"""Times as long for the untrained model, which is also given each text again in place of a rationale."""
 _ANSWER = 0.3
 
 
@@ -32,15 +33,9 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
     """
     dev, test = (_texts(data.parts[part]) + len(data.centre) for part in ("dev", "test"))
     on_dev, on_test = (_LOAD + _WITH_RATIONALE * texts for texts in (dev, test))
-    # The untrained model is also given each text again in place of a rationale.
-    base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
     if recipes:
-        seconds, until = shape.seconds, f"{shape.seconds:g} s"
-        if shape.recipe_steps is not None:
-            seconds, until = 0, f"{shape.recipe_steps} steps, which are not in the minutes"
-        each = shape.seeds * (seconds + _START + on_dev)
-        what = f"runs: {shape.seeds}, of {until}, dev alone:"
-        return [base, *(Line(name, f"{what} {rows.RECIPES[name].title}", each) for name in recipes)]
+        return _recipe_lines(shape, recipes, Line(BASE, f"{dev} texts of dev", _ECHO * on_dev), on_dev, on_test)
+    base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
     answers = _ANSWER * len(data.answers) + _LOAD
     points, runs = len(shape.shares), len(shape.grid) + shape.seeds - 1
     contrastive = runs * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test)
@@ -52,6 +47,16 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
         Line(CONTRASTIVE, what, contrastive + shape.seeds * answers),
         *(Line(name, f"{trained} {row.title}", shape.seeds * each) for name, row in rows.ROWS.items()),
     ]
+
+
+def _recipe_lines(shape: Shape, recipes: Sequence[str], base: Line, on_dev: float, on_test: float) -> list[Line]:
+    if shape.recipe_steps is None:
+        what, each = f"{shape.seconds:g} s, scored on dev", shape.seconds + _START + on_dev
+    else:
+        what = f"{shape.recipe_steps} steps, which are not in the minutes, scored on dev and test"
+        each = _START + on_dev + on_test
+    runs = f"runs: {shape.seeds}, of {what}:"
+    return [base, *(Line(name, f"{runs} {rows.RECIPES[name].title}", shape.seeds * each) for name in recipes)]
 
 
 def _texts(tasks: Sequence[Task]) -> int:

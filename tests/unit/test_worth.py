@@ -27,6 +27,7 @@ from comparison import answers, baseline, rows, scoring
 from comparison.data import Data, PartSize, Sizes, load
 from comparison.kept import Kept
 from comparison.measured import Measured, difference, interval
+from comparison.plan import plan
 from comparison.program import SHAPES, _shape, compare_recipes
 from comparison.report import DECIDING, table_rows
 from comparison.split import same_text, split_by_text
@@ -416,6 +417,22 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     written = json.loads((tmp_path / "recipes.json").read_text())["differences"]
     (line,) = (line for line in written if line["metric"] == "nDCG@10")
     assert (line["difference"], line["low"], line["high"]) == (by.value, by.low, by.high)
+
+
+def test_the_plan_says_what_recipes_are_scored_on_and_counts_it():
+    def triplets(count):
+        return [Triplets("triplets", [(f"q {i}", f"p {i}", f"n {i}") for i in range(count)])]
+
+    def planned(test, **shape):
+        data = Data([], 0, {"dev": triplets(10), "test": triplets(test)}, [], [])
+        return plan(data, Shape(60, (1.0,), seeds=2, grid=(), **shape), ["joint"])
+
+    by_seconds = planned(20)
+    assert "of 60 s, scored on dev:" in by_seconds[1].what and planned(200) == by_seconds
+    few, many = (planned(test, recipe_steps=7) for test in (20, 200))
+    assert "of 7 steps, which are not in the minutes, scored on dev and test:" in few[1].what
+    # The untrained model is scored on dev alone.
+    assert few[0] == many[0] and few[1].seconds < many[1].seconds
 
 
 def test_steps_are_of_recipes_alone():
