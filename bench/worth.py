@@ -4,7 +4,7 @@
     python3 bench/worth.py --short                           one seed, small tasks, two minutes of training a row
     python3 bench/worth.py --data DIR                        the full form, hours
     python3 bench/worth.py --data DIR --recipes all          the recipes of bench/comparison/rows.py, on dev alone
-    python3 bench/worth.py --data DIR --recipes A B --steps 200 --seeds 3    B - A after as many steps, on test
+    python3 bench/worth.py --data DIR --recipes A B --steps 200 --seeds 3    after as many steps, on test
 
 Trains and scores every row for the same seconds on the same texts, on the CPU; chooses on a dev part and shows the test
 part once. Every finished part is kept in --out and not done again, so a run may be killed at any moment; a part with

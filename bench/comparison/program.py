@@ -14,9 +14,10 @@ from common import MODEL, REPO, get_model, markdown, write_json
 from comparison.baseline import Setting
 from comparison.data import Data, PartSize, Sizes, load
 from comparison.plan import Line, plan
-from comparison.report import Found, as_json, beside_first, choose, figures, recipe_table, summary, verdicts
+from comparison.report import Found, as_json, choose, figures, recipe_differences, recipe_table, summary, verdicts
 from comparison.rows import RECIPES, ROWS
-from comparison.scoring import WITH
+from comparison.scoring import SHUFFLED, WITH
+from comparison.states import WITHOUT
 from comparison.study import BASE, CONTRASTIVE, Point, Shape, Study
 from comparison.training import Cost, TrainingError
 from verl.encoder.arguments import whole_number
@@ -115,20 +116,21 @@ def compare(study: Study, out: Path) -> None:
 
 
 def compare_recipes(study: Study, names: Sequence[str]) -> None:
-    """The recipes on dev, where one is chosen, and each beside the first; after as many steps that is on test."""
+    """The recipes on dev, where one is chosen, then their differences; after as many steps those are on test."""
     seeds = range(study.shape.seeds)
     dev = {BASE: [Point(Cost(0, 0, 0, 0, 0), study.base("dev"))]}
     dev |= {name: [study.recipe(name, seed) for seed in seeds] for name in names}
     print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n\n{recipe_table(dev)}")
+    on_dev = {name: [point.scores for point in dev[name]] for name in names}
     if study.shape.recipe_steps is None:
-        part, scores = "dev", {name: [point.scores for point in dev[name]] for name in names}
+        part, scores = "dev", on_dev
     else:
         part, scores = "test", {name: [study.test_recipe(name, seed) for seed in seeds] for name in names}
-    made = beside_first(scores)
-    if made:
-        print(f"\nWith rationales, on {part}, x 100:\n\n{verdicts(made)}")
+    made = recipe_differences(on_dev, scores)
+    print(f"\nOn {part}, x 100:\n\n{verdicts(made)}")
     costs = {name: [point.cost.as_json() for point in dev[name]] for name in names}
-    found = {name: figures([run[WITH] for run in runs]) for name, runs in scores.items()}
+    shown = (WITH, SHUFFLED, WITHOUT.name)
+    found = {name: {key: figures([run[key] for run in runs]) for key in shown} for name, runs in scores.items()}
     write_json(study.out / "recipes.json", {part: found, "differences": made, "costs": costs})
 
 

@@ -1,6 +1,6 @@
 """What the scores say: the rows of the table, and the differences that decide, each with its interval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def choose(found: Found) -> dict[str, Shown]:
         if row.key == "H*'":
             variant = scoring.choices()[shown["H*"].variant]
         else:
-            variant = max(row.candidates, key=lambda name: mean_of_main(found.dev[row.model], name))
+            variant = _best_of(row.candidates, found.dev[row.model])
         shown[row.key] = Shown(row, variant, [run[variant] for run in found.test[row.model]])
     return shown
 
@@ -144,18 +144,38 @@ def recipe_table(found: Mapping[str, Sequence[Point]]) -> str:
     """A line for each recipe: means of the main metrics with rationales, without, and of the best vector."""
     lines = []
     for name, runs in found.items():
-        means = {variant: mean_of_main([run.scores for run in runs], variant) for variant in scoring.choices()}
-        best = max(means, key=lambda variant: means[variant])
-        shown = [f"{100 * means[variant]:.1f}" for variant in (WITH, WITHOUT.name, best)]
+        scores = [run.scores for run in runs]
+        best = _best_of(scoring.choices(), scores)
+        shown = [f"{100 * mean_of_main(scores, variant):.1f}" for variant in (WITH, WITHOUT.name, best)]
         lines.append([name, *shown, best, *_cost_cells([run.cost for run in runs])])
     return markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines)
 
 
-def beside_first(found: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
-    """The differences of every other recipe from the first one, with rationales."""
-    (first, *others) = ((name, [run[WITH] for run in runs]) for name, runs in found.items())
-    over = columns(first[1][0])
-    return [line for other in others for line in _differences(other, first, "with rationales", over)]
+def recipe_differences(
+    dev: Mapping[str, Sequence[Scores]], found: Mapping[str, Sequence[Scores]]
+) -> list[dict[str, Any]]:
+    """Of every other recipe from the first one, with rationales and by best vectors; and what rationales do for each.
+
+    Args:
+        dev: scores of each recipe, by which its best vector is chosen.
+        found: the scores that are compared.
+    """
+    runs = {name: {variant: [run[variant] for run in own] for variant in own[0]} for name, own in found.items()}
+    best = {name: _best_of(scoring.choices(), own) for name, own in dev.items()}
+    first, *others = found
+    pairs = [(name, WITH, first, WITH, "with rationales") for name in others]
+    pairs += [(name, best[name], first, best[first], f"best: {best[name]} - {best[first]}") for name in others]
+    pairs += [
+        (name, WITH, name, variant, f"rationales - {title}")
+        for name in found
+        for variant, title in ((WITHOUT.name, "none"), (SHUFFLED, "each other's"))
+    ]
+    over = columns(found[first][0][WITH])
+    return [
+        line
+        for one, its, other, theirs, what in pairs
+        for line in _differences((one, runs[one][its]), (other, runs[other][theirs]), what, over)
+    ]
 
 
 def _differences(
@@ -211,6 +231,10 @@ def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
         "differences, and over seeds). A vector is chosen on dev; * = the best one.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _best_of(variants: Iterable[str], dev: Sequence[Scores]) -> str:
+    return max(variants, key=lambda name: mean_of_main(dev, name))
 
 
 def _any_run(shown: Mapping[str, Shown]) -> TaskScores:

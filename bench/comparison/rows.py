@@ -87,6 +87,7 @@ RECIPES = {
         "rationales in every step, no policy gradient", _joint(_FOUR, share=1, between=0, warm_up=20)
     ),
     "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _joint(_FOUR, between=0, warm_up=20)),
+    "no rationale, 4 x 4": Trained("the same triplets, no rationale in training", _joint(_FOUR, warm_up=_ALWAYS)),
     "unsupervised": Trained("texts alone", _joint(between=0), "unsupervised"),
 }
 """Tried by --recipes on the dev part."""

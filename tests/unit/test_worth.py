@@ -411,12 +411,28 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     scores = {}
     for name, model in kept.items():
         found = scoring.from_json(scoring.score_encoder(model, tested, data.centre, None)["scores"])
-        scores[name] = [found["with"]["triplets"]["nDCG@10"]]
-    by = difference(scores["some"], scores["none"])
-    assert f"{100 * by.value:+.1f} [{100 * by.low:+.1f}, {100 * by.high:+.1f}] {by.verdict}" in shown
+        scores[name] = {variant: [by["triplets"]["nDCG@10"]] for variant, by in found.items()}
+    best = {name: chosen_on_dev([study.recipe(name, 0).scores]) for name in costs}
+    expected = {
+        ("some", "none", "with rationales"): difference(scores["some"]["with"], scores["none"]["with"]),
+        ("some", "none", f"best: {best['some']} - {best['none']}"): difference(
+            scores["some"][best["some"]], scores["none"][best["none"]]
+        ),
+    }
+    for name, own in scores.items():
+        expected[name, name, "rationales - none"] = difference(own["with"], own["without"])
+        expected[name, name, "rationales - each other's"] = difference(own["with"], own["shuffled"])
     written = json.loads((tmp_path / "recipes.json").read_text())["differences"]
-    (line,) = (line for line in written if line["metric"] == "nDCG@10")
-    assert (line["difference"], line["low"], line["high"]) == (by.value, by.low, by.high)
+    lines = {(x["first"], x["second"], x["decides"]): x for x in written if x["metric"] == "nDCG@10"}
+    assert lines.keys() == expected.keys()
+    for key, by in expected.items():
+        assert (lines[key]["difference"], lines[key]["low"], lines[key]["high"]) == (by.value, by.low, by.high), key
+        assert f"{100 * by.value:+.1f} [{100 * by.low:+.1f}, {100 * by.high:+.1f}] {by.verdict}" in shown
+
+
+def chosen_on_dev(runs):
+    means = {name: scoring.mean_of_main(runs, name) for name in scoring.choices()}
+    return max(means, key=means.get)
 
 
 def test_the_plan_says_what_recipes_are_scored_on_and_counts_it():
