@@ -33,10 +33,11 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
     """
     dev, test = (_texts(data.parts[part]) + len(data.centre) for part in ("dev", "test"))
     on_dev, on_test = (_LOAD + _WITH_RATIONALE * texts for texts in (dev, test))
-    if recipes:
-        return _recipe_lines(shape, recipes, Line(BASE, f"{dev} texts of dev", _ECHO * on_dev), on_dev, on_test)
-    base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
     answers = _ANSWER * len(data.answers) + _LOAD
+    if recipes:
+        base = Line(BASE, f"{dev} texts of dev", _ECHO * on_dev)
+        return _recipe_lines(shape, recipes, base, on_dev, on_test + answers)
+    base = Line(BASE, f"{dev} texts of dev, {test} of test", _ECHO * (on_dev + on_test))
     points, runs = len(shape.shares), len(shape.grid) + shape.seeds - 1
     contrastive = runs * (shape.seconds + points * (_LOAD + _ALONE * dev)) + shape.seeds * (_LOAD + _ALONE * test)
     each = shape.seconds + points * (_START + on_dev) + on_test + answers

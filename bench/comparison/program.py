@@ -4,17 +4,30 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common import MODEL, REPO, get_model, markdown, write_json
 
 from comparison.baseline import Setting
 from comparison.data import Data, PartSize, Sizes, load
+from comparison.measured import Measured
 from comparison.plan import Line, plan
-from comparison.report import Found, as_json, choose, figures, recipe_differences, recipe_table, summary, verdicts
+from comparison.report import (
+    Found,
+    as_json,
+    choose,
+    figures,
+    generation_kept,
+    generation_lines,
+    recipe_differences,
+    recipe_table,
+    summary,
+    verdicts,
+)
 from comparison.rows import RECIPES, ROWS
 from comparison.scoring import SHUFFLED, WITH
 from comparison.states import WITHOUT
@@ -104,9 +117,10 @@ def compare(study: Study, out: Path) -> None:
     dev |= {name: [seed[-1].scores for seed in own] for name, own in points.items()}
     test = {BASE: [study.base("test")], CONTRASTIVE: [study.test_contrastive(seed) for seed in seeds]}
     test |= {name: [study.test_row(name, seed) for seed in seeds] for name in ROWS}
-    kept = {name: [study.likelihood(name, seed) for seed in range(len(runs))] for name, runs in test.items()}
-    answers = {name: [found for found in runs if found is not None] for name, runs in kept.items()}
-    found = Found(points, dev, test, {name: runs for name, runs in answers.items() if runs})
+    answers = _measured(
+        {name: [study.likelihood(name, seed) for seed in range(len(runs))] for name, runs in test.items()}
+    )
+    found = Found(points, dev, test, answers)
     shown = choose(found)
     text = summary(found, shown, len(seeds))
     (out / "table.md").write_text(text + "\n")
@@ -122,16 +136,23 @@ def compare_recipes(study: Study, names: Sequence[str]) -> None:
     dev |= {name: [study.recipe(name, seed) for seed in seeds] for name in names}
     print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n\n{recipe_table(dev)}")
     on_dev = {name: [point.scores for point in dev[name]] for name in names}
-    if study.shape.recipe_steps is None:
-        part, scores = "dev", on_dev
-    else:
+    part, scores, kept = "dev", on_dev, list[dict[str, Any]]()
+    if study.shape.recipe_steps is not None:
         part, scores = "test", {name: [study.test_recipe(name, seed) for seed in seeds] for name in names}
+        answers = {name: [study.recipe_likelihood(name, seed) for seed in seeds] for name in names}
+        kept = generation_kept(_measured({BASE: [study.likelihood(BASE, 0)], **answers}))
     made = recipe_differences(on_dev, scores)
-    print(f"\nOn {part}, x 100:\n\n{verdicts(made)}")
+    print("\n".join(["", f"On {part}, x 100:", "", verdicts(made), "", *generation_lines(kept)]))
     costs = {name: [point.cost.as_json() for point in dev[name]] for name in names}
     shown = (WITH, SHUFFLED, WITHOUT.name)
     found = {name: {key: figures([run[key] for run in runs]) for key in shown} for name, runs in scores.items()}
-    write_json(study.out / "recipes.json", {part: found, "differences": made, "costs": costs})
+    write_json(study.out / "recipes.json", {part: found, "differences": made, "generation": kept, "costs": costs})
+
+
+def _measured(found: Mapping[str, Sequence[Measured | None]]) -> dict[str, list[Measured]]:
+    """Without those that could not be measured, as there was no data for it."""
+    there = {name: [run for run in runs if run is not None] for name, runs in found.items()}
+    return {name: runs for name, runs in there.items() if runs}
 
 
 def show_plan(data: Data, lines: Sequence[Line]) -> None:

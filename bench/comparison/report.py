@@ -204,28 +204,34 @@ def verdicts(made: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, [[f"{first} - {second}", what, *cells] for (first, second, what), cells in lines.items()])
 
 
-def generation_kept(found: Found) -> list[dict[str, Any]]:
+def generation_kept(answers: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
     """How much the log-likelihood of answers differs from the base model's, of each trained model."""
     made = []
-    for model, runs in found.answers.items():
+    for model, runs in answers.items():
         if model == BASE:
             continue
-        base = found.answers[BASE]
+        base = answers[BASE]
         by, of = difference(runs, base), abs(base[0].figure)
         made.append({"model": model, "difference": by.value, "low": by.low, "high": by.high,
                      "share": by.value / of, "kept": by.value >= -_KEPT * of})  # fmt: skip
     return made
 
 
+def generation_lines(kept: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`generation_kept` in words."""
+    return [
+        f"generation, {line['model']}: log-likelihood of an answer's token {line['difference']:+.3f} nats "
+        f"[{line['low']:+.3f}, {line['high']:+.3f}] ({line['share']:+.1%} of the base's), "
+        f"{'kept' if line['kept'] else 'NOT kept'} within {_KEPT:.0%}"
+        for line in kept
+    ]
+
+
 def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
     """Everything that is printed at the end."""
     lines = [table(found, shown), "", verdicts(differences(shown)), ""]
-    for line in generation_kept(found):
-        lines.append(
-            f"generation, {line['model']}: log-likelihood of an answer's token {line['difference']:+.3f} nats "
-            f"({line['share']:+.1%} of the base's), {'kept' if line['kept'] else 'NOT kept'} within {_KEPT:.0%}"
-        )
     lines += [
+        *generation_lines(generation_kept(found.answers)),
         *_in_domain(shown),
         f"{seeds} training seed(s). Figures x 100 with half of their 95 % interval (bootstrap over items, paired in "
         "differences, and over seeds). A vector is chosen on dev; * = the best one.",
@@ -260,7 +266,7 @@ def as_json(found: Found, shown: Mapping[str, Shown]) -> dict[str, Any]:
     }
     answers = {model: [run.figure for run in runs] for model, runs in found.answers.items()}
     return {
-        "rows": rows, "differences": differences(shown), "generation": generation_kept(found), "costs": costs,
+        "rows": rows, "differences": differences(shown), "generation": generation_kept(found.answers), "costs": costs,
         "answers": answers,
     }  # fmt: skip
 

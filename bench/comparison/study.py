@@ -103,14 +103,10 @@ class Study:
 
     def test_recipe(self, name: str, seed: int) -> Scores:
         """The scores on test of a recipe that `recipe` has trained for its steps. Its model is kept."""
-        steps = self.shape.recipe_steps
-        assert steps is not None
         run, settings = self._recipe_run(name, seed)
 
         def make(_: Path) -> dict[str, Any]:
-            if not run.is_finished:
-                run.train_steps(steps)  # nothing to do, unless its folder was removed meanwhile
-                run.finish()
+            self._finish_recipe(run)
             return self._on_test(run)
 
         return self._test(_label(name), seed, settings, make)
@@ -159,12 +155,30 @@ class Study:
         else:
             run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
             folder = run.trained_model
+        return self._likelihood(name, seed, settings, lambda: folder)
+
+    def recipe_likelihood(self, name: str, seed: int) -> Measured | None:
+        """`likelihood` of a recipe that `recipe` has trained for its steps. Its model is kept."""
+        if not self.data.answers:
+            return None
+        run, settings = self._recipe_run(name, seed)
+        return self._likelihood(_label(name), seed, settings, lambda: self._finish_recipe(run))
+
+    def _likelihood(self, name: str, seed: int, settings: dict[str, Any], model: Callable[[], Path]) -> Measured:
         described = {**settings, "answers": key_of(self.data.answers)}
         made = self._part(
             f"{name}-s{seed}-answers", described, f"{name}, seed {seed}: likelihood of answers",
-            lambda _: answers.likelihood(folder, self.data.answers).as_json(),
+            lambda _: answers.likelihood(model(), self.data.answers).as_json(),
         )  # fmt: skip
         return Measured.from_json(made)
+
+    def _finish_recipe(self, run: Run) -> Path:
+        """The folder of a recipe's model after its steps, and nothing else of its run."""
+        assert self.shape.recipe_steps is not None
+        if not run.is_finished:
+            run.train_steps(self.shape.recipe_steps)  # nothing to do, unless its folder was removed meanwhile
+            run.finish()
+        return run.trained_model
 
     def _seconds(self, shares: tuple[float, ...]) -> dict[str, Any]:
         return {"seconds": self.shape.seconds, "shares": list(shares)}

@@ -192,6 +192,21 @@ def test_training_goes_on_with_a_given_adapter(folder, tmp_path):
         adapted_policy(folder, lora_rank=2, lora_adapter_path=str(saved))
 
 
+def test_an_adapter_that_peft_has_saved_for_inference_is_trained_all_the_same(folder, tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    policy = adapted_policy(folder, random=False, lora_rank=0, lora_adapter_path=str(tmp_path / "adapter"))
+    trained = {name for name, weight in policy.lm.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 3 and all(".q_proj.lora_" in name for name in trained)
+
+
+def test_an_adapter_finds_the_folder_of_its_model_from_everywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    saved = save_adapter(adapted_policy(folder.name), folder.name, tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    assert base_of_adapter(str(saved)) == str(folder)
+    load_causal_lm(str(saved))
+
+
 def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
     saved = save_adapter(adapted_policy(folder), folder, tmp_path / "adapter")
     wider = save_tiny(tmp_path / "wider", hidden_size=128)

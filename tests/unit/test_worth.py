@@ -395,7 +395,8 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     train = [(f"query {i}", f"positive {i}", f"negative {i}") for i in range(24)]
     tasks = [Triplets("triplets", [tuple(TEXTS[:3]), tuple(TEXTS[1:4])])]
     tested = [Triplets("triplets", list(permutations(TEXTS, 3)))]
-    data = Data(train, 0, {"dev": tasks, "test": tested}, ["a text", "and another"], [])
+    asked = [("how many?", "it is 12"), ("why?", "because of it")]
+    data = Data(train, 0, {"dev": tasks, "test": tested}, ["a text", "and another"], asked)
     for name, share in (("none", 1), ("some", 0.5)):
         overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
         monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
@@ -422,12 +423,18 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     for name, own in scores.items():
         expected[name, name, "rationales - none"] = difference(own["with"], own["without"])
         expected[name, name, "rationales - each other's"] = difference(own["with"], own["shuffled"])
-    written = json.loads((tmp_path / "recipes.json").read_text())["differences"]
-    lines = {(x["first"], x["second"], x["decides"]): x for x in written if x["metric"] == "nDCG@10"}
+    written = json.loads((tmp_path / "recipes.json").read_text())
+    lines = {(x["first"], x["second"], x["decides"]): x for x in written["differences"] if x["metric"] == "nDCG@10"}
     assert lines.keys() == expected.keys()
     for key, by in expected.items():
         assert (lines[key]["difference"], lines[key]["low"], lines[key]["high"]) == (by.value, by.low, by.high), key
         assert f"{100 * by.value:+.1f} [{100 * by.low:+.1f}, {100 * by.high:+.1f}] {by.verdict}" in shown
+    untrained = answers.likelihood(tiny_folder, asked)
+    for line, (name, model) in zip(written["generation"], kept.items(), strict=True):
+        by_hand = answers.likelihood(model, asked).figure - untrained.figure
+        # Kept figures are rounded to six digits.
+        assert line["model"] == name and abs(by_hand) > 1e-4
+        assert line["difference"] == pytest.approx(by_hand, abs=2e-6)
 
 
 def chosen_on_dev(runs):
