@@ -45,6 +45,8 @@ def _grace(lr: float) -> tuple[str, ...]:
 
 # More rationales of a text, whose rewards make better advantages.
 _FOUR = _shape(4, 4, 8)
+# In a group the paper's reward differs by the similarity with the query alone; this one by those with other texts too.
+_INFONCE = (f"{_REWARDS}.objective=infonce", f"{_REWARDS}.clustering_weight=0")
 
 
 class Trained(NamedTuple):
@@ -81,12 +83,19 @@ RECIPES = {
         for share in (0.3, 0.5, 0.7)
     },
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
+    "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
     "no policy, 4 x 4": Trained(
         "rationales in every step, no policy gradient", _joint(_FOUR, share=1, between=0, warm_up=20)
     ),
     "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _joint(_FOUR, between=0, warm_up=20)),
+    "policy 0.1, 4 x 4": Trained(
+        "a tenth of the gradient the policy's", _joint(_FOUR, share=0.9, between=0, warm_up=20)
+    ),
+    "policy by infonce, 4 x 4": Trained(
+        "the same as half, rewarded by another objective", (*_joint(_FOUR, between=0, warm_up=20), *_INFONCE)
+    ),
     "no rationale, 4 x 4": Trained("the same triplets, no rationale in training", _joint(_FOUR, warm_up=_ALWAYS)),
     "unsupervised": Trained("texts alone", _joint(between=0), "unsupervised"),
 }
