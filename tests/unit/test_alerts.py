@@ -50,7 +50,7 @@ def test_healthy_figures_say_nothing():
         ("collapse", {"diag/effective_rank": 10.1}, {"diag/effective_rank": 9.9}, "is 9.9, and was 20.0"),
         ("not_used", {"diag/cos_without": 0.979}, {"diag/cos_without": 0.981}, "cosine of 0.981"),
         ("not_used", {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.006},
-         {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.004}, "read diagnostics/step_N.jsonl"),
+         {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.004}, "objective=infonce pays for"),
         ("gibberish", {"diag/log_likelihood": -2.9}, {"diag/log_likelihood": -3.1}, "-3.10 per token, and -2.00"),
     ],
 )  # fmt: skip

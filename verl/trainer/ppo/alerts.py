@@ -145,7 +145,7 @@ def not_used(history: History) -> str | None:
     return (
         "rationales are not used: that of another text leaves a vector as near to its own (cosine "
         f"{other:.3f}) as a second one of the same text does ({second:.3f}); read diagnostics/step_N.jsonl, whether "
-        "they say anything about their texts. reward_model.reward_kwargs.objective=infonce pays for what tells a text "
+        "they say anything about their texts; reward_model.reward_kwargs.objective=infonce pays for what tells a text "
         "from others, which grace does not."
     )
 
