@@ -43,8 +43,15 @@ def _grace(lr: float) -> tuple[str, ...]:
     return (*_shape(6, 4, 16, lr), f"{_REWARDS}.contrastive_weight=0")
 
 
+def _text(share: float) -> tuple[str, ...]:
+    """A fixed share of the text in the mean over text and rationale."""
+    return (f"{_REWARDS}.text_share={share}",)
+
+
 # More rationales of a text, whose rewards make better advantages.
 _FOUR = _shape(4, 4, 8)
+_FOUR_NO_POLICY = _joint(_FOUR, share=1, between=0, warm_up=20)
+_FOUR_POLICY = _joint(_FOUR, between=0, warm_up=20)
 # In a group the paper's reward differs by the similarity with the query alone; this one by those with other texts too.
 _INFONCE = (f"{_REWARDS}.objective=infonce", f"{_REWARDS}.clustering_weight=0")
 
@@ -79,22 +86,21 @@ RECIPES = {
     "anchors constant": Trained("queries and negatives not trained", _joint(anchors=False)),
     **{f"{k} between": Trained("more or fewer steps with rationales", _joint(between=k)) for k in (0, 2, 4, 16)},
     **{
-        f"text {share:g}": Trained("a fixed share of the text", (*_joint(), f"{_REWARDS}.text_share={share}"))
-        for share in (0.3, 0.5, 0.7)
+        f"text {share:g}": Trained("a fixed share of the text", (*_joint(), *_text(share))) for share in (0.3, 0.5, 0.7)
     },
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
     "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
-    "no policy, 4 x 4": Trained(
-        "rationales in every step, no policy gradient", _joint(_FOUR, share=1, between=0, warm_up=20)
-    ),
-    "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _joint(_FOUR, between=0, warm_up=20)),
+    "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _FOUR_NO_POLICY),
+    "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _FOUR_POLICY),
     "policy 0.1, 4 x 4": Trained(
         "a tenth of the gradient the policy's", _joint(_FOUR, share=0.9, between=0, warm_up=20)
     ),
-    "policy by infonce, 4 x 4": Trained(
-        "the same as half, rewarded by another objective", (*_joint(_FOUR, between=0, warm_up=20), *_INFONCE)
+    "policy by infonce, 4 x 4": Trained("the same as half, rewarded by another objective", (*_FOUR_POLICY, *_INFONCE)),
+    "no policy, 4 x 4, text 0.3": Trained("most of a vector the rationale's", (*_FOUR_NO_POLICY, *_text(0.3))),
+    "policy by infonce, 4 x 4, text 0.3": Trained(
+        "the same, half of the gradient the policy's", (*_FOUR_POLICY, *_INFONCE, *_text(0.3))
     ),
     "no rationale, 4 x 4": Trained("the same triplets, no rationale in training", _joint(_FOUR, warm_up=_ALWAYS)),
     "unsupervised": Trained("texts alone", _joint(between=0), "unsupervised"),
