@@ -48,6 +48,11 @@ def _text(share: float) -> tuple[str, ...]:
     return (f"{_REWARDS}.text_share={share}",)
 
 
+def _kl(weight: float) -> tuple[str, ...]:
+    """The KL divergence from the untrained model on the rationales, in the policy's part of the loss."""
+    return (f"{_ACTOR}.use_kl_loss=True", f"{_ACTOR}.kl_loss_coef={weight}")
+
+
 # More rationales of a text, whose rewards make better advantages.
 _FOUR = _shape(4, 4, 8)
 _FOUR_NO_POLICY = _joint(_FOUR, share=1, between=0, warm_up=20)
@@ -98,6 +103,9 @@ RECIPES = {
         "a tenth of the gradient the policy's", _joint(_FOUR, share=0.9, between=0, warm_up=20)
     ),
     "policy by infonce, 4 x 4": Trained("the same as half, rewarded by another objective", (*_FOUR_POLICY, *_INFONCE)),
+    "policy by infonce, KL 0.1, 4 x 4": Trained(
+        "the same, and what is written stays near the untrained model's", (*_FOUR_POLICY, *_INFONCE, *_kl(0.1))
+    ),
     "no policy, 4 x 4, text 0.3": Trained("most of a vector the rationale's", (*_FOUR_NO_POLICY, *_text(0.3))),
     "policy by infonce, 4 x 4, text 0.3": Trained(
         "the same, half of the gradient the policy's", (*_FOUR_POLICY, *_INFONCE, *_text(0.3))

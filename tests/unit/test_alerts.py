@@ -50,7 +50,7 @@ def test_healthy_figures_say_nothing():
         ("collapse", {"diag/effective_rank": 10.1}, {"diag/effective_rank": 9.9}, "is 9.9, and was 20.0"),
         ("not_used", {"diag/cos_without": 0.979}, {"diag/cos_without": 0.981}, "cosine of 0.981"),
         ("not_used", {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.006},
-         {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.004}, "objective=infonce pays for"),
+         {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.004}, "embed without rationales"),
         ("gibberish", {"diag/log_likelihood": -2.9}, {"diag/log_likelihood": -3.1}, "-3.10 per token, and -2.00"),
     ],
 )  # fmt: skip
@@ -58,6 +58,13 @@ def test_a_diagnosis_is_compared_with_its_limit(name, healthy, ill, words):
     assert said(diagnoses({}, healthy)) == []
     ((step, found, text),) = said(diagnoses({}, healthy, ill))
     assert (step, found) == (20, name) and words in text and text.count(". ") == 0
+
+
+def test_another_objective_is_advised_to_a_run_of_grace_alone():
+    ill = {"diag/own_rationale_gain": 0.0, "diag/own_rationale_gain_error": 0.004}
+    ((_, _, of_grace),) = said([{"step": 1, "reward/positive/raw": 0.9}, *diagnoses(ill)])
+    ((_, _, of_infonce),) = said([{"step": 1, "reward/contrast/raw": -0.9}, *diagnoses(ill)])
+    assert "objective=infonce pays for" in of_grace and "objective=infonce" not in of_infonce
 
 
 def test_a_likelihood_near_zero_falls_by_a_whole_nat_before_it_is_said():

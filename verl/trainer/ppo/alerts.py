@@ -142,11 +142,16 @@ def not_used(history: History) -> str | None:
     if gain is None or error is None or gain + 2 * error >= _LEAST_GAIN:
         return None
     other, second = history.last("diag/cos_other_rationale"), history.last("diag/cos_second_rationale")
+    # The negatives' and the other groups' terms of grace are equal for all rationales of a text.
+    way_out = (
+        "reward_model.reward_kwargs.objective=infonce pays for what tells a text from others, which grace does not"
+        if history.last("reward/positive/raw") is not None
+        else "or embed without rationales, which costs nothing"
+    )
     return (
         "rationales are not used: that of another text leaves a vector as near to its own (cosine "
         f"{other:.3f}) as a second one of the same text does ({second:.3f}); read diagnostics/step_N.jsonl, whether "
-        "they say anything about their texts; reward_model.reward_kwargs.objective=infonce pays for what tells a text "
-        "from others, which grace does not."
+        f"they say anything about their texts; {way_out}."
     )
 
 
@@ -224,9 +229,9 @@ def _has_risen(values: list[float]) -> bool:
 
 RULES = (
     Rule("collapse", ("diag/effective_rank",), collapse),
-    Rule("not_used", ("diag/cos_without",), not_used, tuple(
-        f"diag/{name}" for name in ("own_rationale_gain", "own_rationale_gain_error", "cos_other_rationale",
-                                    "cos_second_rationale")
+    Rule("not_used", ("diag/cos_without",), not_used, (
+        "diag/own_rationale_gain", "diag/own_rationale_gain_error", "diag/cos_other_rationale",
+        "diag/cos_second_rationale", "reward/positive/raw",
     )),
     Rule("gibberish", ("diag/log_likelihood",), gibberish),
     Rule("no_signal", ("group/flat_share",), no_signal, ("actor/pg_loss", "rationale/trained_truncated")),
