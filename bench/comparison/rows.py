@@ -95,6 +95,7 @@ RECIPES = {
     },
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
     "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
+    "KL 0.1": Trained("what is written stays near the untrained model's", (*_joint(), *_kl(0.1))),
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
     "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _FOUR_NO_POLICY),
