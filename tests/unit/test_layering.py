@@ -150,6 +150,12 @@ def test_a_test_imports_no_other_test(path):
     assert not imported, "move what both need to a module of its own in tests/"
 
 
+def test_no_two_test_files_have_the_same_name():
+    # pytest imports test files by their names alone, and refuses the second of two with the same one.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_nothing_imports_an_entry_point():
     for module, path in modules().items():
         imported = {name for name, _ in imports_of(path)}
