@@ -11,8 +11,9 @@ cosine of two rationales of one text is near 1, a policy has little to choose fr
 
 import argparse
 import statistics
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ from common import REPO, markdown, write_json
 from comparison.data import load
 from comparison.measured import Measured, interval
 from comparison.program import SIZES
-from comparison.tasks import Triplets, ranking
+from comparison.states import lookup
+from comparison.tasks import Triplets
 
 from verl import GraceEncoder
 from verl.algorithm.contrastive import Group
+from verl.embedding.metrics import mean_cosine
+from verl.encoder.arguments import whole_number
+from verl.utils.console import exit_code_of
 from verl.utils.logging import quiet_libraries
-from verl.workers.reward_manager.hidden import contrast
+from verl.workers.reward_manager.hidden import clustering, contrast
+from verl.workers.rollout.base import RolloutError
 
 GREEDY, DRAWN, BEST, WORST = "the likeliest tokens", "drawn", "best", "worst"
 METRICS = ("accuracy", "R@1", "nDCG@10")
@@ -49,53 +55,33 @@ class Choice:
     """Mean cosine of two texts through one rationale each."""
 
 
-def measure(encoder: GraceEncoder, rows: Sequence[tuple[str, str, str]], rationales: int) -> Choice:
-    """Embed N triplets of different texts, the positives through k = `rationales` each.
-
-    Raises:
-        ValueError: there are fewer than two rationales or triplets.
-    """
-    if min(rationales, len(rows)) < 2:
-        raise ValueError(f"{rationales} rationales of {len(rows)} triplets: there is no choice below 2 of each")
-    queries, positives, negatives = map(list, zip(*rows, strict=True))
+def measure(encoder: GraceEncoder, task: Triplets, rationales: int) -> Choice:
+    """Embed N triplets of different texts, the positives through k = `rationales` each; both are at least 2."""
+    queries, positives, negatives = map(list, zip(*task.rows, strict=True))
     q, n = encoder.encode(queries), encoder.encode(negatives)
     drawn = np.stack([encoder.encode(positives, seed=seed) for seed in range(rationales)])  # [k,N,H]
-    rewards = np.stack([rewards_of(m, q, n, rows) for m in drawn])
-    text = np.arange(len(rows))
+    rewards = np.stack([rewards_of(m, q, n, task) for m in drawn])
+    text = np.arange(len(positives))
     vectors = {
         GREEDY: [encoder.encode(positives, temperature=0.0)],
         DRAWN: list(drawn),
         BEST: [drawn[rewards.argmax(0), text]],
         WORST: [drawn[rewards.argmin(0), text]],
     }
-    runs = {name: [_score(q, m, n) for m in found] for name, found in vectors.items()}
+    texts = [*queries, *positives, *negatives]
+    runs = {name: [task.measure(lookup(texts, np.concatenate([q, m, n]))) for m in ms] for name, ms in vectors.items()}
     scores = {name: {metric: [run[metric] for run in own] for metric in METRICS} for name, own in runs.items()}
-    return Choice(scores, rewards, _same(drawn), float(np.mean([_different(m) for m in drawn])))
+    # The mean cosine with the group's other rows; here a text's rationales are the group.
+    same = clustering(torch.from_numpy(np.concatenate(drawn)), torch.arange(len(positives)).repeat(rationales))
+    different = float(np.mean([mean_cosine(torch.from_numpy(m)) for m in drawn]))
+    return Choice(scores, rewards, float(same.mean()), different)
 
 
-def rewards_of(m: np.ndarray, q: np.ndarray, n: np.ndarray, rows: Sequence[tuple[str, str, str]]) -> np.ndarray:
-    """[N] rewards of one rationale of each positive, of its unit vectors m [N,H]."""
-    groups = [Group(query, (positive,), (negative,)) for query, positive, negative in rows]
-    texts, anchors, wrong = (torch.from_numpy(part).double() for part in (m, q, n))
-    return contrast(texts, anchors, wrong, torch.arange(len(rows)), groups, _TEMPERATURE).numpy()
-
-
-def _score(q: np.ndarray, m: np.ndarray, n: np.ndarray) -> dict[str, Measured]:
-    nearer = (q * m).sum(1) > (q * n).sum(1)
-    return {"accuracy": Measured(nearer.astype(float)), **ranking(q @ m.T, [[number] for number in range(len(q))])}
-
-
-def _same(drawn: np.ndarray) -> float:
-    """Mean cosine of two rationales of one text, of unit vectors [k,N,H]."""
-    count = len(drawn)
-    total = np.square(drawn.sum(0)).sum(1)  # of each text the sum over all pairs, with itself too
-    return float((total - count).mean() / (count * (count - 1)))
-
-
-def _different(m: np.ndarray) -> float:
-    """Mean cosine of two texts, of unit vectors [N,H]."""
-    count = len(m)
-    return float((np.square(m.sum(0)).sum() - count) / (count * (count - 1)))
+def rewards_of(m: np.ndarray, q: np.ndarray, n: np.ndarray, task: Triplets) -> np.ndarray:
+    """[N] float64, rewards of one rationale of each positive, of unit vectors [N,H]: its own, queries', negatives'."""
+    groups = [Group(query, (positive,), (negative,)) for query, positive, negative in task.rows]
+    trained, queries, negatives = (torch.from_numpy(part).double() for part in (m, q, n))
+    return contrast(trained, queries, negatives, torch.arange(len(groups)), groups, _TEMPERATURE).numpy()
 
 
 def table(found: dict[str, Choice]) -> str:
@@ -140,26 +126,32 @@ def as_json(found: dict[str, Choice]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
+    rationales = whole_number("--rationales", args.rationales, 2)
+    most = whole_number("--triplets", args.triplets, 2)
+    held_out = next(task for task in load(args.data, SIZES["full"]).parts["test"] if isinstance(task, Triplets))
+    task = Triplets(held_out.name, held_out.rows[:most])
+    found = {}
+    for number, model in enumerate(args.models, start=1):
+        print(f"{number}/{len(args.models)} {model}: {rationales} rationales of {len(task.rows)} texts", flush=True)
+        with GraceEncoder(model, engine="hf", device="cpu", max_new_tokens=args.tokens) as encoder:
+            found[model] = measure(encoder, task, rationales)
+    print(f"\n{table(found)}\n\n{spreads(found)}")
+    write_json(args.json, {"triplets": len(task.rows), "rationales": rationales, "models": as_json(found)})
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder")
     parser.add_argument("--data", type=Path, default=REPO / "examples", help="folder, see bench/comparison/data.py")
     parser.add_argument("--triplets", type=int, default=200, help="at most")
     parser.add_argument("--rationales", type=int, default=8, help="of each positive")
     parser.add_argument("--tokens", type=int, help="of a rationale, at most; default: the model's own setting")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     quiet_libraries()
-    held_out = next(task for task in load(args.data, SIZES["full"]).parts["test"] if isinstance(task, Triplets))
-    rows = held_out.rows[: args.triplets]
-    found = {}
-    for number, model in enumerate(args.models, start=1):
-        print(f"{number}/{len(args.models)} {model}: {args.rationales} rationales of {len(rows)} texts", flush=True)
-        with GraceEncoder(model, engine="hf", device="cpu", max_new_tokens=args.tokens) as encoder:
-            found[model] = measure(encoder, rows, args.rationales)
-    print(f"\n{table(found)}\n\n{spreads(found)}")
-    write_json(args.json, {"triplets": len(rows), "rationales": args.rationales, "models": as_json(found)})
+    return exit_code_of("best_of", partial(run, args), failures=(RolloutError,))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ from verl.embedding.settings import EmbedderSettings
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import best_of
+from comparison.tasks import Triplets
 
 ROWS = [
     ("a man plays a guitar", "a person makes music", "nobody plays"),
@@ -27,7 +28,7 @@ def test_the_best_and_the_worst_are_those_of_plain_loops(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model")
     EmbedderSettings(max_new_tokens=12).write(tmp_path / "model")
     with GraceEncoder(tmp_path / "model", device="cpu") as encoder:
-        found = best_of.measure(encoder, ROWS, rationales=3)
+        found = best_of.measure(encoder, Triplets("triplets", ROWS), rationales=3)
         # Text by text, not all in one call.
         vector = {text: encoder.encode(text).astype(float) for row in ROWS for text in row}
         drawn = [[encoder.encode(row[1], seed=seed).astype(float) for row in ROWS] for seed in range(3)]
@@ -45,9 +46,19 @@ def test_the_best_and_the_worst_are_those_of_plain_loops(tiny_folder, tmp_path):
     assert found.different == pytest.approx(np.mean(others), abs=1e-5)
 
 
-def test_there_is_no_choice_of_one():
-    with pytest.raises(ValueError, match="no choice"):
-        best_of.measure(None, ROWS, rationales=1)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no/such/model"], "no/such/model"),
+        (["model", "--rationales", "1"], "--rationales=1"),
+        (["model", "--data", "no_such_folder"], "--data=no_such_folder"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["best_of.py", *arguments])
+    assert best_of.main() == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def loop_reward(m, queries, negatives, own):
