@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -154,6 +155,13 @@ def test_no_two_test_files_have_the_same_name():
     # pytest imports test files by their names alone, and refuses the second of two with the same one.
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_pytest_enters_every_folder_of_tests(pytestconfig):
+    # One whose name is in norecursedirs (dist and build are, by default) is left out without a word.
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [name for name in folders for pattern in left_out if fnmatch(name, pattern)]
 
 
 def test_nothing_imports_an_entry_point():

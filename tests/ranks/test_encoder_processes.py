@@ -42,7 +42,7 @@ def test_two_processes_give_the_vectors_and_rationales_of_one(spread, tiny_folde
 def test_an_error_in_a_process_comes_with_its_traceback_and_ends_all_processes(spread, monkeypatch):
     prompts = spread.renderer.render([rationale_messages("a text")])
     prompts[0].ids[0] = 10**6  # an id that the model does not know
-    monkeypatch.setattr(spread.renderer, "render", lambda _: prompts)
+    monkeypatch.setattr(spread.renderer, "render", lambda *_: prompts)
     with pytest.raises(RolloutError, match=r"(?s)process \d of the encoder failed:.*Traceback.*IndexError"):
         spread.encode(["a text"], max_new_tokens=4)
     with pytest.raises(RolloutError, match="processes have ended, after a failure or close"):

