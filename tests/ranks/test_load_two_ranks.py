@@ -12,7 +12,6 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from verl.config import FsdpConfig, ModelConfig
-from verl.encoder.backend import free_port
 from verl.models.fsdp import adapter_weights, full_weights, shard
 from verl.models.lora import add_adapter, file_name, is_part, write_adapter_config
 from verl.models.packing import Row, pack
@@ -70,9 +69,9 @@ def load(folder: Path, fsdp: FsdpConfig, model: ModelConfig | None = None) -> Po
     return policy
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
+def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     found = {}
     for case in PLAIN:
         policy = load(folder / folder_name(case), FsdpConfig())
@@ -120,7 +119,7 @@ def loaded(tmp_path_factory) -> Path:
     config = tiny_config(False, hidden_size=128, llama=True)
     config.num_hidden_layers, config.intermediate_size = 12, 1024
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "deep", max_shard_size="2MB")
-    mp.spawn(run_rank, args=(2, free_port(), folder), nprocs=2)
+    mp.spawn(run_rank, args=(2, folder), nprocs=2)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Two gloo processes with FSDP2 against one process without: scores, gradients, weights, checkpoints."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, whole_ste
 
 from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import FsdpConfig, ModelConfig
-from verl.encoder.backend import free_port
 from verl.models.fsdp import full_weights, shard
 from verl.models.lora import adapters_off, add_adapter
 from verl.models.policy import PolicyModel
@@ -27,9 +27,9 @@ LOSSES = ("policy", "joint", "embeddings", "adapter")
 SAVED = ("policy", "adapter")
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: str, split: str) -> None:
+def run_rank(rank: int, world_size: int, store: str, folder: str, split: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     for loss in LOSSES:
         score_and_update(rank, world_size, folder, split, loss)
     dist.destroy_process_group()
@@ -66,9 +66,9 @@ def score_and_update(rank: int, world_size: int, folder: str, split: str, loss: 
     torch.save((part, scored, metrics, weights), Path(folder) / f"{loss}_{world_size}_{rank}.pt")
 
 
-def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int, loss: str) -> None:
+def resume_rank(rank: int, world_size: int, store: str, folder: str, source: int, loss: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     rows = torch.load(Path(folder) / "policy.pt", weights_only=False)
     policy = shard(build_policy(loss, seed=5), torch.device("cpu"), FsdpConfig(), offload_policy=False)
     actor = build_actor(policy)
@@ -81,7 +81,8 @@ def resume_rank(rank: int, world_size: int, port: int, folder: str, source: int,
 
 
 def spawn(function, world_size: int, *args) -> None:
-    mp.spawn(function, args=(world_size, free_port(), *args), nprocs=world_size)
+    with TemporaryDirectory() as meeting:
+        mp.spawn(function, args=(world_size, f"file://{meeting}/store", *args), nprocs=world_size)
 
 
 @pytest.fixture(scope="module")

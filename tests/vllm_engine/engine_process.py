@@ -36,9 +36,9 @@ class Job:
     """Folder for `rank_N.pt`, the results of each rank."""
 
 
-def do_jobs(rank: int, world_size: int, port: int, jobs: Sequence[Job]) -> None:
+def do_jobs(rank: int, world_size: int, meeting: dict[str, str], jobs: Sequence[Job]) -> None:
     """Do the jobs in turn, in one process per rank: importing vllm takes longer than all of them."""
-    join(rank, world_size, port)
+    join(rank, world_size, meeting)
     engines = []  # vllm's process groups end with the first engine that is freed
     for job in jobs:
         engine, results = job.work(job.model)
@@ -48,10 +48,9 @@ def do_jobs(rank: int, world_size: int, port: int, jobs: Sequence[Job]) -> None:
     dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int) -> None:
+def join(rank: int, world_size: int, meeting: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", **meeting)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 

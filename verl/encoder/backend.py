@@ -5,11 +5,10 @@ whose rationale is known already need the policy's forward.
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel, load_causal_lm
 from verl.utils.cpus import threads_wanted, usable_cpus
+from verl.utils.meeting_place import MeetingPlace
 from verl.utils.memory import usable_memory
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
@@ -264,13 +264,12 @@ def _set_up_group_of_one() -> None:
     """Set the environment that vllm's external launcher reads, unless this process is in a group already."""
     if "RANK" in os.environ:
         return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_own_meeting_place().environment)
     # Without it vllm on a CPU would use one thread only.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@cache
+def _own_meeting_place() -> MeetingPlace:
+    """Of this process until it ends: the group stays when an engine goes, and a later engine meets here too."""
+    return MeetingPlace()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec, free_port
+from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec
 from verl.encoder.record import Sampling, TextRecord
 from verl.utils.cpus import let_waiting_threads_sleep, share_of_cpus, threads_wanted
 from verl.utils.logging import quiet_libraries
+from verl.utils.meeting_place import MeetingPlace
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.workers.rollout.base import RolloutError
 
@@ -33,8 +34,8 @@ class _Process:
     num_processes: int
     group: int
     """Processes that share an engine."""
-    port: int
-    """Where those of an engine meet."""
+    meeting: dict[str, str]
+    """Environment variables: where those of an engine meet."""
 
 
 class ProcessesBackend:
@@ -58,11 +59,12 @@ class ProcessesBackend:
         context = get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
-        ports = [free_port() for _ in range(num_processes // self._group)]
+        self._meetings = [MeetingPlace() for _ in range(num_processes // self._group)]
         let_waiting_threads_sleep()
         for rank in range(num_processes):
             ours, theirs = context.Pipe()
-            which = _Process(rank, num_processes, self._group, ports[rank // self._group])
+            meeting = self._meetings[rank // self._group].environment
+            which = _Process(rank, num_processes, self._group, meeting)
             process = context.Process(target=_serve, args=(theirs, spec, which), daemon=True)
             process.start()
             theirs.close()
@@ -171,6 +173,6 @@ def _set_up_process(spec: ModelSpec, which: _Process) -> None:
     threads = threads_wanted() or share_of_cpus(which.num_processes)
     torch.set_num_threads(threads)
     os.environ.update(
-        RANK=str(which.rank % which.group), LOCAL_RANK="0", WORLD_SIZE=str(which.group), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(which.port), OMP_NUM_THREADS=str(threads),
+        RANK=str(which.rank % which.group), LOCAL_RANK="0", WORLD_SIZE=str(which.group), OMP_NUM_THREADS=str(threads),
+        **which.meeting,
     )  # fmt: skip

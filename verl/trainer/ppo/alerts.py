@@ -163,7 +163,8 @@ def gibberish(history: History) -> str | None:
     return (
         f"rationales turn to gibberish: the untrained model gives them a log-likelihood of {now:.2f} per token, and "
         f"{first:.2f} in the first diagnosis; read diagnostics/step_N.jsonl, and add a KL term "
-        "(actor_rollout_ref.actor.use_kl_loss=True) or lower actor_rollout_ref.actor.optim.lr."
+        "(actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.1) or lower "
+        "actor_rollout_ref.actor.optim.lr."
     )
 
 
