@@ -7,6 +7,7 @@ whose rationale is known already need the policy's forward.
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -231,7 +232,6 @@ class Backend:
         return self._vllm
 
     def _start_vllm(self) -> Rollout:
-        _set_up_group_of_one()
         whole_model = whole_model_of(self.spec.folder)
         is_adapter = whole_model != self.spec.folder
         rollout = RolloutConfig(
@@ -243,16 +243,17 @@ class Backend:
             gpu_memory_utilization=self.spec.gpu_memory_utilization,
             free_cache_engine=False,
         )
-        engine: Rollout = load_vllm_adapter().VLLMRollout(
-            ModelConfig(path=whole_model, trust_remote_code=self.spec.trust_remote_code),
-            rollout,
-            torch.device(self.spec.device),
-            self._stop_ids,
-            weight_names=[name for name, _ in self.policy.lm.named_parameters()],
-            max_model_len=self.spec.max_model_len,
-            max_num_seqs=_MAX_NUM_SEQS[self.spec.device],
-            engines_per_node=1,
-        )
+        with _group_of_one():
+            engine: Rollout = load_vllm_adapter().VLLMRollout(
+                ModelConfig(path=whole_model, trust_remote_code=self.spec.trust_remote_code),
+                rollout,
+                torch.device(self.spec.device),
+                self._stop_ids,
+                weight_names=[name for name, _ in self.policy.lm.named_parameters()],
+                max_model_len=self.spec.max_model_len,
+                max_num_seqs=_MAX_NUM_SEQS[self.spec.device],
+                engines_per_node=1,
+            )
         if is_adapter:
             # The policy's own may be packed already.
             engine.update_weights(load_causal_lm(self.spec.folder, self.spec.trust_remote_code).named_parameters())
@@ -260,13 +261,26 @@ class Backend:
         return engine
 
 
-def _set_up_group_of_one() -> None:
-    """Set the environment that vllm's external launcher reads, unless this process is in a group already."""
-    if "RANK" in os.environ:
-        return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_own_meeting_place().environment)
+@contextmanager
+def _group_of_one() -> Iterator[None]:
+    """Set the environment that vllm's external launcher reads while it starts, unless this process is in a group.
+
+    Programs that this process starts later would take it for theirs.
+    """
     # Without it vllm on a CPU would use one thread only.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    if "RANK" in os.environ:
+        yield
+        return
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **_own_meeting_place().environment}
+    before = {name: os.environ[name] for name in own if name in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @cache
