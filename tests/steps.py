@@ -35,6 +35,7 @@ def trained_rows(seed: int = 0, groups: int = 4, n: int = 3) -> DataProto:
         {
             "prompts": torch.stack(prompts),
             "prompt_length": torch.tensor(lengths),
+            "text_start": torch.full((count,), 15),
             "pool_start": torch.full((count,), 15),
             "responses": torch.stack([ids(MAX_RESPONSE) for _ in range(count)]),
             "response_length": response_length,

@@ -239,7 +239,7 @@ class ActorConfig(_Section):
     entropy_coeff: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Weight of the entropy bonus; below 0 it is a penalty."""
     use_kl_loss: bool = False
-    """Add kl_loss_coef x KL(policy, reference) to the loss."""
+    """Add kl_loss_coef x KL(policy, reference) to the loss: on rationales, in steps without them on the texts."""
     kl_loss_coef: NonNegativeFloat = 0.001
     """Weight of the KL loss; at 0 no reference model is built."""
     kl_loss_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "low_var_kl"
@@ -251,6 +251,11 @@ class ActorConfig(_Section):
     def trains_policy(self) -> bool:
         """Whether updates follow the policy gradient, where rationales are written."""
         return self.embedding_grad_share != 1
+
+    @property
+    def has_kl_loss(self) -> bool:
+        """Whether the loss has a KL term."""
+        return self.use_kl_loss and self.kl_loss_coef != 0
 
     @property
     def update_limit(self) -> tuple[int | None, int | None]:
@@ -575,11 +580,13 @@ class RunConfig(_Section):
         return cap if cap > 0 else None
 
     @property
+    def has_kl_in_reward(self) -> bool:
+        return self.algorithm.use_kl_in_reward and self.algorithm.kl_ctrl.kl_coef != 0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any KL term has weight: only then is a reference model built."""
-        actor = self.actor_rollout_ref.actor
-        in_loss = actor.use_kl_loss and actor.kl_loss_coef != 0
-        return in_loss or (self.algorithm.use_kl_in_reward and self.algorithm.kl_ctrl.kl_coef != 0)
+        return self.actor_rollout_ref.actor.has_kl_loss or self.has_kl_in_reward
 
     @property
     def validates(self) -> bool:

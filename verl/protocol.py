@@ -7,6 +7,7 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 |---|---|---|---|
 | prompts | [N,P] int64, left-padded | data.collator | engine, actor |
 | prompt_length | [N] int64 | data.collator | engine, actor, metrics |
+| text_start | [N] int64, position in the prompt of the first token of the user's text | data.collator | step_rows |
 | pool_start | [N] int64, first pooled position of prompt and response | data.collator | actor |
 | text_share | [N] float64, of the mean; no column where every token counts the same | data.collator | actor |
 | no_rationale_weight | [N] float64, of the prompt's own vector; no column without an average | data.collator | actor |
@@ -18,9 +19,10 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | rollout_log_probs | [N,R] float32, 0 past the end | engine | importance weights, metrics |
 | truncated | [N] bool, hit the length limit | engine | rewards, metrics |
 | embeddings | [N,H] float32, unit length | scoring | rewards |
+| score_start | [N] int64, first scored position; no column where that is the response's | step_rows | actor |
 | old_log_probs | [N,R] float32, trained rows only | scoring | update, metrics |
 | entropy | [N] float32, mean over the response | scoring | metrics |
-| ref_log_prob | [N,R] float32, trained rows only | scoring, by the reference | update, KL in the reward |
+| ref_log_prob | [N,R], with score_start [N,P+R] float32, trained rows only | reference | update, KL in the reward |
 | advantages | [N,R] float32 | step_rows.add_advantages | update |
 | embedding_grad | [N,H] float32, of a loss by `embeddings` | step_rows.add_embedding_grad | update |
 | mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
@@ -201,6 +203,19 @@ def prompt_ids(rows: DataProto) -> list[list[int]]:
     """The token ids of each prompt, without padding."""
     prompts, lengths = rows.batch["prompts"].tolist(), rows.batch["prompt_length"].tolist()
     return [prompt[len(prompt) - length :] for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+def scored_length(rows: DataProto) -> torch.Tensor:
+    """[N] int64: tokens of a row that are scored if it is trained: those of its response, or from score_start on."""
+    if "score_start" not in rows.batch.keys():
+        return rows.batch["response_length"]
+    return rows.batch["prompt_length"] + rows.batch["response_length"] - rows.batch["score_start"]
+
+
+def scored_width(rows: DataProto) -> int:
+    """Columns that log-probs have: of the longest response or, with score_start, as many as any row could need."""
+    width = rows.batch["responses"].shape[1]
+    return width + rows.batch["prompts"].shape[1] if "score_start" in rows.batch.keys() else width
 
 
 def response_ids(rows: DataProto) -> list[list[int]]:

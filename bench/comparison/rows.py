@@ -49,7 +49,7 @@ def _text(share: float) -> tuple[str, ...]:
 
 
 def _kl(weight: float) -> tuple[str, ...]:
-    """The KL divergence from the untrained model on the rationales, in the policy's part of the loss."""
+    """The KL divergence from the untrained model in the loss: on rationales, in steps without them on the texts."""
     return (f"{_ACTOR}.use_kl_loss=True", f"{_ACTOR}.kl_loss_coef={weight}")
 
 
@@ -95,7 +95,10 @@ RECIPES = {
     },
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
     "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
-    "KL 0.1": Trained("what is written stays near the untrained model's", (*_joint(), *_kl(0.1))),
+    **{
+        f"KL {weight:g}": Trained("the likelihood of rationales and texts held", (*_joint(), *_kl(weight)))
+        for weight in (0.1, 0.3, 1.0, 3.0)
+    },
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
     "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _FOUR_NO_POLICY),

@@ -14,15 +14,16 @@ from verl.config import FsdpConfig, ModelConfig
 from verl.models.fsdp import full_weights, shard
 from verl.models.lora import adapters_off, add_adapter
 from verl.models.policy import PolicyModel
+from verl.trainer.ppo.step_rows import without_rationales
 from verl.utils.seqlen_balancing import partition_rows
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
 # Ranks get rows by tokens; in the second split, rank 1 gets no row of mini-batch 1 and runs dummy rows.
 SPLITS = {"balanced": None, "one rank idles": [list(range(6)), list(range(6, 12))]}
-# The losses of an update: the policy's, with anchors one on the embeddings beside it, and that one alone.
-# And the policy's by which adapters alone are trained.
-LOSSES = ("policy", "joint", "embeddings", "adapter")
+# The losses of an update: the policy's, with anchors one on the embeddings beside it, that one alone, and the same with
+# texts scored in place of rationales. And the policy's by which adapters alone are trained.
+LOSSES = ("policy", "joint", "embeddings", "texts", "adapter")
 # Their checkpoints are resumed.
 SAVED = ("policy", "adapter")
 
@@ -52,7 +53,7 @@ def score_and_update(rank: int, world_size: int, folder: str, split: str, loss: 
     parts = SPLITS[split] or partition_rows(rows.non_tensor_batch["uid"], costs, world_size)
     part = list(range(len(rows))) if world_size == 1 else parts[rank]
     # Of four updates the first and the last measure the two gradients apart.
-    share = 1 if loss == "embeddings" else 0.4
+    share = 1 if loss in ("embeddings", "texts") else 0.4
     actor = build_actor(policy, ppo_max_token_len_per_gpu=90, embedding_grad_share=share, embedding_grad_every=3)
     scored = score(policy, rows[part], MicroBatchLimit(90, None), TEMPERATURE, embed=True, entropy=True)
     metrics = [actor.update(rows[part], 2) for _ in range(2)]
@@ -96,6 +97,10 @@ def rows_folder(tmp_path_factory) -> Path:
     grad = torch.randn(12, 64, generator=torch.Generator().manual_seed(3))
     for loss in ("joint", "embeddings"):
         torch.save(joint.with_tensors(embedding_grad=grad), folder / f"{loss}.pt")
+    for name in ("advantages", "old_log_probs", "ref_log_prob"):
+        del joint.batch[name]
+    texts = with_log_probs(without_rationales(joint, score_texts=True), tiny_policy())
+    torch.save(texts.with_tensors(embedding_grad=grad), folder / "texts.pt")
     dist.destroy_process_group()
     spawn(run_rank, 1, str(folder), "balanced")
     return folder

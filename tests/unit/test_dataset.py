@@ -114,7 +114,8 @@ def test_rows_hold_the_rendered_prompts_left_padded(parquet):
     assert list(rows.non_tensor_batch["role"]) == [*ROLES, *ROLES]
     assert list(rows.non_tensor_batch["uid"]) == [0, 0, 0, 1, 1, 1]
     for i in range(len(rows)):
-        length, start = int(rows.batch["prompt_length"][i]), int(rows.batch["pool_start"][i])
+        length, start = int(rows.batch["prompt_length"][i]), int(rows.batch["text_start"][i])
+        assert start == rows.batch["pool_start"][i]
         ids = rows.batch["prompts"][i, -length:]
         assert (rows.batch["prompts"][i, :-length] == tokenizer.pad_token_id).all()
         text = rows.non_tensor_batch["text"][i]

@@ -25,6 +25,7 @@ from verl.workers.scoring import score
 # The learning rate changes no weight within the tests' tolerance, and the largest norm clips nothing.
 STILL = {"optim": {"lr": 1e-12}, "grad_clip": 1e9}
 WHOLE = MicroBatchLimit(10_000, None)
+FOR_THE_POLICY = ("advantages", "old_log_probs", "ref_log_prob")
 # No policy gradient.
 ALONE = {"embedding_grad_share": 1, "use_kl_loss": False, "entropy_coeff": 0}
 
@@ -221,6 +222,27 @@ def unit_mean(states: Tensor) -> Tensor:
     return states.mean(0) / states.mean(0).norm()
 
 
+def bare_step(score_texts: bool = False) -> DataProto:
+    """A step without rationales."""
+    rows = whole_step(n=1)
+    for name in FOR_THE_POLICY:
+        del rows.batch[name]
+    return without_rationales(rows, score_texts)
+
+
+def plain_kl(lm, rows: DataProto, starts: list[int]) -> Tensor:
+    """Over the trained rows' tokens from these positions of prompt and response on, one by one, the mean of k3."""
+    terms = []
+    for i in is_trained(rows).nonzero()[0]:
+        prompt = rows.batch["prompts"][i, -int(rows.batch["prompt_length"][i]) :]
+        ids = torch.cat([prompt, rows.batch["responses"][i, : int(rows.batch["response_length"][i])]])
+        distributions = (lm(ids.unsqueeze(0)).logits[0] / TEMPERATURE).log_softmax(-1)
+        for column, position in enumerate(range(starts[i], len(ids))):
+            above = rows.batch["ref_log_prob"][i, column] - distributions[position - 1, ids[position]]
+            terms.append(above.exp() - above - 1)
+    return torch.stack(terms).mean()
+
+
 def count_heads(policy: PolicyModel) -> list[int]:
     """Grows by one with every forward that computes log-probs: only they ask for the LM head."""
     calls: list[int] = []
@@ -298,10 +320,11 @@ class TestTheUpdate:
 
     def test_a_step_without_rationales_is_as_strong_as_the_last_measurement_says(self):
         rows = scored_step()
-        (policy,), _ = gradients_of(build_actor(tiny_policy(), **STILL), rows[is_trained(rows)])
-        actor, batch = build_actor(tiny_policy(), embedding_grad_share=0.3, **STILL), with_grad(rows, anchors=False)
+        settings = {**STILL, "use_kl_loss": False}
+        (policy,), _ = gradients_of(build_actor(tiny_policy(), **settings), rows[is_trained(rows)])
+        actor, batch = build_actor(tiny_policy(), embedding_grad_share=0.3, **settings), with_grad(rows, anchors=False)
         actor.update(batch, 1)
-        bare = without_rationales(whole_step(n=1))
+        bare = bare_step()
         bare = bare.union(score(tiny_policy(), bare, WHOLE, TEMPERATURE, embed=True, entropy=False, log_probs=False))
         alone = with_grad(bare, anchors=True)
         (found,), _ = gradients_of(actor, alone)
@@ -312,6 +335,32 @@ class TestTheUpdate:
         expected = {name: scale * gradient for name, gradient in plain_gradient(bare, anchors=True).items()}
         assert_same_gradient(found, expected, share=1e-4)
         assert abs(scale - 1) > 0.1
+
+    @pytest.mark.parametrize(("writes", "share"), [(False, None), (False, 1), (True, 1)])
+    @pytest.mark.parametrize(("limit", "keeps"), [(10_000, True), (10_000, False), (90, False)])
+    def test_without_a_policy_gradient_a_kl_term_acts_on_rationales_or_on_texts(self, limit, keeps, writes, share):
+        rows = scored_step() if writes else bare_step(score_texts=True)
+        starts = rows.batch["prompt_length" if writes else "text_start"].tolist()
+        settings = {**STILL, "kl_loss_coef": 2.0, "embedding_grad_share": share, "ppo_max_token_len_per_gpu": limit}
+        actor = build_actor(tiny_policy(), one_update=keeps, **settings)
+        own = score(tiny_policy(), rows, WHOLE, TEMPERATURE, embed=False, entropy=False).batch["log_probs"]
+        reference = own + 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(4))
+        scored = actor.score(rows, WHOLE, embed=True, log_probs=False)
+        assert set(scored.batch.keys()) == {"embeddings"}
+        for name in ("advantages", "embeddings"):
+            rows.batch.pop(name, None)
+        rows = rows.union(scored).with_tensors(ref_log_prob=reference)
+        remote = remote_call(ActorRolloutRefWorker.update_actor, Dispatch.DP_COMPUTE_PROTO)
+        batch = with_grad(rows, anchors=False).only((*remote.columns, *remote.optional_columns))
+        if keeps:
+            actor.policy.forward = None  # the kept one has what the update needs
+        (found,), (metrics,) = gradients_of(actor, batch)
+        lm = tiny_model().double()
+        kl = plain_kl(lm, rows, starts)
+        (plain_loss(lm, rows, anchors=False) + 2 * kl).backward()
+        assert_same_gradient(found, {name: p.grad for name, p in lm.named_parameters()}, share=1e-4)
+        assert metrics["kl_loss"] == pytest.approx(kl.item(), rel=1e-4) and kl > 0.01
+        assert "pg_loss" not in metrics
 
     def test_a_step_without_a_policy_gradient_is_not_taken_for_a_measurement(self):
         """Groups of equal rewards: the share of nothing would switch the embedding gradient off for ten updates."""
@@ -328,7 +377,7 @@ class TestTheUpdate:
     def test_a_share_of_1_is_plain_descent_of_the_contrastive_loss(self, anchors, tie, limit):
         """By torch's AdamW on plain forwards; without the columns that the policy loss needs, and without the head."""
         rows = whole_step()
-        for name in ("advantages", "old_log_probs", "ref_log_prob"):
+        for name in FOR_THE_POLICY:
             del rows.batch[name]
         policy, plain = PolicyModel(tiny_model(tie)), tiny_model(tie)
         policy.lm.set_attn_implementation(ATTENTION)

@@ -20,7 +20,7 @@ def line_of(response: tuple[int, ...]):
 
 def test_a_kept_forward_is_given_once_and_for_its_own_line_alone():
     out = PolicyOutput(torch.zeros(2), None, None)
-    kept = KeptForward()
+    kept = KeptForward(tiny_policy(), temperature=1.0, needs_log_probs=False)
     assert kept.take(line_of((4, 5))) is None
     kept.keep(line_of((4, 5)), out)
     assert kept.take(line_of((4, 5))) is out

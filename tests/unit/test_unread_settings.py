@@ -137,7 +137,7 @@ def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():
         assert list(unread_settings(config_of({**settings, "reward_model.reward_kwargs": kwargs}))) == []
 
 
-ADDED_TO_POLICY = [f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff", "algorithm.use_kl_in_reward"]
+ADDED_TO_POLICY = [f"{ACTOR}.entropy_coeff", "algorithm.use_kl_in_reward"]
 WITHOUT_POLICY = {f"{ACTOR}.embedding_grad_share": 1, "reward_model.reward_kwargs": {"contrastive_weight": 0.1}}
 
 
@@ -149,7 +149,7 @@ def test_without_a_policy_gradient_nothing_reads_what_is_added_to_it(key):
 
 def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group_may_be_of_one():
     given = {**WITHOUT_POLICY, f"{ACTOR}.clip_ratio": 0.3, "actor_rollout_ref.rollout.n": 1}
-    given |= {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0}
+    given |= {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0.1}
     config = config_of(given)
     assert list(unread_settings(config)) == []
     assert ("no effect without a policy gradient", f"{ACTOR}.clip_ratio") in list(start_notes(config, "cpu"))

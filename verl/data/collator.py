@@ -56,6 +56,7 @@ class PromptCollator:
         tensors = {
             "prompts": left_padded([prompt.ids for prompt in prompts], self.renderer.tokenizer.pad_token_id),
             "prompt_length": torch.tensor([len(prompt.ids) for prompt in prompts]),
+            "text_start": torch.tensor([prompt.text_start for prompt in prompts]),
             "pool_start": torch.tensor(starts),
             "trained": torch.tensor([role == self.trained_text for _, role, _ in owners]),
             "max_new_tokens": torch.tensor(limits),

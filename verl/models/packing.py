@@ -5,7 +5,7 @@ ancestors: a response to its prompt, and a prompt to the trunk, the beginning th
 (the system turn). So a group of n rationales costs one prompt and n responses, and the system turn is computed once per
 micro-batch. Hidden states and gradients are those of separate rows.
 
-Shape letters: N rows, K packed tokens, S scored response tokens, M pooled positions, E rows whose vector is averaged
+Shape letters: N rows, K packed tokens, S scored tokens, M pooled positions, E rows whose vector is averaged
 with that of their prompt alone.
 """
 
@@ -30,9 +30,16 @@ class Row:
     pool_start: int
     """First pooled position in prompt + response, or -1, the last one; all from there to the end are pooled."""
     scored: bool
-    """Whether to compute log-probs of the response."""
+    """Whether to compute log-probs of the response, or of the tokens from `score_start` on."""
     mix: Mix = NO_MIX
     """How prompt and response become one vector; of a row without a response there is nothing to mix."""
+    score_start: int | None = None
+    """First scored position in prompt + response, 1 or more; None = the response's first."""
+
+    @property
+    def first_scored(self) -> int:
+        """Position in prompt + response of the first token that is scored."""
+        return len(self.prompt) if self.score_start is None else self.score_start
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,13 @@ class PackedBatch:
     average_weight: torch.Tensor
     """[E] float32, the weight of the latter."""
     score_token: torch.Tensor
-    """[S] int64, position in the line whose hidden state predicts a scored response token."""
+    """[S] int64, position in the line whose hidden state predicts a scored token."""
     score_target: torch.Tensor
-    """[S] int64, that response token's id."""
+    """[S] int64, that token's id."""
     score_row: torch.Tensor
     """[S] int64, its row."""
     score_column: torch.Tensor
-    """[S] int64, its position in the response."""
+    """[S] int64, its number among the row's scored tokens."""
     num_rows: int
 
     @property
@@ -183,8 +190,9 @@ def pack(rows: Sequence[Row], share_prompts: bool) -> PackedBatch:
         positions = leaf.packed_positions(0)
         pools.add(i, row, positions)
         if row.scored:
-            predicting = positions[len(row.prompt) - 1 : -1] if row.response else []
-            score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, row.response, strict=True))]
+            targets = (row.prompt + row.response)[row.first_scored :]
+            predicting = positions[row.first_scored - 1 :][: len(targets)]
+            score += [(p, t, i, c) for c, (p, t) in enumerate(zip(predicting, targets, strict=True))]
     columns = torch.tensor(score, dtype=torch.int64).reshape(-1, 4).unbind(1)
     return PackedBatch(
         input_ids=torch.tensor([builder.ids], dtype=torch.int64),

@@ -1,6 +1,6 @@
 """The model forward: one pass over a packed micro-batch gives log-probs, entropies and embeddings.
 
-Shapes: N rows, K packed tokens, S scored response tokens, H hidden size, V vocabulary. Nothing of
+Shapes: N rows, K packed tokens, S scored tokens, H hidden size, V vocabulary. Nothing of
 size [S,V] is kept (`log_probs`), and the LM head runs on scored positions only.
 """
 

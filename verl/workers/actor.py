@@ -1,7 +1,7 @@
 """The trained policy on one rank: updating the weights from rewarded rows.
 
 Knows the packed model forward and torch.distributed; neither Ray nor a rollout engine.
-Shapes: N rows, R response tokens, S response tokens of a micro-batch in one line, H hidden size.
+Shapes: N rows, H hidden size.
 """
 
 import math
@@ -19,8 +19,8 @@ from verl.embedding.pooling import unit
 from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient, combine_gradient, take_gradient
 from verl.models.packing import PackedBatch
 from verl.models.policy import PolicyModel, PolicyOutput
-from verl.protocol import DataProto, is_trained
-from verl.workers.kept_forward import KeptForward, only_micro_batch, score_and_keep
+from verl.protocol import DataProto, is_trained, scored_length
+from verl.workers.kept_forward import KeptForward, only_micro_batch
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches, sum_over_ranks
 from verl.workers.scoring import score
 
@@ -32,7 +32,7 @@ class _Totals:
     """Of a mini-batch, over all ranks."""
 
     tokens: float
-    """Response tokens of the trained rows."""
+    """Scored tokens of the trained rows: of their responses, or of their texts."""
     rows: float
     """Trained rows."""
     embedding_grad: float
@@ -61,7 +61,7 @@ class Actor:
     ) -> None:
         self.policy = policy
         self._one_update = one_update
-        self._kept = KeptForward()
+        self._kept = KeptForward(policy, temperature, config.has_kl_loss)
         self.config = config
         self.temperature = temperature
         self.max_response_length = max_response_length
@@ -74,16 +74,8 @@ class Actor:
         )
         self.optimizer = build_optimizer(policy, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, total_steps)
-        # Of the policy loss; the same on every rank, also on one that has no rows to compute them from.
-        self.metric_names = ["pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl"]
-        self.metric_names += ["kl_loss"] if self._has_kl_loss else []
-        self.metric_names += ["entropy_loss"] if config.entropy_coeff != 0 else []
         self.skipped_in_a_row = 0
         self.balance = GradientBalance(config.embedding_grad_share, config.embedding_grad_every)
-
-    @property
-    def _has_kl_loss(self) -> bool:
-        return self.config.use_kl_loss and self.config.kl_loss_coef != 0
 
     def score(
         self, rows: DataProto, limit: MicroBatchLimit, embed: bool, log_probs: bool = True, train_anchors: bool = False
@@ -97,7 +89,7 @@ class Actor:
         only = only_micro_batch(self.policy, rows, self.limit, train_anchors) if self._one_update else None
         if only is None:
             return score(self.policy, rows, limit, self.temperature, embed, entropy=log_probs, log_probs=log_probs)
-        return score_and_keep(self.policy, rows, only, limit, self.temperature, embed, log_probs, self._kept)
+        return self._kept.score(rows, only, limit, embed, log_probs)
 
     def update(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """Train on the rows of one training step, and advance the learning-rate schedule.
@@ -106,8 +98,8 @@ class Actor:
 
         Args:
             rows: the rank's trained rows, with `mini_batch` 0..num_mini_batches-1; and anchors that are trained by
-                `embedding_grad`, a column that not every step has. It alone is followed where no trained row has a
-                rationale, and with embedding_grad_share=1.
+                `embedding_grad`. Not every step has this column, nor `advantages`: without these no policy gradient is
+                followed. Of a KL term `ref_log_prob` is needed.
 
         Raises:
             FloatingPointError: the gradient was not finite in three steps in a row.
@@ -130,31 +122,46 @@ class Actor:
         total = _totals(rows)
         self.optimizer.zero_grad()
         norms: dict[str, float] = {}
-        trains_policy = self.config.trains_policy and total.tokens > 0
+        trains_policy = self._trains_policy(rows)
         if trains_policy and not total.embedding_grad:
             sums = self._backward(rows, total)
         elif trains_policy and self.balance.is_due:
             sums, norms = self._backward_apart(rows, total)
         else:
-            sums = self._backward(rows, total, trains_policy, self.balance.scale(total.embedding_grad))
+            by_tokens = trains_policy or self.config.has_kl_loss
+            sums = self._backward(rows, total, by_tokens, self.balance.scale(total.embedding_grad))
         grad_norm = clip_gradient(self.policy, self.config.grad_clip)
         self._apply(grad_norm)
         reduced = sum_over_ranks(torch.tensor([float(value) for value in sums.values()]))
         metrics = dict(zip(sums, reduced.tolist(), strict=True))
         return {**metrics, **norms, "grad_norm": grad_norm, "skipped_steps": float(not math.isfinite(grad_norm))}
 
+    def _trains_policy(self, rows: DataProto) -> bool:
+        return self.config.trains_policy and "advantages" in rows.batch.keys()
+
+    def _has_entropy(self, rows: DataProto) -> bool:
+        return self._trains_policy(rows) and self.config.entropy_coeff != 0
+
+    def _metric_names(self, rows: DataProto) -> list[str]:
+        """Of the loss by tokens; the same on every rank, also on one that has no rows to compute them from."""
+        names = ["kl_loss"] if self.config.has_kl_loss else []
+        if not self._trains_policy(rows):
+            return names
+        names += ["entropy_loss"] if self._has_entropy(rows) else []
+        return ["pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", *names]
+
     def _backward(
-        self, rows: DataProto, total: _Totals, policy: bool = True, embedding: float = 0.0
+        self, rows: DataProto, total: _Totals, by_tokens: bool = True, embedding: float = 0.0
     ) -> dict[str, Tensor]:
         """Add the gradient of the mini-batch's loss; return this rank's share of the metrics.
 
         Args:
-            policy: whether the policy loss is part of it.
+            by_tokens: whether the loss of `_token_loss` is part of it.
             embedding: what the loss on the embeddings is multiplied by.
         """
-        sums = {name: torch.zeros(()) for name in self.metric_names if policy}
+        sums = {name: torch.zeros(()) for name in self._metric_names(rows) if by_tokens}
         for micro in micro_batches(rows, self.limit, self.policy):
-            loss, parts = self._loss(rows[micro.rows], micro.packed, total, policy, embedding)
+            loss, parts = self._loss(rows[micro.rows], micro.packed, total, by_tokens, embedding)
             # FSDP averages gradients over ranks; the loss is a sum over them.
             (loss * dist.get_world_size()).backward()
             for name, value in parts.items():
@@ -166,7 +173,7 @@ class Actor:
         sums = self._backward(rows, total)
         policy_norm = clip_gradient(self.policy, math.inf)
         policy_gradient = take_gradient(self.policy)
-        self._backward(rows, total, policy=False, embedding=1.0)
+        self._backward(rows, total, by_tokens=False, embedding=1.0)
         embedding_norm = clip_gradient(self.policy, math.inf)
         scale = self.balance.measure(policy_norm, embedding_norm, total.embedding_grad)
         combine_gradient(self.policy, scale, policy_gradient)
@@ -191,19 +198,19 @@ class Actor:
             )
 
     def _loss(
-        self, rows: DataProto, packed: PackedBatch, total: _Totals, policy: bool, embedding: float
+        self, rows: DataProto, packed: PackedBatch, total: _Totals, by_tokens: bool, embedding: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
         out = self._kept.take(packed) or self.policy(
-            packed, self.temperature, log_probs=policy, entropy=policy and self.config.entropy_coeff != 0,
+            packed, self.temperature, log_probs=by_tokens, entropy=by_tokens and self._has_entropy(rows),
             embeddings=embedding != 0,
         )  # fmt: skip
         if not len(rows):
-            computed = out.log_probs if policy else out.embeddings
+            computed = out.log_probs if by_tokens else out.embeddings
             assert computed is not None
             return 0 * computed.sum(), {}
         nothing: dict[str, Tensor] = {}
-        loss, parts = self._policy_loss(rows, packed, out, total) if policy else (torch.zeros(()), nothing)
+        loss, parts = self._token_loss(rows, packed, out, total) if by_tokens else (torch.zeros(()), nothing)
         if embedding:
             assert out.embeddings is not None
             # Its gradient at the weights of the scoring is that of the loss whose gradient by the vectors this is.
@@ -211,26 +218,28 @@ class Actor:
             loss = loss + embedding * (unit(out.embeddings) * grad).sum()
         return loss, parts
 
-    def _policy_loss(
+    def _token_loss(
         self, rows: DataProto, packed: PackedBatch, out: PolicyOutput, total: _Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of the loss that trained rows have by their tokens; anchors have none."""
         config, device = self.config, packed.input_ids.device
         assert out.log_probs is not None
         where = (packed.score_row.cpu(), packed.score_column.cpu())
-        old, advantages = (rows.batch[k][where].to(device) for k in ("old_log_probs", "advantages"))
         weights = token_weights(
             _trained_lengths(rows), config.loss_agg_mode, total.tokens, total.rows, self.max_response_length
         ).to(device)
-        losses, indicators = policy_loss(old, out.log_probs, advantages, self.clip)
-        loss = (losses * weights).sum()
-        token_share = 1.0 / total.tokens
-        parts = {"pg_loss": loss.detach(), **{k: v.sum() * token_share for k, v in indicators.items()}}
-        if self._has_kl_loss:
+        loss, parts = torch.zeros((), device=device), dict[str, Tensor]()
+        if self._trains_policy(rows):
+            old, advantages = (rows.batch[k][where].to(device) for k in ("old_log_probs", "advantages"))
+            losses, indicators = policy_loss(old, out.log_probs, advantages, self.clip)
+            loss = (losses * weights).sum()
+            token_share = 1.0 / total.tokens
+            parts = {"pg_loss": loss.detach(), **{k: v.sum() * token_share for k, v in indicators.items()}}
+        if config.has_kl_loss:
             kl = kl_penalty(out.log_probs, rows.batch["ref_log_prob"][where].to(device), config.kl_loss_type)
             loss = loss + config.kl_loss_coef * (kl * weights).sum()
             parts["kl_loss"] = (kl.detach() * weights).sum()
-        if config.entropy_coeff != 0:
+        if self._has_entropy(rows):
             assert out.entropy is not None
             loss = loss - config.entropy_coeff * (out.entropy * weights).sum()
             parts["entropy_loss"] = (out.entropy.detach() * weights).sum()
@@ -245,5 +254,5 @@ def _totals(rows: DataProto) -> _Totals:
 
 
 def _trained_lengths(rows: DataProto) -> Tensor:
-    """[N] int64: response tokens with a log-prob, which anchors' do not have."""
-    return rows.batch["response_length"] * torch.from_numpy(is_trained(rows))
+    """[N] int64: tokens with a log-prob, which anchors' do not have."""
+    return scored_length(rows) * torch.from_numpy(is_trained(rows))

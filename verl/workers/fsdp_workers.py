@@ -45,8 +45,8 @@ from verl.workers.weight_sync import CANARY, WeightSync
 
 # What a packed forward needs, and what generation needs.
 _ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length", "trained")
-# Pooling that some runs have.
-_OWN_POOLING = ("text_share", "no_rationale_weight")
+# Pooling that some runs have, and what is scored in steps without rationales.
+_OPTIONAL = ("text_share", "no_rationale_weight", "score_start")
 _PROMPT = ("prompts", "prompt_length", "temperature", "max_new_tokens")
 
 
@@ -150,7 +150,7 @@ class ActorRolloutRefWorker(Worker):
         columns = _response_columns([responses[row] for row in range(len(rows))], self.tokenizer.pad_token_id)
         yield columns if rank_in_engine == 0 else columns[:0]
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=_OWN_POOLING)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=_OPTIONAL)
     def score(
         self, rows: DataProto, log_probs: bool, embed: bool, for_update: bool, train_anchors: bool = False
     ) -> DataProto:
@@ -172,9 +172,9 @@ class ActorRolloutRefWorker(Worker):
         self._offload_params()
         return columns
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=("score_start",))
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
-        """`log_probs` [N,R] of the reference: the model that the run started from, or the policy without adapters."""
+        """`log_probs` of the reference: the model that the run started from, or the policy without adapters."""
         if self.config.model.trains_adapter:
             self._load_params()
             with adapters_off(self.actor.policy):
@@ -200,7 +200,7 @@ class ActorRolloutRefWorker(Worker):
     @register(
         Dispatch.DP_COMPUTE_PROTO,
         columns=(*_ROW, "mini_batch"),
-        optional_columns=("old_log_probs", "advantages", "ref_log_prob", "embedding_grad", *_OWN_POOLING),
+        optional_columns=("old_log_probs", "advantages", "ref_log_prob", "embedding_grad", *_OPTIONAL),
     )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""

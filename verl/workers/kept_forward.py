@@ -22,10 +22,37 @@ _SAME_LINE = ("input_ids", "position_ids", "score_token", "score_target", "score
 
 
 class KeptForward:
-    """At most one forward: the packed line it was computed on, and what the policy returned."""
+    """At most one forward: the packed line it was computed on, and what the policy returned.
 
-    def __init__(self) -> None:
+    Args:
+        temperature: divides the logits.
+        needs_log_probs: every update needs log-probs, also one after a scoring that returns none.
+    """
+
+    def __init__(self, policy: PolicyModel, temperature: float, needs_log_probs: bool) -> None:
+        self._policy, self._temperature, self._needs_log_probs = policy, temperature, needs_log_probs
         self._kept: tuple[PackedBatch, PolicyOutput] | None = None
+
+    def score(
+        self, rows: DataProto, updated: MicroBatch, limit: MicroBatchLimit, embed: bool, log_probs: bool
+    ) -> DataProto:
+        """As `scoring.score`, with the entropies of log-probs; the forward over the rows of the update is kept.
+
+        Args:
+            updated: all rows of the update in one micro-batch, see `only_micro_batch`.
+            limit: of the other rows' micro-batches.
+        """
+        policy = self._policy
+        columns = ScoreColumns(rows, policy, embed, log_probs, log_probs)
+        policy.eval()
+        for micro in _others(policy, rows, updated, limit) if embed else ():
+            with torch.no_grad():
+                columns.fill(micro, policy(micro.packed, log_probs=False, embeddings=True))
+        policy.train()
+        out = policy(updated.packed, self._temperature, log_probs or self._needs_log_probs, log_probs, embed)
+        columns.fill(updated, out)
+        self.keep(updated.packed, out)
+        return columns.to_rows()
 
     def keep(self, packed: PackedBatch, out: PolicyOutput) -> None:
         self._kept = packed, out
@@ -36,28 +63,6 @@ class KeptForward:
         if kept and all(torch.equal(getattr(kept[0], name), getattr(packed, name)) for name in _SAME_LINE):
             return kept[1]
         return None
-
-
-def score_and_keep(
-    policy: PolicyModel, rows: DataProto, updated: MicroBatch, limit: MicroBatchLimit, temperature: float, embed: bool,
-    log_probs: bool, kept: KeptForward,
-) -> DataProto:  # fmt: skip
-    """As `scoring.score`, with the entropies of log-probs; the forward over the rows of the update is kept.
-
-    Args:
-        updated: all rows of the update in one micro-batch, see `only_micro_batch`.
-        limit: of the other rows' micro-batches.
-    """
-    columns = ScoreColumns(rows, policy, embed, log_probs, log_probs)
-    policy.eval()
-    for micro in _others(policy, rows, updated, limit) if embed else ():
-        with torch.no_grad():
-            columns.fill(micro, policy(micro.packed, log_probs=False, embeddings=True))
-    policy.train()
-    out = policy(updated.packed, temperature, log_probs, log_probs, embed)
-    columns.fill(updated, out)
-    kept.keep(updated.packed, out)
-    return columns.to_rows()
 
 
 def only_micro_batch(

@@ -32,13 +32,14 @@ class MicroBatch:
 
 def token_rows(rows: DataProto) -> list[Row]:
     """The unpadded token ids of each row; log-probs are wanted for trained rows."""
+    optional = {"score_start": None, **NO_MIX._asdict()}
     given = [
         rows.batch[name].tolist() if name in rows.batch.keys() else [default] * len(rows)
-        for name, default in NO_MIX._asdict().items()
+        for name, default in optional.items()
     ]
     return [
-        Row(tuple(prompt), tuple(response), start, scored, Mix(*mix))
-        for prompt, response, start, scored, *mix in zip(
+        Row(tuple(prompt), tuple(response), start, scored, Mix(*mix), score_start)
+        for prompt, response, start, scored, score_start, *mix in zip(
             prompt_ids(rows), response_ids(rows), rows.batch["pool_start"].tolist(), is_trained(rows).tolist(), *given,
             strict=True,
         )

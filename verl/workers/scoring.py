@@ -1,6 +1,6 @@
 """Log-probs, entropies and embeddings of rows by one packed forward; no gradient.
 
-Shapes: N rows, R response tokens, H hidden size.
+Shapes: N rows, R scored tokens of the longest row (see `protocol.scored_width`), H hidden size.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from verl.embedding.pooling import unit
 from verl.models.fsdp import reshard
 from verl.models.policy import PolicyModel, PolicyOutput
-from verl.protocol import DataProto
+from verl.protocol import DataProto, scored_length, scored_width
 from verl.workers.micro_batches import MicroBatch, MicroBatchLimit, micro_batches
 
 
@@ -25,8 +25,8 @@ def score(
         log_probs: False = the LM head does not run.
 
     Returns:
-        Rows in the same order with what is asked for: `log_probs` [N,R] float32 (0 outside the responses of trained
-        rows), `embeddings` [N,H] float32, and `entropy` [N] float32 (mean over the response).
+        Rows in the same order with what is asked for: `log_probs` [N,R] float32 (0 outside the scored tokens of
+        trained rows), `embeddings` [N,H] float32, and `entropy` [N] float32 (mean over the scored tokens).
     """
     policy.eval()
     columns = ScoreColumns(rows, policy, embed, entropy, log_probs)
@@ -40,9 +40,9 @@ class ScoreColumns:
     """The columns that scoring returns, filled micro-batch by micro-batch."""
 
     def __init__(self, rows: DataProto, policy: PolicyModel, embed: bool, entropy: bool, log_probs: bool) -> None:
-        num_rows, width = rows.batch["responses"].shape
+        num_rows, width = len(rows), scored_width(rows)
         hidden_size = policy.lm.config.get_text_config().hidden_size
-        self._length = rows.batch["response_length"].clamp(min=1)
+        self._length = scored_length(rows).clamp(min=1)
         self._log_probs = torch.zeros(num_rows, width) if log_probs else None
         self._entropies = torch.zeros(num_rows, width) if entropy else None
         self._embeddings = torch.zeros(num_rows, hidden_size) if embed else None

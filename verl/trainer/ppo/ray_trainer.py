@@ -20,7 +20,7 @@ from verl.checkpoint.resume import ResumePoint
 from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
 from verl.errors import UserError
-from verl.protocol import DataProto, is_trained, object_array, response_ids
+from verl.protocol import DataProto, is_trained, object_array, response_ids, scored_width
 from verl.report.page import write_report
 from verl.trainer.display import RunDisplay, model_lines
 from verl.trainer.ppo import step_rows
@@ -96,12 +96,12 @@ class RayPPOTrainer:
                     with self.phase("gen"):
                         rows = self.generate(step_rows.expand(prompts, self.config.actor_rollout_ref.rollout), step)
                 else:
-                    rows = step_rows.without_rationales(prompts)
+                    rows = step_rows.without_rationales(prompts, self.config.actor_rollout_ref.actor.has_kl_loss)
                 with self.phase("score"):
                     rows = self.add_embeddings_and_log_probs(rows, trains_policy)
                 if trains_policy:
                     found["rollout"] = self.compare_engine(rows)
-                    rows = self.add_reference_log_probs(rows)
+                rows = self.add_reference_log_probs(rows, trains_policy)
                 with self.phase("reward"):
                     reward = self.reward(rows, trains_policy)
                     batch, found["reward"] = self.add_advantages(rows, reward, trains_policy)
@@ -226,12 +226,13 @@ class RayPPOTrainer:
             self.display.say(warning)
         return metrics
 
-    def add_reference_log_probs(self, rows: DataProto) -> DataProto:
-        """Add the reference model's log-probs of the trained rows, if there is a reference."""
-        if not self.config.needs_reference:
+    def add_reference_log_probs(self, rows: DataProto, trains_policy: bool) -> DataProto:
+        """Add the reference model's log-probs of the trained rows, where a KL term has part in the step."""
+        in_reward = trains_policy and self.config.has_kl_in_reward
+        if not (in_reward or self.config.actor_rollout_ref.actor.has_kl_loss):
             return rows
         trained = is_trained(rows)
-        log_probs = torch.zeros_like(rows.batch["old_log_probs"])
+        log_probs = torch.zeros(len(rows), scored_width(rows))
         with self.phase("ref"):
             log_probs[torch.from_numpy(trained)] = self.workers.compute_ref_log_prob(rows[trained]).batch["log_probs"]
         return rows.with_tensors(ref_log_prob=log_probs)

@@ -22,9 +22,15 @@ def expand(prompts: DataProto, rollout: RolloutConfig) -> DataProto:
     return prompts.repeat(np.where(trained, rollout.n, 1).tolist())
 
 
-def without_rationales(prompts: DataProto) -> DataProto:
-    """Prompt rows as rows of a step whose rationales are empty, so that their embeddings are those of the texts."""
+def without_rationales(prompts: DataProto, score_texts: bool) -> DataProto:
+    """Prompt rows as rows of a step whose rationales are empty, so that their embeddings are those of the texts.
+
+    Args:
+        score_texts: log-probs of the rows will be those of their texts and of what ends the prompt after them.
+    """
     count = len(prompts)
+    if score_texts:  # no token comes before the first one to predict it
+        prompts = prompts.with_tensors(score_start=prompts.batch["text_start"].clamp(min=1))
     rows = prompts.with_tensors(
         responses=torch.zeros(count, 0, dtype=torch.int64),
         response_length=torch.zeros(count, dtype=torch.int64),
