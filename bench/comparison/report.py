@@ -57,6 +57,10 @@ def table_rows() -> list[Row]:
         Row("H'", "joint, shuffled rationales", "joint", (SHUFFLED,)),
         Row("H*", "joint, best vector", "joint", served),
         Row("H*'", "joint, the same vector, shuffled rationales", "joint", ()),
+        Row("N", "joint without KL, rationales", "free", (WITH,)),
+        Row("N-", "joint without KL, no rationale", "free", (WITHOUT.name,)),
+        Row("N'", "joint without KL, shuffled rationales", "free", (SHUFFLED,)),
+        Row("N*", "joint without KL, best vector", "free", served),
     ]
 
 
@@ -68,6 +72,8 @@ DECIDING = (
     ("H", "F", "3: the policy gradient"), ("H*", "F*", "3: the same, best vectors"),
     ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
     ("H*", "H*'", "4: the best vector, rationales of the text itself"), ("D", "D'", "the untrained model's rationales"),
+    ("H", "N", "5: what the KL term costs"), ("H*", "N*", "5: the same, best vectors"),
+    ("N", "N'", "without KL: rationales of the text itself"), ("N", "N-", "without KL: rationales against none"),
 )  # fmt: skip
 """First row, second row, and what the difference decides: the number is that of a bar of docs/experiments.md."""
 

@@ -223,13 +223,14 @@ def test_kl_in_loss_and_reward_start_at_zero(tmp_path, tiny_folder, triplets):
     assert not (run_dir / "global_step_2").exists()
 
 
-def test_in_steps_without_rationales_the_kl_in_the_loss_is_that_of_the_texts(tmp_path, tiny_folder, triplets):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_in_steps_without_rationales_the_kl_in_the_loss_is_that_of_the_texts(tmp_path, tiny_folder, triplets, rank):
     run_dir = tmp_path / "run"
     done = train_here(
         *recipe(tiny_folder, triplets, run_dir), "trainer.total_training_steps=3", "trainer.save_freq=0", GOLDEN_LR,
         "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "+reward_model.reward_kwargs.contrastive_weight=1", "trainer.contrastive_warmup_steps=2",
-        "actor_rollout_ref.actor.embedding_grad_share=1",
+        "actor_rollout_ref.actor.embedding_grad_share=1", f"actor_rollout_ref.model.lora_rank={rank}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, writes = (step["actor/kl_loss"] for step in steps_of(run_dir))
