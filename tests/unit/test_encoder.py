@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from verl import GraceEncoder
 from verl.data.collator import PromptCollator
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.backend import Backend
+from verl.encoder.backend import Backend, _group_of_one
 from verl.encoder.store import EmbeddingStore
 from verl.errors import UserError
 from verl.models.policy import PolicyModel, load_causal_lm
@@ -517,3 +518,18 @@ def test_revisions_follow_the_weights(tmp_path):
     files = (tmp_path / "a" / "config.json", tmp_path / "a" / "model.safetensors")
     digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
     assert first == hashlib.sha256(digests).hexdigest()
+
+
+def test_while_vllm_starts_it_finds_a_group_of_one_and_then_the_environment_is_as_before(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = dict(os.environ)
+    with _group_of_one():
+        own = dict(os.environ)
+    assert (own["RANK"], own["WORLD_SIZE"]) == ("0", "1") and own["MASTER_PORT"] != "1"
+    assert dict(os.environ) == before
+    monkeypatch.setenv("RANK", "3")  # a launcher has set it
+    with _group_of_one():
+        assert os.environ["RANK"] == "3" and os.environ["MASTER_PORT"] == "1"
