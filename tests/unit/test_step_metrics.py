@@ -47,3 +47,9 @@ def test_a_step_without_a_gradient_says_so_and_why(found, why):
 @pytest.mark.parametrize("grad", [1e-12, float("nan")])
 def test_a_step_with_the_smallest_gradient_does_not(grad):
     assert "NOTHING LEARNED" not in step_line(3, 9, {**STEP, "actor/grad_norm": grad})
+
+
+def test_a_kl_term_is_in_the_line_of_every_step():
+    without = {"actor/grad_norm": 0.3, "time/step_s": 2.0}
+    for step in (STEP, without):
+        assert "KL" not in step_line(3, 9, step) and "  KL 0.120  " in step_line(3, 9, {**step, "actor/kl_loss": 0.12})

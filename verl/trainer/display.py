@@ -84,7 +84,10 @@ def model_lines(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
 def step_line(step: int, total: int, m: dict[str, float]) -> str:
     """One step in one line: what is learned first, the loss last (near 0 is normal on policy)."""
     if "reward/mean" not in m:
-        return f"step {step}/{total}  without rationales{_contrast(m)}  grad {m['actor/grad_norm']:.2f}  {_times(m)}"
+        return (
+            f"step {step}/{total}  without rationales{_contrast(m)}{_kl(m)}  grad {m['actor/grad_norm']:.2f}"
+            f"  {_times(m)}"
+        )
     parts = [
         f"{name.split('/')[1]} {value:+.2f}"
         for name, value in m.items()
@@ -94,6 +97,7 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         f"step {step}/{total}  reward {m['reward/mean']:+.3f}"
         + (f" ({', '.join(parts)})" if parts else "")
         + _contrast(m)
+        + _kl(m)
         + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
         + f"  tokens {m['rationale/trained_tokens_mean']:.0f}"
         + f" ({m['rationale/trained_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
@@ -107,6 +111,11 @@ def _contrast(m: dict[str, float]) -> str:
     if "reward/contrastive/loss" not in m:
         return ""
     return f"  contrastive {m['reward/contrastive/loss']:.3f} ({m['reward/contrastive/accuracy']:.0%} found)"
+
+
+def _kl(m: dict[str, float]) -> str:
+    """The KL term of the loss without its weight, where there is one."""
+    return f"  KL {m['actor/kl_loss']:.3f}" if "actor/kl_loss" in m else ""
 
 
 def _times(m: dict[str, float]) -> str:
