@@ -39,8 +39,8 @@ def _joint(
     )  # fmt: skip
 
 
-def _grace(lr: float) -> tuple[str, ...]:
-    return (*_shape(6, 4, 16, lr), f"{_REWARDS}.contrastive_weight=0")
+def _grace(lr: float = 5e-5, samples: int = 6, tokens: int = 16) -> tuple[str, ...]:
+    return (*_shape(samples, 4, tokens, lr), f"{_REWARDS}.contrastive_weight=0")
 
 
 def _text(share: float) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ ROWS = {
     "embedding": Trained(
         "the contrastive loss on texts and rationales, no policy gradient", (*_joint(share=1), *_HELD)
     ),
-    "grace": Trained("GRACE, the policy gradient alone", _grace(lr=5e-5)),
+    "grace": Trained("GRACE, the policy gradient alone", _grace()),
     "joint": Trained("both: in steps with rationales, half of the gradient each", (*_joint(), *_HELD)),
     "free": Trained("the same without the KL term", _joint()),
 }
@@ -108,6 +108,7 @@ RECIPES = {
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
     "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _FOUR_NO_POLICY),
+    "GRACE, 4 x 4": Trained("as many steps, the policy gradient alone", _grace(samples=4, tokens=8)),
     "policy, 4 x 4": Trained("the same steps, half of the gradient the policy's", _FOUR_POLICY),
     "policy 0.1, 4 x 4": Trained(
         "a tenth of the gradient the policy's", _joint(_FOUR, share=0.9, between=0, warm_up=20)
@@ -116,6 +117,7 @@ RECIPES = {
     "policy by infonce, KL 0.1, 4 x 4": Trained(
         "the same, and what is written stays near the untrained model's", (*_FOUR_POLICY, *_INFONCE, *_kl(0.1))
     ),
+    "no policy, KL 1, 4 x 4": Trained("the likelihood of rationales and texts held", (*_FOUR_NO_POLICY, *_HELD)),
     "no policy, 4 x 4, text 0.3": Trained("most of a vector the rationale's", (*_FOUR_NO_POLICY, *_text(0.3))),
     "policy by infonce, 4 x 4, text 0.3": Trained(
         "the same, half of the gradient the policy's", (*_FOUR_POLICY, *_INFONCE, *_text(0.3))
