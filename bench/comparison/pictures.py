@@ -55,7 +55,10 @@ def curve(
 
 
 def _style(model: str, variant: str) -> dict[str, Any]:
-    colours = {CONTRASTIVE: "C0", "embedding": "C1", "grace": "C2", "joint": "C3", "plain": "C4", "free": "C5"}
+    colours = {
+        CONTRASTIVE: "C0", "embedding": "C1", "grace": "C2", "joint": "C3", "plain": "C4", "held": "C5",
+        "held_1": "C6",
+    }  # fmt: skip
     dashes = {WITH: "-", SHUFFLED: ":", WITHOUT.name: "--"}
     return {"color": colours[model], "linestyle": dashes[variant], "marker": "."}
 

@@ -48,8 +48,8 @@ def table_rows() -> list[Row]:
         Row("E*", "contrastive, best vector", CONTRASTIVE, (WITHOUT.name, centred)),
         Row("P", "contrastive by this code, no rationale", "plain", (WITHOUT.name,)),
         Row("P*", "contrastive by this code, best vector", "plain", served),
-        Row("F", "no policy gradient, rationales", "embedding", (WITH,)),
-        Row("F*", "no policy gradient, best vector", "embedding", served),
+        Row("F", "no policy gradient, with KL, rationales", "embedding", (WITH,)),
+        Row("F*", "no policy gradient, with KL, best vector", "embedding", served),
         Row("G", "GRACE, rationales", "grace", (WITH,)),
         Row("G*", "GRACE, best vector", "grace", served),
         Row("H", "joint, rationales", "joint", (WITH,)),
@@ -57,10 +57,14 @@ def table_rows() -> list[Row]:
         Row("H'", "joint, shuffled rationales", "joint", (SHUFFLED,)),
         Row("H*", "joint, best vector", "joint", served),
         Row("H*'", "joint, the same vector, shuffled rationales", "joint", ()),
-        Row("N", "joint without KL, rationales", "free", (WITH,)),
-        Row("N-", "joint without KL, no rationale", "free", (WITHOUT.name,)),
-        Row("N'", "joint without KL, shuffled rationales", "free", (SHUFFLED,)),
-        Row("N*", "joint without KL, best vector", "free", served),
+        Row("K", "joint with KL, rationales", "held", (WITH,)),
+        Row("K-", "joint with KL, no rationale", "held", (WITHOUT.name,)),
+        Row("K'", "joint with KL, shuffled rationales", "held", (SHUFFLED,)),
+        Row("K*", "joint with KL, best vector", "held", served),
+        Row("K1", "joint with KL of weight 1, rationales", "held_1", (WITH,)),
+        Row("K1-", "joint with KL of weight 1, no rationale", "held_1", (WITHOUT.name,)),
+        Row("K1'", "joint with KL of weight 1, shuffled rationales", "held_1", (SHUFFLED,)),
+        Row("K1*", "joint with KL of weight 1, best vector", "held_1", served),
     ]
 
 
@@ -69,11 +73,19 @@ DECIDING = (
     ("H", "G", "1: above GRACE"),
     ("H*", "E*", "2: against contrastive fine-tuning"), ("H", "E", "2: the same, rationales against none"),
     ("H*", "P*", "2: against no rationale in training"), ("H", "P", "2: the same, rationales against none"),
-    ("H", "F", "3: the policy gradient"), ("H*", "F*", "3: the same, best vectors"),
+    ("K", "F", "3: the policy gradient, both with KL"), ("K*", "F*", "3: the same, best vectors"),
     ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
     ("H*", "H*'", "4: the best vector, rationales of the text itself"), ("D", "D'", "the untrained model's rationales"),
-    ("H", "N", "5: what the KL term costs"), ("H*", "N*", "5: the same, best vectors"),
-    ("N", "N'", "without KL: rationales of the text itself"), ("N", "N-", "without KL: rationales against none"),
+    *(
+        difference
+        for key in ("K", "K1")
+        for difference in (
+            (key, "A", "1: above the base without rationales"), (key, "G", "1: above GRACE"),
+            (f"{key}*", "E*", "2: against contrastive fine-tuning"), (f"{key}*", "P*", "2: no rationale in training"),
+            (key, f"{key}'", "4: rationales of the text itself"), (key, f"{key}-", "4: rationales against none"),
+            (key, "H", "5: what a KL term costs"), (f"{key}*", "H*", "5: the same, best vectors"),
+        )
+    ),
 )  # fmt: skip
 """First row, second row, and what the difference decides: the number is that of a bar of docs/experiments.md."""
 

@@ -53,8 +53,6 @@ def _kl(weight: float) -> tuple[str, ...]:
     return (f"{_ACTOR}.use_kl_loss=True", f"{_ACTOR}.kl_loss_coef={weight}")
 
 
-# What most likelihood of answers is kept by at no loss of scores.
-_HELD = _kl(1.0)
 # More rationales of a text, whose rewards make better advantages.
 _FOUR = _shape(4, 4, 8)
 _FOUR_NO_POLICY = _joint(_FOUR, share=1, between=0, warm_up=20)
@@ -72,17 +70,17 @@ class Trained(NamedTuple):
 ROWS = {
     "plain": Trained("the contrastive loss on texts alone, no rationale in training", _joint(warm_up=_ALWAYS)),
     "embedding": Trained(
-        "the contrastive loss on texts and rationales, no policy gradient", (*_joint(share=1), *_HELD)
+        "the contrastive loss on texts and rationales with a KL term, no policy gradient", (*_joint(share=1), *_kl(1.0))
     ),
     "grace": Trained("GRACE, the policy gradient alone", _grace()),
-    "joint": Trained("both: in steps with rationales, half of the gradient each", (*_joint(), *_HELD)),
-    "free": Trained("the same without the KL term", _joint()),
+    "joint": Trained("both: in steps with rationales, half of the gradient each", _joint()),
+    "held": Trained("the same with a KL term", (*_joint(), *_kl(0.3))),
+    "held_1": Trained("with a stronger one", (*_joint(), *_kl(1.0))),
 }
 
 RECIPES = {
     "plain": ROWS["plain"],
     "joint": ROWS["joint"],
-    "no KL": ROWS["free"],
     **{f"joint, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr))) for lr in (1e-5, 2e-5, 1e-4)},
     **{f"plain, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr), warm_up=_ALWAYS)) for lr in (2e-5, 1e-4)},
     **{f"grace, lr {lr:g}": Trained("another rate", _grace(lr)) for lr in (1e-5, 2e-5, 1e-4)},
@@ -103,7 +101,7 @@ RECIPES = {
     "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
     **{
         f"KL {weight:g}": Trained("the likelihood of rationales and texts held", (*_joint(), *_kl(weight)))
-        for weight in (0.1, 0.3, 3.0)
+        for weight in (0.1, 0.3, 1.0, 3.0)
     },
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
@@ -117,7 +115,7 @@ RECIPES = {
     "policy by infonce, KL 0.1, 4 x 4": Trained(
         "the same, and what is written stays near the untrained model's", (*_FOUR_POLICY, *_INFONCE, *_kl(0.1))
     ),
-    "no policy, KL 1, 4 x 4": Trained("the likelihood of rationales and texts held", (*_FOUR_NO_POLICY, *_HELD)),
+    "no policy, KL 1, 4 x 4": Trained("the likelihood of rationales and texts held", (*_FOUR_NO_POLICY, *_kl(1.0))),
     "no policy, 4 x 4, text 0.3": Trained("most of a vector the rationale's", (*_FOUR_NO_POLICY, *_text(0.3))),
     "policy by infonce, 4 x 4, text 0.3": Trained(
         "the same, half of the gradient the policy's", (*_FOUR_POLICY, *_INFONCE, *_text(0.3))
