@@ -104,6 +104,7 @@ else
         trainer.experiment_name="cpu_$NAME"
     )
     if [[ "$RECIPE" == joint ]]; then
+        # With triplets most steps write no rationales, which costs a fraction: docs/experiments.md compares.
         SETTINGS+=(
             data.train_batch_size=12
             data.max_response_length=16
@@ -111,19 +112,9 @@ else
             actor_rollout_ref.actor.optim.lr=5e-5
             actor_rollout_ref.actor.ppo_mini_batch_size=12
             actor_rollout_ref.rollout.n=2
+            trainer.contrastive_steps_between=$([[ "$MODE" == supervised ]] && echo 8 || echo 0)
+            trainer.total_training_steps=$([[ "$MODE" == supervised ]] && echo 91 || echo 40)
         )
-        if [[ "$MODE" == supervised ]]; then
-            # Most steps write no rationales, which costs a fraction, and the KL term keeps most of what the model could
-            # answer: docs/experiments.md compares.
-            SETTINGS+=(
-                trainer.contrastive_steps_between=8
-                trainer.total_training_steps=91
-                actor_rollout_ref.actor.use_kl_loss=True
-                actor_rollout_ref.actor.kl_loss_coef=0.3
-            )
-        else
-            SETTINGS+=(trainer.total_training_steps=40)
-        fi
     else
         SETTINGS+=(
             data.train_batch_size=6
