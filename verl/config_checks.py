@@ -356,6 +356,18 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
             )
 
 
+def _check_kl_loss(config: RunConfig) -> Iterator[str]:
+    """A signed estimate has a meaning for tokens that the policy drew; of a given text it would lower the likelihood."""
+    actor, trainer = config.actor_rollout_ref.actor, config.trainer
+    bare = {name: getattr(trainer, name) for name in ("contrastive_warmup_steps", "contrastive_steps_between")}
+    setting = next((f"trainer.{name}={steps}" for name, steps in bare.items() if steps), None)
+    if setting and actor.has_kl_loss and actor.kl_loss_type in ("k1", "kl"):
+        yield (
+            f"actor_rollout_ref.actor.kl_loss_type={actor.kl_loss_type} with {setting}: in these steps the term is of "
+            "given texts, whose likelihood it would lower without end. Set it to low_var_kl, mse or abs."
+        )
+
+
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_required,
     _check_only_values,
@@ -366,6 +378,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_attention,
     _check_without_ray,
     _check_algorithm,
+    _check_kl_loss,
     _check_save_best,
     unread_settings,
 )

@@ -179,6 +179,21 @@ def test_without_a_policy_gradient_every_step_needs_the_contrastive_loss(kwargs,
     assert any(line.startswith(beginning) for line in str(caught.value).splitlines()), caught.value
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps", "refused"),
+    [("k1", 2, True), ("kl", 2, True), ("k1", 0, False), ("k2", 2, False), ("low_var_kl", 2, False)],
+)
+def test_a_signed_kl_has_no_meaning_for_texts_that_were_not_drawn(kind, steps, refused):
+    given = {
+        f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_type": kind, "trainer.contrastive_steps_between": steps,
+        "reward_model.reward_kwargs": {"contrastive_weight": 1},
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:  # other settings are missing
+        build_config(nested(given))
+    line = f"kl_loss_type={kind} with trainer.contrastive_steps_between={steps}: in these steps the term is of given"
+    assert (line in str(caught.value)) is refused
+
+
 def test_steps_between_need_the_contrastive_loss_after_the_first_steps_too():
     given = {"trainer.contrastive_steps_between": 2}
     for kwargs, refused in (({}, True), ({"contrastive_weight": 0.1}, False)):
