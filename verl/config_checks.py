@@ -357,7 +357,7 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
 
 
 def _check_kl_loss(config: RunConfig) -> Iterator[str]:
-    """A signed estimate has a meaning for tokens that the policy drew; of a given text it would lower the likelihood."""
+    """A signed estimate has a meaning for tokens that the policy drew; of given texts it would lower the likelihood."""
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     bare = {name: getattr(trainer, name) for name in ("contrastive_warmup_steps", "contrastive_steps_between")}
     setting = next((f"trainer.{name}={steps}" for name, steps in bare.items() if steps), None)
