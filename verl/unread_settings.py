@@ -176,8 +176,11 @@ READERS = (
         lambda c: c.trainer.contrastive_warmup_steps > 0 or c.trainer.contrastive_steps_between > 0,
     ),
     Reader(
-        (f"{_ACTOR}.entropy_coeff", "algorithm.use_kl_in_reward"), f"{_ACTOR}.embedding_grad_share below 1",
-        lambda c: _actor(c).trains_policy,
+        ("algorithm.use_kl_in_reward",), f"{_ACTOR}.embedding_grad_share below 1",
+        lambda c: _actor(c).trains_policy or not c.has_kl_in_reward,
+    ),
+    Reader(
+        (f"{_ACTOR}.entropy_coeff",), f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy
     ),
     Reader(
         ("trainer.diag_texts", "trainer.diag_log_likelihood"), "trainer.diag_freq above 0", lambda c: c.diagnoses

@@ -33,6 +33,20 @@ class Row(NamedTuple):
     """Names of variants, of which the best on dev is shown."""
 
 
+_JOINT = (("H", "joint", "joint"), ("K", "joint with KL", "held"), ("K1", "joint with KL of weight 1", "held_1"))
+"""Key, title and model of the joint objective's rows."""
+
+
+def _joint_rows(key: str, title: str, model: str, served: tuple[str, ...]) -> list[Row]:
+    return [
+        Row(key, f"{title}, rationales", model, (WITH,)),
+        Row(f"{key}-", f"{title}, no rationale", model, (WITHOUT.name,)),
+        Row(f"{key}'", f"{title}, shuffled rationales", model, (SHUFFLED,)),
+        Row(f"{key}*", f"{title}, best vector", model, served),
+        Row(f"{key}*'", f"{title}, the same vector, shuffled rationales", model, ()),
+    ]
+
+
 def table_rows() -> list[Row]:
     """The rows, in the order of the table."""
     served = tuple(scoring.choices())
@@ -52,40 +66,29 @@ def table_rows() -> list[Row]:
         Row("F*", "no policy gradient, with KL, best vector", "embedding", served),
         Row("G", "GRACE, rationales", "grace", (WITH,)),
         Row("G*", "GRACE, best vector", "grace", served),
-        Row("H", "joint, rationales", "joint", (WITH,)),
-        Row("H-", "joint, no rationale", "joint", (WITHOUT.name,)),
-        Row("H'", "joint, shuffled rationales", "joint", (SHUFFLED,)),
-        Row("H*", "joint, best vector", "joint", served),
-        Row("H*'", "joint, the same vector, shuffled rationales", "joint", ()),
-        Row("K", "joint with KL, rationales", "held", (WITH,)),
-        Row("K-", "joint with KL, no rationale", "held", (WITHOUT.name,)),
-        Row("K'", "joint with KL, shuffled rationales", "held", (SHUFFLED,)),
-        Row("K*", "joint with KL, best vector", "held", served),
-        Row("K1", "joint with KL of weight 1, rationales", "held_1", (WITH,)),
-        Row("K1-", "joint with KL of weight 1, no rationale", "held_1", (WITHOUT.name,)),
-        Row("K1'", "joint with KL of weight 1, shuffled rationales", "held_1", (SHUFFLED,)),
-        Row("K1*", "joint with KL of weight 1, best vector", "held_1", served),
+        *(row for key, title, model in _JOINT for row in _joint_rows(key, title, model, served)),
     ]
 
 
 DECIDING = (
-    ("H", "A", "1: above the base without rationales"), ("H", "A'", "1: the same, centred"),
-    ("H", "G", "1: above GRACE"),
-    ("H*", "E*", "2: against contrastive fine-tuning"), ("H", "E", "2: the same, rationales against none"),
-    ("H*", "P*", "2: against no rationale in training"), ("H", "P", "2: the same, rationales against none"),
-    ("K", "F", "3: the policy gradient, both with KL"), ("K*", "F*", "3: the same, best vectors"),
-    ("H", "H'", "4: rationales of the text itself"), ("H", "H-", "4: rationales against none"),
-    ("H*", "H*'", "4: the best vector, rationales of the text itself"), ("D", "D'", "the untrained model's rationales"),
+    ("H", "A'", "1: above the base without rationales, centred"),
     *(
         difference
-        for key in ("K", "K1")
+        for key, *_ in _JOINT
         for difference in (
             (key, "A", "1: above the base without rationales"), (key, "G", "1: above GRACE"),
-            (f"{key}*", "E*", "2: against contrastive fine-tuning"), (f"{key}*", "P*", "2: no rationale in training"),
+            (f"{key}*", "E*", "2: against contrastive fine-tuning"),
+            (key, "E", "2: the same, rationales against none"),
+            (f"{key}*", "P*", "2: against no rationale in training"),
+            (key, "P", "2: the same, rationales against none"),
             (key, f"{key}'", "4: rationales of the text itself"), (key, f"{key}-", "4: rationales against none"),
-            (key, "H", "5: what a KL term costs"), (f"{key}*", "H*", "5: the same, best vectors"),
+            (f"{key}*", f"{key}*'", "4: the best vector, rationales of the text itself"),
         )
     ),
+    ("K", "F", "3: the policy gradient, both with KL"), ("K*", "F*", "3: the same, best vectors"),
+    ("K", "H", "5: what a KL term costs"), ("K*", "H*", "5: the same, best vectors"),
+    ("K1", "H", "5: what a stronger one costs"), ("K1*", "H*", "5: the same, best vectors"),
+    ("D", "D'", "the untrained model's rationales"),
 )  # fmt: skip
 """First row, second row, and what the difference decides: the number is that of a bar of docs/experiments.md."""
 
@@ -115,8 +118,8 @@ def choose(found: Found) -> dict[str, Shown]:
     """The rows with the variant that is best on dev, and its scores on test, by key."""
     shown: dict[str, Shown] = {}
     for row in table_rows():
-        if row.key == "H*'":
-            variant = scoring.choices()[shown["H*"].variant]
+        if row.key.endswith("*'"):
+            variant = scoring.choices()[shown[row.key[:-1]].variant]
         else:
             variant = _best_of(row.candidates, found.dev[row.model])
         shown[row.key] = Shown(row, variant, [run[variant] for run in found.test[row.model]])

@@ -99,10 +99,9 @@ RECIPES = {
     },
     **{f"{tokens} tokens": Trained("other rationales", _joint(_shape(tokens=tokens))) for tokens in (8, 32)},
     "infonce": Trained("another reward", (*_joint(), *_INFONCE)),
-    **{
-        f"KL {weight:g}": Trained("the likelihood of rationales and texts held", (*_joint(), *_kl(weight)))
-        for weight in (0.1, 0.3, 1.0, 3.0)
-    },
+    "KL 0.3": ROWS["held"],
+    "KL 1": ROWS["held_1"],
+    **{f"KL {weight:g}": Trained("a weaker or stronger one", (*_joint(), *_kl(weight))) for weight in (0.1, 3.0)},
     "6 x 4": Trained("fewer triplets, more rationales", _joint(_shape(6, 4))),
     "warm start": Trained("20 steps without rationales first", _joint(warm_up=20)),
     "no policy, 4 x 4": Trained("rationales in every step, no policy gradient", _FOUR_NO_POLICY),

@@ -6,7 +6,13 @@ import torch
 from verl.algorithm.loss import KlController
 from verl.config import AlgorithmConfig, RolloutConfig
 from verl.protocol import DataProto
-from verl.trainer.ppo.step_rows import add_advantages, assign_mini_batches, expand, weigh_by_importance
+from verl.trainer.ppo.step_rows import (
+    add_advantages,
+    assign_mini_batches,
+    expand,
+    weigh_by_importance,
+    without_rationales,
+)
 
 ENGINE = torch.tensor([[-1.0, -2.0], [-0.5, -1.5], [-3.0, -1.0], [-1.0, -1.0]])
 TRAINER = torch.tensor([[-0.9, -2.5], [-0.5, -1.0], [-1.0, -1.2], [-1.1, -0.9]])
@@ -107,3 +113,10 @@ def test_importance_weights_multiply_the_advantages_that_are_trained_and_not_tho
 def test_without_a_cap_advantages_are_trained_as_they_are():
     rows = batch(advantages=torch.ones(4, 2))
     assert weigh_by_importance(rows, cap=None) is rows
+
+
+@pytest.mark.parametrize(("text_start", "expected"), [(3, 3), (0, 1)])
+def test_a_texts_first_token_is_scored_where_one_comes_before_it(text_start, expected):
+    prompts = DataProto.from_dict({"text_start": torch.tensor([text_start])})
+    assert without_rationales(prompts, score_texts=True).batch["score_start"].tolist() == [expected]
+    assert "score_start" not in without_rationales(prompts, score_texts=False).batch.keys()

@@ -150,6 +150,7 @@ def test_without_a_policy_gradient_nothing_reads_what_is_added_to_it(key):
 def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group_may_be_of_one():
     given = {**WITHOUT_POLICY, f"{ACTOR}.clip_ratio": 0.3, "actor_rollout_ref.rollout.n": 1}
     given |= {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0.1}
+    given |= {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0}
     config = config_of(given)
     assert list(unread_settings(config)) == []
     assert ("no effect without a policy gradient", f"{ACTOR}.clip_ratio") in list(start_notes(config, "cpu"))

@@ -174,7 +174,10 @@ class ActorRolloutRefWorker(Worker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=("score_start",))
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
-        """`log_probs` of the reference: the model that the run started from, or the policy without adapters."""
+        """`log_probs` [N,R] of the reference: the model that the run started from, or the policy without adapters.
+
+        With `score_start` there are `scored_width` columns.
+        """
         if self.config.model.trains_adapter:
             self._load_params()
             with adapters_off(self.actor.policy):
