@@ -52,4 +52,4 @@ def test_a_step_with_the_smallest_gradient_does_not(grad):
 def test_a_kl_term_is_in_the_line_of_every_step():
     without = {"actor/grad_norm": 0.3, "time/step_s": 2.0}
     for step in (STEP, without):
-        assert "KL" not in step_line(3, 9, step) and "  KL 0.120  " in step_line(3, 9, {**step, "actor/kl_loss": 0.12})
+        assert "KL" not in step_line(3, 9, step) and "  KL 0.12  " in step_line(3, 9, {**step, "actor/kl_loss": 0.12})

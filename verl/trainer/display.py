@@ -115,7 +115,7 @@ def _contrast(m: dict[str, float]) -> str:
 
 def _kl(m: dict[str, float]) -> str:
     """The KL term of the loss without its weight, where there is one."""
-    return f"  KL {m['actor/kl_loss']:.3f}" if "actor/kl_loss" in m else ""
+    return f"  KL {m['actor/kl_loss']:.2g}" if "actor/kl_loss" in m else ""
 
 
 def _times(m: dict[str, float]) -> str:
