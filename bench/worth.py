@@ -4,12 +4,12 @@
     python3 bench/worth.py --short                           one seed, small tasks, two minutes of training a row
     python3 bench/worth.py --data DIR                        the full form, hours
     python3 bench/worth.py --data DIR --recipes all          the recipes of bench/comparison/rows.py, on dev alone
-    python3 bench/worth.py --data DIR --recipes A B --steps 200 --seeds 3    after as many steps, on test
+    python3 bench/worth.py --data DIR --recipes A B --steps 50 200 --seeds 3    after so many steps, the last on test
 
 Trains and scores every row for the same seconds on the same texts, on the CPU; chooses on a dev part and shows the test
 part once. Every finished part is kept in --out and not done again, so a run may be killed at any moment; a part with
-another setting is another part. Writes table.md, result.json and two pictures there, or recipes.json. How to read them:
-docs/experiments.md. It needs `pip install -e '.[bench,eval]'`.
+another setting is another part. Writes table.md, result.json and two pictures there, or recipes.json and, after several
+numbers of steps, a picture. How to read them: docs/experiments.md. It needs `pip install -e '.[bench,eval]'`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument("--recipes", nargs="*", metavar="NAME", help="train these instead of the rows; all = every one")
     parser.add_argument("--seconds", type=float, help="of training steps, for every row")
-    parser.add_argument("--steps", type=int, help="of training, for every recipe, in place of the seconds")
+    parser.add_argument("--steps", type=int, nargs="+", help="of training, for every recipe, in place of the seconds")
     parser.add_argument("--seeds", type=int, help="training seeds; 1 for recipes")
     return parser.parse_args(argv)
 

@@ -51,11 +51,11 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
 
 
 def _recipe_lines(shape: Shape, recipes: Sequence[str], base: Line, on_dev: float, on_test: float) -> list[Line]:
-    if shape.recipe_steps is None:
-        what, each = f"{shape.seconds:g} s, scored on dev", shape.seconds + _START + on_dev
+    if points := shape.recipe_steps:
+        what = f"{', '.join(map(str, points))} steps, which are not in the minutes, scored on dev and test"
+        each = len(points) * (_START + on_dev) + on_test
     else:
-        what = f"{shape.recipe_steps} steps, which are not in the minutes, scored on dev and test"
-        each = _START + on_dev + on_test
+        what, each = f"{shape.seconds:g} s, scored on dev", shape.seconds + _START + on_dev
     runs = f"runs: {shape.seeds}, of {what}:"
     return [base, *(Line(name, f"{runs} {rows.RECIPES[name].title}", shape.seeds * each) for name in recipes)]
 

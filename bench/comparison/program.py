@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,20 @@ from comparison.data import Data, PartSize, Sizes, load
 from comparison.measured import Measured
 from comparison.plan import Line, plan
 from comparison.report import (
+    RECIPE_VARIANTS,
     Found,
     as_json,
     choose,
     figures,
     generation_kept,
     generation_lines,
+    points_as_json,
     recipe_differences,
     recipe_table,
     summary,
     verdicts,
 )
 from comparison.rows import RECIPES, ROWS
-from comparison.scoring import SHUFFLED, WITH
-from comparison.states import WITHOUT
 from comparison.study import BASE, CONTRASTIVE, Point, Shape, Study
 from comparison.training import Cost, TrainingError
 from verl.encoder.arguments import whole_number
@@ -107,7 +108,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def compare(study: Study, out: Path) -> None:
     """The rows: everything on dev first, then test once."""
-    # Here, so that recipes need no matplotlib.
+    # Here, so that matplotlib is needed for pictures alone.
     from comparison.pictures import draw
 
     seeds = range(study.shape.seeds)
@@ -131,22 +132,30 @@ def compare(study: Study, out: Path) -> None:
 
 def compare_recipes(study: Study, names: Sequence[str]) -> None:
     """The recipes on dev, where one is chosen, then their differences; after as many steps those are on test."""
+    has_curve = len(study.shape.recipe_steps) > 1
+    if has_curve:
+        from comparison.pictures import draw_steps
     seeds = range(study.shape.seeds)
-    dev = {BASE: [Point(Cost(0, 0, 0, 0, 0), study.base("dev"))]}
-    dev |= {name: [study.recipe(name, seed) for seed in seeds] for name in names}
-    print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n\n{recipe_table(dev)}")
-    on_dev = {name: [point.scores for point in dev[name]] for name in names}
+    base = study.base("dev")
+    points = {name: [study.recipe(name, seed) for seed in seeds] for name in names}
+    ends = {name: [seed[-1] for seed in own] for name, own in points.items()}
+    table = recipe_table({BASE: [Point(Cost(0, 0, 0, 0, 0), base)], **ends})
+    print(f"\nMean of the main metrics on dev x 100, {len(seeds)} seed(s):\n\n{table}")
+    on_dev = {name: [point.scores for point in own] for name, own in ends.items()}
     part, scores, kept = "dev", on_dev, list[dict[str, Any]]()
-    if study.shape.recipe_steps is not None:
+    if study.shape.recipe_steps:
         part, scores = "test", {name: [study.test_recipe(name, seed) for seed in seeds] for name in names}
         answers = {name: [study.recipe_likelihood(name, seed) for seed in seeds] for name in names}
         kept = generation_kept(_measured({BASE: [study.likelihood(BASE, 0)], **answers}))
     made = recipe_differences(on_dev, scores)
     print("\n".join(["", f"On {part}, x 100:", "", verdicts(made), "", *generation_lines(kept)]))
-    costs = {name: [point.cost.as_json() for point in dev[name]] for name in names}
-    shown = (WITH, SHUFFLED, WITHOUT.name)
-    found = {name: {key: figures([run[key] for run in runs]) for key in shown} for name, runs in scores.items()}
-    write_json(study.out / "recipes.json", {part: found, "differences": made, "generation": kept, "costs": costs})
+    found = {
+        name: {key: figures([run[key] for run in runs]) for key in RECIPE_VARIANTS} for name, runs in scores.items()
+    }
+    written = {part: found, "differences": made, "generation": kept, "points": points_as_json(points)}
+    write_json(study.out / "recipes.json", written)
+    if has_curve:
+        print(f"\n{draw_steps(points, base, study.out / 'steps.png')}")
 
 
 def _measured(found: Mapping[str, Sequence[Measured | None]]) -> dict[str, list[Measured]]:
@@ -169,9 +178,11 @@ def _shape(args: argparse.Namespace, shape: Shape) -> Shape:
     if seconds <= 0:
         raise UserError(f"--seconds={seconds:g} must be above 0")
     seeds = shape.seeds if args.seeds is None else whole_number("--seeds", args.seeds, 1)
-    steps = args.steps if args.steps is None else whole_number("--steps", args.steps, 1)
+    steps = tuple(whole_number("--steps", number, 1) for number in args.steps or ())
     if steps and args.recipes is None:
-        raise UserError(f"--steps={steps} is of --recipes; rows are trained for --seconds")
+        raise UserError(f"--steps={steps[0]} is of --recipes; rows are trained for --seconds")
+    if fallen := [after for before, after in pairwise(steps) if after <= before]:
+        raise UserError(f"--steps: {fallen[0]} stands after a number that is not smaller; give rising ones")
     if args.recipes is not None and args.seeds is None:
         seeds = 1
     return replace(shape, seconds=seconds, seeds=seeds, recipe_steps=steps)

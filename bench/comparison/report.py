@@ -19,7 +19,8 @@ from verl.embedding.settings import Mix
 
 # Below the untrained model's, by at most this share of it.
 _KEPT = 0.02
-_BEST = "best"
+RECIPE_VARIANTS = (WITH, SHUFFLED, WITHOUT.name)
+"""Vectors of a recipe whose figures are kept."""
 _ECHO = (Variant("echo").name, Variant("echo", Mix(text_share=0.0)).name)
 
 
@@ -170,6 +171,16 @@ def recipe_table(found: Mapping[str, Sequence[Point]]) -> str:
         shown = [f"{100 * mean_of_main(scores, variant):.1f}" for variant in (WITH, WITHOUT.name, best)]
         lines.append([name, *shown, best, *_cost_cells([run.cost for run in runs])])
     return markdown(["recipe", "with", "without", "best", "vector", "seconds", "tokens", "samples"], lines)
+
+
+def points_as_json(points: Mapping[str, Sequence[Sequence[Point]]]) -> dict[str, Any]:
+    """Of each recipe, of each seed, the points of its training: cost and means of the main metrics on dev."""
+
+    def described(point: Point) -> dict[str, Any]:
+        means = {variant: mean_of_main([point.scores], variant) for variant in RECIPE_VARIANTS}
+        return {"cost": point.cost.as_json(), "dev": means}
+
+    return {name: [[described(point) for point in seed] for seed in seeds] for name, seeds in points.items()}
 
 
 def recipe_differences(

@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,8 @@ class Shape:
     """Settings that the contrastive baseline is chosen from."""
     tokens: int = 16
     """Of a rationale of the base model."""
-    recipe_steps: int | None = None
-    """Of training, for a recipe; None = `seconds` for it too."""
+    recipe_steps: tuple[int, ...] = ()
+    """Of training, after which a recipe is scored on dev, rising; none = after `seconds`, as the rows are."""
 
 
 class Point(NamedTuple):
@@ -48,6 +48,15 @@ class Point(NamedTuple):
 
     cost: Cost
     scores: Scores
+
+
+class Stretch(NamedTuple):
+    """Training up to a point."""
+
+    title: str
+    settings: dict[str, Any]
+    """By which it is told from the others of its run."""
+    train: Callable[[Run], Cost]
 
 
 class Study:
@@ -78,23 +87,21 @@ class Study:
     def row(self, name: str, seed: int) -> list[Point]:
         """Train a row of `rows.ROWS`, and score it on dev at every share of the seconds."""
         run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
-        points = self._train(name, seed, run, settings, self.shape.shares)
+        points = self._train(name, seed, run, settings, self._by_seconds(self.shape.shares))
         run.finish()
         return points
 
-    def recipe(self, name: str, seed: int) -> Point:
-        """Train a recipe for all of the seconds or steps, and score it on dev."""
+    def recipe(self, name: str, seed: int) -> list[Point]:
+        """Train a recipe for all of the seconds, or for each number of steps, and score it on dev there."""
         run, settings = self._recipe_run(name, seed)
-        label, steps = _label(name), self.shape.recipe_steps
-        if steps is None:
-            (point,) = self._train(label, seed, run, settings, (1.0,))
+        if self.shape.recipe_steps:
+            points = self._train(_label(name), seed, run, settings, _by_steps(self.shape.recipe_steps))
+            run.finish()
+        else:
+            points = self._train(_label(name), seed, run, settings, self._by_seconds((1.0,)))
             # It was tried to choose by dev; its model is not asked for anything else.
             clear(run.folder)
-            return point
-        title = f"{name}, seed {seed}: {steps} steps of training, and dev"
-        return _point(
-            self._part(f"{label}-s{seed}", settings, title, lambda _: self._on_dev(run, run.train_steps(steps)))
-        )
+        return points
 
     def test_row(self, name: str, seed: int) -> Scores:
         """The scores on test of a row that `row` has trained."""
@@ -102,14 +109,9 @@ class Study:
         return self._test(name, seed, settings, lambda _: self._on_test(run))
 
     def test_recipe(self, name: str, seed: int) -> Scores:
-        """The scores on test of a recipe that `recipe` has trained for its steps. Its model is kept."""
+        """The scores on test of a recipe that `recipe` has trained for its steps."""
         run, settings = self._recipe_run(name, seed)
-
-        def make(_: Path) -> dict[str, Any]:
-            self._finish_recipe(run)
-            return self._on_test(run)
-
-        return self._test(_label(name), seed, settings, make)
+        return self._test(_label(name), seed, settings, lambda _: self._on_test(run))
 
     def contrastive(self, setting: Setting, seed: int) -> list[Point]:
         """Train the contrastive baseline, and score it on dev at every share of the seconds."""
@@ -158,11 +160,11 @@ class Study:
         return self._likelihood(name, seed, settings, lambda: folder)
 
     def recipe_likelihood(self, name: str, seed: int) -> Measured | None:
-        """`likelihood` of a recipe that `recipe` has trained for its steps. Its model is kept."""
+        """`likelihood` of a recipe that `recipe` has trained for its steps."""
         if not self.data.answers:
             return None
         run, settings = self._recipe_run(name, seed)
-        return self._likelihood(_label(name), seed, settings, lambda: self._finish_recipe(run))
+        return self._likelihood(_label(name), seed, settings, lambda: run.trained_model)
 
     def _likelihood(self, name: str, seed: int, settings: dict[str, Any], model: Callable[[], Path]) -> Measured:
         described = {**settings, "answers": key_of(self.data.answers)}
@@ -172,13 +174,12 @@ class Study:
         )  # fmt: skip
         return Measured.from_json(made)
 
-    def _finish_recipe(self, run: Run) -> Path:
-        """The folder of a recipe's model after its steps, and nothing else of its run."""
-        assert self.shape.recipe_steps is not None
-        if not run.is_finished:
-            run.train_steps(self.shape.recipe_steps)  # nothing to do, unless its folder was removed meanwhile
-            run.finish()
-        return run.trained_model
+    def _by_seconds(self, shares: tuple[float, ...]) -> list[Stretch]:
+        ends = {share: share * self.shape.seconds for share in shares}
+        return [
+            Stretch(f"training until {end:g} s", {"share": share}, partial(Run.train_until, seconds=end))
+            for share, end in ends.items()
+        ]
 
     def _seconds(self, shares: tuple[float, ...]) -> dict[str, Any]:
         return {"seconds": self.shape.seconds, "shares": list(shares)}
@@ -201,21 +202,20 @@ class Study:
 
     def _recipe_run(self, name: str, seed: int) -> tuple[Run, dict[str, Any]]:
         steps = self.shape.recipe_steps
-        until = self._seconds((1.0,)) if steps is None else {"steps": steps}
+        until = {"steps": list(steps)} if steps else self._seconds((1.0,))
         return self._run(_label(name), rows.RECIPES[name], seed, until)
 
     def _train(
-        self, name: str, seed: int, run: Run, settings: dict[str, Any], shares: tuple[float, ...]
+        self, name: str, seed: int, run: Run, settings: dict[str, Any], stretches: Sequence[Stretch]
     ) -> list[Point]:
         points = []
-        for share in shares:
-            seconds = share * self.shape.seconds
+        for stretch in stretches:
 
-            def make(_: Path, seconds: float = seconds) -> dict[str, Any]:
-                return self._on_dev(run, run.train_until(seconds))
+            def make(_: Path, stretch: Stretch = stretch) -> dict[str, Any]:
+                return self._on_dev(run, stretch.train(run))
 
-            title = f"{name}, seed {seed}: training until {seconds:g} s, and dev"
-            points.append(_point(self._part(f"{name}-s{seed}", {**settings, "share": share}, title, make)))
+            title = f"{name}, seed {seed}: {stretch.title}, and dev"
+            points.append(_point(self._part(f"{name}-s{seed}", {**settings, **stretch.settings}, title, make)))
         return points
 
     def _on_dev(self, run: Run, cost: Cost) -> dict[str, Any]:
@@ -263,6 +263,10 @@ class Study:
         if self.kept.find(name, settings) is None:
             self.say(title)
         return self.kept.get(name, settings, make)
+
+
+def _by_steps(steps: Sequence[int]) -> list[Stretch]:
+    return [Stretch(f"{end} steps of training", {"at": end}, partial(Run.train_steps, steps=end)) for end in steps]
 
 
 def _label(recipe: str) -> str:

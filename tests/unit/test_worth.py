@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise, permutations
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from comparison.kept import Kept
 from comparison.measured import Measured, difference, interval
 from comparison.plan import plan
 from comparison.program import SHAPES, _shape, compare_recipes
-from comparison.report import DECIDING, table_rows
+from comparison.report import DECIDING, points_as_json, table_rows
 from comparison.split import same_text, split_by_text
 from comparison.states import States, Variant, another_each, lookup, read_states, vectors_of
 from comparison.study import Shape, Study
@@ -400,20 +401,20 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     for name, share in (("none", 1), ("some", 0.5)):
         overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
         monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
-    shape = Shape(1e6, (1.0,), seeds=1, grid=(), tokens=4, recipe_steps=3)
+    shape = Shape(1e6, (1.0,), seeds=1, grid=(), tokens=4, recipe_steps=(3,))
     study = Study(tiny_folder, data, shape, tmp_path, lambda _: None)
     compare_recipes(study, ["none", "some"])
     shown = capsys.readouterr().out
-    costs = {name: study.recipe(name, 0).cost for name in ("none", "some")}
-    assert [(cost.steps, cost.samples) for cost in costs.values()] == [(3, 6), (3, 6)]
+    ends = {name: point for name in ("none", "some") for point in study.recipe(name, 0)}
+    assert [(end.cost.steps, end.cost.samples) for end in ends.values()] == [(3, 6), (3, 6)]
     assert "| none | " in shown and "| some - none |" in shown
-    kept = {name: next(tmp_path.glob(f"runs/{name}-*/model")) for name in costs}
+    kept = {name: next(tmp_path.glob(f"runs/{name}-*/model")) for name in ends}
     assert not list(tmp_path.glob("runs/*/global_step_*"))
     scores = {}
     for name, model in kept.items():
         found = scoring.from_json(scoring.score_encoder(model, tested, data.centre, None)["scores"])
         scores[name] = {variant: [by["triplets"]["nDCG@10"]] for variant, by in found.items()}
-    best = {name: chosen_on_dev([study.recipe(name, 0).scores]) for name in costs}
+    best = {name: chosen_on_dev([end.scores]) for name, end in ends.items()}
     expected = {
         ("some", "none", "with rationales"): difference(scores["some"]["with"], scores["none"]["with"]),
         ("some", "none", f"best: {best['some']} - {best['none']}"): difference(
@@ -436,6 +437,19 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
         assert line["model"] == name and abs(by_hand) > 1e-4
         assert line["difference"] == pytest.approx(by_hand, abs=2e-6)
 
+    # Scored along its training, a recipe ends as it does without.
+    along = Study(tiny_folder, data, replace(shape, recipe_steps=(1, 3)), tmp_path, lambda _: None)
+    first, last = along.recipe("some", 0)
+    assert (first.cost.steps, last.cost.steps) == (1, 3)
+    assert scoring.mean_of_main([last.scores], "with") == scoring.mean_of_main([ends["some"].scores], "with")
+    once = Study(tiny_folder, data, replace(shape, recipe_steps=(1,)), tmp_path, lambda _: None)
+    alone = once.recipe("some", 0)
+    written = points_as_json({"some": [[first, last]]})["some"]
+    for variant in ("with", "shuffled", "without"):
+        assert [point["dev"][variant] for point in written[0]] == [
+            scoring.mean_of_main([point.scores], variant) for point in (*alone, ends["some"])
+        ]
+
 
 def chosen_on_dev(runs):
     means = {name: scoring.mean_of_main(runs, name) for name in scoring.choices()}
@@ -452,19 +466,23 @@ def test_the_plan_says_what_recipes_are_scored_on_and_counts_it():
 
     by_seconds = planned(20)
     assert "of 60 s, scored on dev:" in by_seconds[1].what and planned(200) == by_seconds
-    few, many = (planned(test, recipe_steps=7) for test in (20, 200))
+    few, many = (planned(test, recipe_steps=(7,)) for test in (20, 200))
     assert "of 7 steps, which are not in the minutes, scored on dev and test:" in few[1].what
+    assert planned(20, recipe_steps=(3, 7))[1].seconds > few[1].seconds
     # The untrained model is scored on dev alone.
     assert few[0] == many[0] and few[1].seconds < many[1].seconds
 
 
 def test_steps_are_of_recipes_alone():
-    args = argparse.Namespace(seconds=None, seeds=None, steps=5, recipes=None)
+    args = argparse.Namespace(seconds=None, seeds=None, steps=[5], recipes=None)
     with pytest.raises(UserError, match="--steps=5 is of --recipes"):
         _shape(args, SHAPES["short"])
     args.recipes = ["joint"]
     shape = _shape(args, SHAPES["full"])
-    assert (shape.recipe_steps, shape.seeds) == (5, 1)
+    assert (shape.recipe_steps, shape.seeds) == ((5,), 1)
+    args.steps = [5, 9, 9]
+    with pytest.raises(UserError, match="--steps: 9 stands after a number that is not smaller"):
+        _shape(args, SHAPES["full"])
 
 
 def test_the_deciding_differences_are_between_rows_of_the_table():
