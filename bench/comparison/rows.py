@@ -81,6 +81,7 @@ ROWS = {
 RECIPES = {
     "plain": ROWS["plain"],
     "joint": ROWS["joint"],
+    "grace": ROWS["grace"],
     **{f"joint, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr))) for lr in (1e-5, 2e-5, 1e-4)},
     **{f"plain, lr {lr:g}": Trained("another rate", _joint(_shape(lr=lr), warm_up=_ALWAYS)) for lr in (2e-5, 1e-4)},
     **{f"grace, lr {lr:g}": Trained("another rate", _grace(lr)) for lr in (1e-5, 2e-5, 1e-4)},
