@@ -36,9 +36,10 @@ class Row(NamedTuple):
 
 _JOINT = (("H", "joint", "joint"), ("K", "joint with KL", "held"), ("K1", "joint with KL of weight 1", "held_1"))
 """Key, title and model of the joint objective's rows."""
+_GRACE = ("G", "GRACE", "grace")
 
 
-def _joint_rows(key: str, title: str, model: str, served: tuple[str, ...]) -> list[Row]:
+def _rows_of(key: str, title: str, model: str, served: tuple[str, ...]) -> list[Row]:
     return [
         Row(key, f"{title}, rationales", model, (WITH,)),
         Row(f"{key}-", f"{title}, no rationale", model, (WITHOUT.name,)),
@@ -65,9 +66,7 @@ def table_rows() -> list[Row]:
         Row("P*", "contrastive by this code, best vector", "plain", served),
         Row("F", "no policy gradient, with KL, rationales", "embedding", (WITH,)),
         Row("F*", "no policy gradient, with KL, best vector", "embedding", served),
-        Row("G", "GRACE, rationales", "grace", (WITH,)),
-        Row("G*", "GRACE, best vector", "grace", served),
-        *(row for key, title, model in _JOINT for row in _joint_rows(key, title, model, served)),
+        *(row for key, title, model in (_GRACE, *_JOINT) for row in _rows_of(key, title, model, served)),
     ]
 
 
@@ -82,6 +81,12 @@ DECIDING = (
             (key, "E", "2: the same, rationales against none"),
             (f"{key}*", "P*", "2: against no rationale in training"),
             (key, "P", "2: the same, rationales against none"),
+        )
+    ),
+    *(
+        difference
+        for key, *_ in (_GRACE, *_JOINT)
+        for difference in (
             (key, f"{key}'", "4: rationales of the text itself"), (key, f"{key}-", "4: rationales against none"),
             (f"{key}*", f"{key}*'", "4: the best vector, rationales of the text itself"),
         )

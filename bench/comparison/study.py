@@ -99,8 +99,9 @@ class Study:
             run.finish()
         else:
             points = self._train(_label(name), seed, run, settings, self._by_seconds((1.0,)))
-            # It was tried to choose by dev; its model is not asked for anything else.
-            clear(run.folder)
+            # It was tried to choose by dev; its model is not asked for anything else. A row's is, by the same name.
+            if not run.is_finished:
+                clear(run.folder)
         return points
 
     def test_row(self, name: str, seed: int) -> Scores:

@@ -96,8 +96,11 @@ class Run:
         return step_folder(self.folder, self._saved_step()) / "huggingface"
 
     def finish(self) -> None:
-        """Keep the model alone: what resuming needs is four times as large, and `train_until` cannot go on then."""
-        if not self.is_finished:
+        """Keep the model alone: what resuming needs is four times as large, and `train_until` cannot go on then.
+
+        A folder that was removed since is no error: whether its model is asked for again is not known here.
+        """
+        if not self.is_finished and self._saved_step():
             self.trained_model.rename(self.folder / _MODEL)
         for step in saved_steps(self.folder):
             clear(step_folder(self.folder, step))

@@ -392,15 +392,33 @@ def test_a_row_is_trained_for_its_seconds_and_goes_on_from_there(tmp_path, tiny_
     assert not list(run.folder.glob("global_step_*"))
 
 
-def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_folder, monkeypatch, capsys):
+@pytest.fixture
+def recipes(monkeypatch):
+    """Two small ones, `none` and `some`."""
+    for name, share in (("none", 1), ("some", 0.5)):
+        overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
+        monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
+
+
+@pytest.fixture
+def data():
     train = [(f"query {i}", f"positive {i}", f"negative {i}") for i in range(24)]
     tasks = [Triplets("triplets", [tuple(TEXTS[:3]), tuple(TEXTS[1:4])])]
     tested = [Triplets("triplets", list(permutations(TEXTS, 3)))]
     asked = [("how many?", "it is 12"), ("why?", "because of it")]
-    data = Data(train, 0, {"dev": tasks, "test": tested}, ["a text", "and another"], asked)
-    for name, share in (("none", 1), ("some", 0.5)):
-        overrides = rows._joint(rows._shape(2, 2, 4), share=share, between=0)
-        monkeypatch.setitem(rows.RECIPES, name, rows.Trained(name, (*overrides, "data.max_prompt_length=220")))
+    return Data(train, 0, {"dev": tasks, "test": tested}, ["a text", "and another"], asked)
+
+
+def test_a_recipe_that_is_a_row_too_leaves_the_rows_model(tmp_path, tiny_folder, data, recipes, monkeypatch):
+    monkeypatch.setitem(rows.ROWS, "some", rows.RECIPES["some"])
+    study = Study(tiny_folder, data, Shape(0.1, (1.0,), seeds=1, grid=(), tokens=4), tmp_path, lambda _: None)
+    (point,) = study.row("some", 0)
+    assert [other.cost for other in study.recipe("some", 0)] == [point.cost]
+    assert study.test_row("some", 0).keys() == point.scores.keys()
+
+
+def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_folder, data, recipes, capsys):
+    tested, asked = data.parts["test"], data.answers
     shape = Shape(1e6, (1.0,), seeds=1, grid=(), tokens=4, recipe_steps=(3,))
     study = Study(tiny_folder, data, shape, tmp_path, lambda _: None)
     compare_recipes(study, ["none", "some"])
