@@ -362,16 +362,26 @@ class TestTheUpdate:
         assert metrics["kl_loss"] == pytest.approx(kl.item(), rel=1e-4) and kl > 0.01
         assert "pg_loss" not in metrics
 
-    def test_a_step_without_a_policy_gradient_is_not_taken_for_a_measurement(self):
-        """Groups of equal rewards: the share of nothing would switch the embedding gradient off for ten updates."""
+    @pytest.mark.parametrize("others", [{"use_kl_loss": False, "entropy_coeff": 0.0}, {"kl_loss_coef": 1e-3}])
+    def test_a_step_without_a_policy_gradient_is_not_taken_for_a_measurement(self, others):
+        """Groups of equal rewards: the share of nothing would switch the embedding gradient off for ten updates, and
+        so would that of a small KL term."""
         rows = scored_step()
-        settings = {**STILL, "use_kl_loss": False, "entropy_coeff": 0.0, "embedding_grad_share": 0.3}
-        actor, batch = build_actor(tiny_policy(), **settings), with_grad(rows, anchors=False)
-        flat = batch.with_tensors(advantages=torch.zeros_like(batch.batch["advantages"]))
+        settings = {**STILL, **others, "embedding_grad_share": 0.3, "embedding_grad_every": 1}
+        level = rows.with_tensors(advantages=1e-9 * rows.batch["advantages"])
+        batch, flat = with_grad(rows, anchors=False), with_grad(level, anchors=False)
+        (rest,), _ = gradients_of(build_actor(tiny_policy(), **settings), level[is_trained(level)])
+        actor = build_actor(tiny_policy(), **settings)
         (gradient,), (first,) = gradients_of(actor, flat)
-        assert_same_gradient(gradient, plain_gradient(rows, anchors=False))
-        assert first["policy_grad_norm"] == 0 and first["embedding_grad_share"] == 1
-        assert actor.update(batch, 1)["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+        loss = plain_gradient(rows, anchors=False)
+        assert_same_gradient({name: gradient[name] - rest[name] for name in rest}, loss)
+        assert "policy_grad_norm" not in first
+        measured = actor.update(batch, 1)
+        assert measured["embedding_grad_share"] == pytest.approx(0.3, abs=1e-9)
+        (gradient,), (third,) = gradients_of(actor, flat)
+        scale = 0.3 / 0.7 * measured["policy_grad_norm"] / norm(loss)
+        assert_same_gradient({n: gradient[n] - rest[n] for n in rest}, {n: scale * g for n, g in loss.items()}, 1e-4)
+        assert "policy_grad_norm" not in third and "policy_grad_norm" in actor.update(batch, 1)
 
     @pytest.mark.parametrize(("anchors", "tie", "limit"), [(True, True, 90), (False, False, 90), (True, False, 10_000)])
     def test_a_share_of_1_is_plain_descent_of_the_contrastive_loss(self, anchors, tie, limit):

@@ -25,6 +25,8 @@ from verl.workers.micro_batches import MicroBatchLimit, micro_batches, sum_over_
 from verl.workers.scoring import score
 
 MAX_SKIPPED_STEPS = 3
+# Advantages below this come from rounding: the rewards of each group are equal.
+_FLAT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class _Totals:
     """Trained rows."""
     embedding_grad: float
     """Norm of the gradient by the embeddings; 0 = there is no such gradient."""
+    has_advantages: bool
+    """Whether some row's advantage is not 0. Without, what a KL term leaves of the policy's gradient says nothing about
+    how strong it is."""
 
 
 class Actor:
@@ -125,7 +130,7 @@ class Actor:
         trains_policy = self._trains_policy(rows)
         if trains_policy and not total.embedding_grad:
             sums = self._backward(rows, total)
-        elif trains_policy and self.balance.is_due:
+        elif trains_policy and total.has_advantages and self.balance.is_due:
             sums, norms = self._backward_apart(rows, total)
         else:
             by_tokens = trains_policy or self.config.has_kl_loss
@@ -248,9 +253,11 @@ class Actor:
 
 def _totals(rows: DataProto) -> _Totals:
     square = rows.batch["embedding_grad"].square().sum() if "embedding_grad" in rows.batch.keys() else 0.0
-    own = torch.tensor([float(_trained_lengths(rows).sum()), float(is_trained(rows).sum()), float(square)])
-    tokens, count, square = sum_over_ranks(own).tolist()
-    return _Totals(tokens, count, math.sqrt(square))
+    with_advantage = (rows.batch["advantages"].abs() > _FLAT).sum() if "advantages" in rows.batch.keys() else 0.0
+    lengths = _trained_lengths(rows).sum()
+    own = torch.tensor([float(value) for value in (lengths, is_trained(rows).sum(), square, with_advantage)])
+    tokens, count, square, with_advantage = sum_over_ranks(own).tolist()
+    return _Totals(tokens, count, math.sqrt(square), with_advantage > 0)
 
 
 def _trained_lengths(rows: DataProto) -> Tensor:
