@@ -5,6 +5,7 @@ transformers.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -339,21 +340,32 @@ def _check_reward_kwargs(config: RunConfig) -> Iterator[str]:
 
 def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -> Iterator[str]:
     """In steps that follow no policy gradient the contrastive loss needs weight."""
-    trains_policy, between = config.actor_rollout_ref.actor.trains_policy, config.trainer.contrastive_steps_between
-    for name in ("contrastive_weight", "contrastive_first_weight"):
-        if not rewards.contrastive or getattr(rewards, name) != 0:
-            continue
-        start = f"reward_model.reward_kwargs.{name}=0 with"
-        if not trains_policy:
+    if not rewards.contrastive:
+        return
+    first_steps = 0 if rewards.contrastive_first_weight is None else rewards.contrastive_first_steps
+    stretches = (("contrastive_first_weight", 1, first_steps), ("contrastive_weight", first_steps + 1, math.inf))
+    for name, begin, end in stretches:
+        found = _step_without_policy(config, begin)
+        if found and found[0] <= end and getattr(rewards, name) == 0:
+            step, setting = found
             yield (
-                f"{start} actor_rollout_ref.actor.embedding_grad_share=1: there are steps that train nothing. Set it "
-                "above 0, or the share below 1."
+                f"reward_model.reward_kwargs.{name}=0: with {setting}, step {step} follows no policy gradient, so it "
+                f"would train nothing. Set {name} above 0, or have no such step."
             )
-        elif between and name == "contrastive_weight":
-            yield (
-                f"{start} trainer.contrastive_steps_between={between}: these steps train nothing after "
-                f"contrastive_first_steps={rewards.contrastive_first_steps}. Set it above 0, or leave out the steps."
-            )
+
+
+def _step_without_policy(config: RunConfig, begin: int) -> tuple[int, str] | None:
+    """The first step from `begin` on that follows no policy gradient, and the setting that makes it one."""
+    trainer = config.trainer
+    warm_up, between = trainer.contrastive_warmup_steps, trainer.contrastive_steps_between
+    if not config.actor_rollout_ref.actor.trains_policy:
+        return begin, "actor_rollout_ref.actor.embedding_grad_share=1"
+    if begin <= warm_up:
+        return begin, f"trainer.contrastive_warmup_steps={warm_up}"
+    if not between:
+        return None
+    writes = (begin - warm_up - 1) % (1 + between) == 0
+    return begin + writes, f"trainer.contrastive_steps_between={between}"
 
 
 def _check_kl_loss(config: RunConfig) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Settings that nothing reads: an error where they were meant to change a result, a note where they were not."""
 
+import re
 from functools import reduce
 from typing import Any
 
@@ -9,6 +10,7 @@ from verl.config import HiddenRewardConfig, RunConfig
 from verl.config_checks import build_config
 from verl.config_fields import nested, walk_fields
 from verl.errors import UserError
+from verl.step_schedule import StepSchedule
 from verl.unread_settings import READERS, REWARD_READERS, start_notes, unread_settings
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
@@ -160,24 +162,10 @@ def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group
         assert ("a group of one has no advantage" in str(caught.value)) is refused
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "beginning"),
-    [
-        (
-            {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5},
-            "reward_model.reward_kwargs.contrastive_weight=0 with",
-        ),
-        (
-            {"contrastive_weight": 1.0, "contrastive_first_weight": 0, "contrastive_first_steps": 5},
-            "reward_model.reward_kwargs.contrastive_first_weight=0 with",
-        ),
-        ({}, f"{ACTOR}.embedding_grad_share=1.0 has no effect: it is read with reward_model.reward_kwargs.contrastive"),
-    ],
-)
-def test_without_a_policy_gradient_every_step_needs_the_contrastive_loss(kwargs, beginning):
+def test_without_a_policy_gradient_there_has_to_be_a_contrastive_loss():
     with pytest.raises(UserError) as caught:
-        build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": kwargs}))
-    assert any(line.startswith(beginning) for line in str(caught.value).splitlines()), caught.value
+        build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": {}}))
+    assert f"{ACTOR}.embedding_grad_share=1.0 has no effect: it is read with" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +183,30 @@ def test_a_signed_kl_has_no_meaning_for_texts_that_were_not_drawn(kind, steps, r
     assert (line in str(caught.value)) is refused
 
 
-def test_steps_between_need_the_contrastive_loss_after_the_first_steps_too():
-    given = {"trainer.contrastive_steps_between": 2}
-    for kwargs, refused in (({}, True), ({"contrastive_weight": 0.1}, False)):
-        kwargs = {"contrastive_first_weight": 1.0, "contrastive_first_steps": 5, **kwargs}
-        with pytest.raises(UserError) as caught:
-            build_config(nested({**given, "reward_model.reward_kwargs": kwargs}))
-        wrong = "contrastive_weight=0 with trainer.contrastive_steps_between=2: these steps train nothing"
-        assert (wrong in str(caught.value)) is refused
+@pytest.mark.parametrize("weight", [0, 0.1])
+@pytest.mark.parametrize("first", [None, (0, 1), (0, 5), (1, 3), (1, 5)])
+@pytest.mark.parametrize(("warm_up", "between"), [(0, 0), (0, 2), (5, 0), (3, 1), (4, 2)])
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_every_step_that_follows_no_policy_gradient_needs_the_contrastive_loss(weight, first, warm_up, between, share):
+    """The first step that would train nothing is named, whichever stretch of the weights it is in."""
+    kwargs = {"contrastive_weight": weight}
+    kwargs |= {} if first is None else {"contrastive_first_weight": first[0], "contrastive_first_steps": first[1]}
+    given = {
+        "trainer.contrastive_warmup_steps": warm_up, "trainer.contrastive_steps_between": between,
+        f"{ACTOR}.embedding_grad_share": share, "reward_model.reward_kwargs": kwargs,
+    }  # fmt: skip
+    schedule = StepSchedule(1000, 1, 1, warm_up, between)
+    idle = {}
+    for step in range(1, 30):
+        early = first is not None and step <= first[1]
+        has_loss = first[0] if early else weight
+        if not has_loss and not (schedule.writes_rationales(step) and share != 1):
+            idle.setdefault("contrastive_first_weight" if early else "contrastive_weight", step)
+    with pytest.raises(UserError) as caught:  # other settings are missing
+        build_config(nested(given))
+    said = re.findall(r"(contrastive\w*weight)=0: with .*, step (\d+) follows no policy gradient", str(caught.value))
+    if weight or (first and first[0]):  # without any loss another line says so
+        assert dict(said) == {name: str(step) for name, step in idle.items()}
 
 
 @pytest.mark.parametrize(
