@@ -37,6 +37,7 @@ def paper_rows() -> DataProto:
     tensors = {
         "embeddings": vectors,
         "truncated": torch.zeros(len(roles), dtype=torch.bool),
+        "response_length": torch.ones(len(roles), dtype=torch.int64),
         "trained": torch.tensor([role == "positive" for role in roles]),
     }
     return DataProto.from_dict(tensors, columns)

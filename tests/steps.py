@@ -95,5 +95,7 @@ def actor_config(**changes) -> ActorConfig:
     return ActorConfig.model_validate({**values, **changes})
 
 
-def build_actor(policy: PolicyModel, one_update: bool = False, **changes) -> Actor:
-    return Actor(policy, actor_config(**changes), TEMPERATURE, MAX_RESPONSE, total_steps=10, one_update=one_update)
+def build_actor(policy: PolicyModel, one_mini_batch: bool = False, **changes) -> Actor:
+    return Actor(
+        policy, actor_config(**changes), TEMPERATURE, MAX_RESPONSE, total_steps=10, one_mini_batch=one_mini_batch
+    )

@@ -219,8 +219,8 @@ class ActorConfig(_Section):
     """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
     null = both as they come, 1 = no policy gradient: rationales are written and embedded, and none of its work done."""
     embedding_grad_every: PositiveInt = 10
-    """Updates from one measurement of these norms to the next; a measurement costs a second forward and backward
-    (without the LM head)."""
+    """Fewest updates from one measurement of these norms to the next, which is in a step with rationales; it costs a
+    second forward and backward (without the LM head)."""
     clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
     clip_ratio_low: Bound | None = None

@@ -312,6 +312,13 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
         )
+    kl, rows = config.algorithm.kl_ctrl, config.data.train_batch_size * n
+    # Each step multiplies the coefficient by at least 1 - 0.2 x rows / horizon.
+    if config.algorithm.use_kl_in_reward and kl.type == "adaptive" and rows >= 5 * kl.horizon:
+        yield (
+            f"algorithm.kl_ctrl.horizon={kl.horizon} with {rows} rows a step (data.train_batch_size x rollout.n): one "
+            f"step could bring the adaptive coefficient to 0 or below. Set the horizon to {rows // 5 + 1} or more."
+        )
     if config.custom_reward_function.path and manager != "naive":
         yield (
             f"custom_reward_function.path={config.custom_reward_function.path} is read by reward_model.reward_manager="
@@ -345,7 +352,7 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
     first_steps = 0 if rewards.contrastive_first_weight is None else rewards.contrastive_first_steps
     stretches = (("contrastive_first_weight", 1, first_steps), ("contrastive_weight", first_steps + 1, math.inf))
     for name, begin, end in stretches:
-        found = _step_without_policy(config, begin)
+        found = step_without_policy(config, begin)
         if found and found[0] <= end and getattr(rewards, name) == 0:
             step, setting = found
             yield (
@@ -354,7 +361,7 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
             )
 
 
-def _step_without_policy(config: RunConfig, begin: int) -> tuple[int, str] | None:
+def step_without_policy(config: RunConfig, begin: int = 1) -> tuple[int, str] | None:
     """The first step from `begin` on that follows no policy gradient, and the setting that makes it one."""
     trainer = config.trainer
     warm_up, between = trainer.contrastive_warmup_steps, trainer.contrastive_steps_between

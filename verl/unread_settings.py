@@ -54,7 +54,7 @@ def _has_the_actors_budget(config: RunConfig, section: Any) -> bool:
 
 # A recipe may bring these, and embedding_grad_share=1 is how to be rid of the policy gradient.
 _POLICY_ONLY = (
-    f"{_ACTOR}.embedding_grad_every", f"{_ACTOR}.tis_imp_ratio_cap", f"{_ACTOR}.loss_agg_mode",
+    f"{_ACTOR}.embedding_grad_every", f"{_ACTOR}.tis_imp_ratio_cap",
     *(f"{_ACTOR}.clip_ratio{part}" for part in ("", "_low", "_high", "_c")),
     *(f"algorithm.{name}" for name in ("adv_estimator", "norm_adv_by_std_in_grpo", "gamma")),
 )  # fmt: skip
@@ -279,7 +279,9 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], st
         # A recipe may bring a temperature, and with_scale=False is how to be rid of it.
         yield [key for key in rewards if key == "temperature"], "with with_scale=False"
     if not section.actor.trains_policy:
-        yield [key for key in changed if key in _POLICY_ONLY], "without a policy gradient"
+        # A KL term weighs its tokens too.
+        without = _POLICY_ONLY if section.actor.has_kl_loss else (*_POLICY_ONLY, f"{_ACTOR}.loss_agg_mode")
+        yield [key for key in changed if key in without], "without a policy gradient"
     if not config.trainer.use_ray:
         yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
     if config.num_mini_batches == 1:

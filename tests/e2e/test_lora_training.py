@@ -87,6 +87,19 @@ def test_the_run_resumes_as_if_it_had_not_stopped(run_dir, tiny_folder, triplets
     assert done.returncode == 2 and "model.lora_rank: 4 before, 8 now" in message(done.stderr)
 
 
+def test_an_adapter_that_was_trained_before_is_judged_by_the_model_without_it(run_dir, tiny_folder, triplets, tmp_path):
+    """At the first diagnosis too, so that the later ones can be compared with it."""
+    continued = tmp_path / "continued"
+    done = train_here(
+        *recipe(tiny_folder, triplets, continued), f"actor_rollout_ref.model.lora_adapter_path={model_of(run_dir)}",
+        "trainer.diag_freq=1", "trainer.diag_texts=6", "actor_rollout_ref.actor.optim.lr=1e-12",
+        "trainer.total_training_steps=1", "trainer.save_freq=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = (m["diag/log_likelihood"] for m in numbers(continued) if "diag/log_likelihood" in m)
+    assert before == pytest.approx(after, abs=1e-7)
+
+
 def test_the_merged_model_is_the_adapter_on_its_model_for_every_program(run_dir, tiny_folder, tmp_path, capsys):
     merged = tmp_path / "merged"
     arguments = ["--backend", "fsdp", "--local_dir"]

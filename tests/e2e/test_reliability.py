@@ -24,6 +24,7 @@ from runs import (
     message,
     numbers,
     prepare,
+    read_metrics,
     recipe,
     start_main_ppo,
     steps_of,
@@ -275,7 +276,13 @@ def test_the_best_step_by_a_validations_figure_is_kept(tmp_path, tiny_folder, tr
     assert kept == sorted({best["step"], newest}), "the newest one is kept besides the best one"
     for name in ("triplet_accuracy", "mrr", "alignment", "uniformity", "effective_rank"):
         assert all(f"val/{name}" in m for m in numbers(run_dir) if "val/sts_spearman" in m)
-    assert re.search(r"texts in [\d.]+ s: \d+% of the run at every 1 steps", done.stdout)
+    said = [int(share) for share in re.findall(r"texts in [\d.]+ s: (\d+)% of the run at every 1 steps", done.stdout)]
+    metrics = read_metrics(run_dir)
+    spent = [m["time/step_s"] for m in metrics if "time/step_s" in m]
+    held_out = [m["time/val_s"] for m in metrics if "time/val_s" in m and m["step"] > 0]
+    # Beside the mean step until then.
+    means = [sum(spent[: step + 1]) / (step + 1) for step in range(6)]
+    assert said == [round(100 * val / (val + mean)) for val, mean in zip(held_out, means, strict=True)]
 
 
 def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path, tiny_folder, triplets, ray_folder):

@@ -260,6 +260,7 @@ def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_pa
     assert json.loads((whole / "global_step_6" / "trainer_state.json").read_text())["samples_seen"] == 3 * 10 + 3 * 4
     for alone in steps[::2]:
         assert "reward/mean" not in alone and "time/gen_s" not in alone and alone["actor/grad_norm"] > 0
+        assert {name.split("/")[1] for name in alone if name.startswith("reward/")} == {"contrastive"}
         assert alone["perf/generated_tokens"] == 0 and "actor/pg_loss" not in alone and "rollout/kl" not in alone
     assert [m["reward/contrastive/weight"] for m in steps] == [1, 1, 0.1, 0.1, 0.1, 0.1]
     # Two updates a step: the first of step 2, and the second of step 4.
@@ -322,6 +323,21 @@ def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, tr
     assert "reward/margin_met" in step
     assert step["reward/mean"] <= 0.3 + 1e-6
     assert ("actor/embedding_grad_norm" in step) == (manager == "MarginLoss")
+
+
+def test_steps_that_train_by_embeddings_alone_need_a_reward_manager_that_asks_for_them(tmp_path, tiny_folder, triplets):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    needs_embeddings = trains_anchors = exclude_system_prompt = False\n"
+        "    text_share = no_rationale_weight = matryoshka_dims = None\n"
+        "    def __init__(self, **kwargs): pass\n"
+        "    def __call__(self, rows): raise RuntimeError\n"
+    )
+    overrides = [o for o in recipe(tiny_folder, triplets, tmp_path / "run") if "reward_kwargs" not in o]
+    command = [*overrides, f"reward_model.reward_manager={tmp_path}/mine.py:Mine", "trainer.total_training_steps=1"]
+    done = train_here(*command, "trainer.contrastive_warmup_steps=1")
+    assert done.returncode == 2
+    assert "trainer.contrastive_warmup_steps=1: step 1 follows no policy gradient" in message(done.stderr)
 
 
 def test_naive_rewards_need_no_anchors(tmp_path, tiny_folder, triplets):

@@ -197,6 +197,7 @@ def as_data(rows: list[dict[str, Any]]) -> DataProto:
     tensors = {
         "embeddings": vectors,
         "truncated": torch.zeros(len(rows), dtype=torch.bool),
+        "response_length": torch.ones(len(rows), dtype=torch.int64),
         "trained": torch.tensor([row["role"] == "positive" for row in rows]),
     }
     names = ("uid", "role", "text", "other_positives")

@@ -59,6 +59,7 @@ def as_data(rows: list[Row]) -> DataProto:
         {
             "embeddings": torch.tensor([row.vector for row in rows]),
             "truncated": torch.tensor([row.truncated for row in rows]),
+            "response_length": torch.ones(len(rows), dtype=torch.int64),
             "trained": torch.tensor([row.role == "positive" for row in rows]),
         },
         {name: [getattr(row, name) for row in rows] for name in ("uid", "role", "text")},

@@ -342,7 +342,7 @@ class TestTheUpdate:
         rows = scored_step() if writes else bare_step(score_texts=True)
         starts = rows.batch["prompt_length" if writes else "text_start"].tolist()
         settings = {**STILL, "kl_loss_coef": 2.0, "embedding_grad_share": share, "ppo_max_token_len_per_gpu": limit}
-        actor = build_actor(tiny_policy(), one_update=keeps, **settings)
+        actor = build_actor(tiny_policy(), one_mini_batch=keeps, **settings)
         own = score(tiny_policy(), rows, WHOLE, TEMPERATURE, embed=False, entropy=False).batch["log_probs"]
         reference = own + 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(4))
         scored = actor.score(rows, WHOLE, embed=True, log_probs=False)
@@ -394,7 +394,7 @@ class TestTheUpdate:
         before = {name: weight.clone() for name, weight in full_weights(policy)}
         optim = {"lr": 1e-3, "weight_decay": 0.1}
         # A whole step in one micro-batch keeps the forward that scored.
-        actor = build_actor(policy, one_update=True, ppo_max_token_len_per_gpu=limit, optim=optim, **ALONE)
+        actor = build_actor(policy, one_mini_batch=True, ppo_max_token_len_per_gpu=limit, optim=optim, **ALONE)
         heads = count_heads(policy)
         optimizer = torch.optim.AdamW(plain.parameters(), **optim)
         manager = HiddenRewardManager(contrastive_weight=0.7, contrastive_anchors=anchors)

@@ -40,14 +40,14 @@ def with_anchors(rows: DataProto) -> DataProto:
     return DataProto.from_dict(tensors, {"uid": range(len(rows))})
 
 
-def step_of(one_update: bool, limit: int, loss: str) -> tuple[DataProto, dict, dict, int]:
+def step_of(one_mini_batch: bool, limit: int, loss: str) -> tuple[DataProto, dict, dict, int]:
     """Score rows and update on them; also the weights after it, and how often the model ran.
 
     Args:
         loss: "policy" alone, or with a loss on the embeddings: of the "rationales", or of the "anchors" too.
     """
     policy = tiny_policy()
-    actor = build_actor(policy, one_update, ppo_max_token_len_per_gpu=limit)
+    actor = build_actor(policy, one_mini_batch, ppo_max_token_len_per_gpu=limit)
     # A measurement would run the model once more.
     actor.balance.measure(1.0, 1.0, 1.0)
     calls = []
@@ -81,7 +81,7 @@ def test_a_forward_kept_from_scoring_gives_the_scores_and_the_update_of_two_forw
 
 def test_a_forward_that_was_kept_for_other_rows_is_not_used():
     policy = tiny_policy()
-    actor, plain = build_actor(policy, one_update=True), build_actor(tiny_policy())
+    actor, plain = build_actor(policy, one_mini_batch=True), build_actor(tiny_policy())
     other, rows = with_anchors(rows_to_train()), with_log_probs(trained_rows(seed=4), tiny_policy())
     rows.batch["mini_batch"].zero_()
     actor.score(other, MicroBatchLimit(10_000, None), embed=True)
@@ -89,7 +89,7 @@ def test_a_forward_that_was_kept_for_other_rows_is_not_used():
 
 
 def test_a_second_pass_over_the_rows_is_a_forward_of_its_own():
-    actor = build_actor(tiny_policy(), one_update=True, ppo_epochs=2, optim={"lr": 1e-2})
+    actor = build_actor(tiny_policy(), one_mini_batch=True, ppo_epochs=2, optim={"lr": 1e-2})
     rows = rows_to_train()
     rows.batch["old_log_probs"] = actor.score(rows, MicroBatchLimit(10_000, None), embed=False).batch["log_probs"]
     rows.batch["mini_batch"].zero_()

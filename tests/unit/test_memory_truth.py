@@ -39,7 +39,7 @@ def prepared(setup: Setup, stage: str):
     lm = load_causal_lm(setup.model.path)
     if setup.model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    actor = Actor(PolicyModel(lm), setup.actor, 1.0, 24, total_steps=10, one_update=setup.keeps_forward)
+    actor = Actor(PolicyModel(lm), setup.actor, 1.0, 24, total_steps=10, one_mini_batch=setup.keeps_forward)
 
     def score() -> None:
         actor.score(rows, MicroBatchLimit(*setup.score_limit), setup.embeds, train_anchors=setup.trains_embeddings)

@@ -6,7 +6,7 @@ import torch
 from verl.config import RunConfig
 from verl.protocol import DataProto
 from verl.trainer.display import step_line
-from verl.trainer.ppo.metrics import mean_entropy
+from verl.trainer.ppo.metrics import mean_entropy, reward_metrics
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,18 @@ def test_entropy_is_averaged_like_the_loss(mode, expected):
     rows = DataProto.from_dict({"entropy": torch.tensor([0.5, 2.0]), "response_length": torch.tensor([1, 3])})
     config = {"actor_rollout_ref": {"actor": {"loss_agg_mode": mode}}, "data": {"max_response_length": 10}}
     assert mean_entropy(rows, RunConfig.model_validate(config)) == pytest.approx(expected)
+
+
+def test_the_spread_is_that_of_groups_in_which_something_can_differ():
+    rewards, group = torch.tensor([1.0, 3.0, 5.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 2, 2])
+    found = reward_metrics(rewards, group)
+    # Of the groups of two: standard deviations of 2 ** 0.5 and 0.
+    assert found["group/flat_share"] == 0.5
+    assert found["group/std_median"] == pytest.approx(float(torch.tensor([2**0.5, 0.0]).median()))
+    alone = reward_metrics(rewards, torch.arange(5))
+    assert alone == {"reward/mean": pytest.approx(2.6), "reward/max": 5, "reward/min": 1}
+    line = step_line(3, 9, {name: value for name, value in STEP.items() if name != "group/std_median"})
+    assert "group std" in step_line(3, 9, STEP) and "group std" not in line
 
 
 STEP = {

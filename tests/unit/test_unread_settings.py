@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from verl.algorithm.loss import KlController
 from verl.config import HiddenRewardConfig, RunConfig
 from verl.config_checks import build_config
 from verl.config_fields import nested, walk_fields
@@ -156,6 +157,11 @@ def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group
     config = config_of(given)
     assert list(unread_settings(config)) == []
     assert ("no effect without a policy gradient", f"{ACTOR}.clip_ratio") in list(start_notes(config, "cpu"))
+    # The KL term weighs its tokens by it.
+    for has_kl, noted in ((True, False), (False, True)):
+        changed = {**given, f"{ACTOR}.use_kl_loss": has_kl, f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum"}
+        notes = dict(start_notes(config_of(changed), "cpu"))
+        assert (f"{ACTOR}.loss_agg_mode" in notes["no effect without a policy gradient"]) is noted
     for share, refused in ((1, False), (0.5, True)):
         with pytest.raises(UserError) as caught:
             build_config(nested({**given, f"{ACTOR}.embedding_grad_share": share}))
@@ -166,6 +172,21 @@ def test_without_a_policy_gradient_there_has_to_be_a_contrastive_loss():
     with pytest.raises(UserError) as caught:
         build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": {}}))
     assert f"{ACTOR}.embedding_grad_share=1.0 has no effect: it is read with" in str(caught.value)
+
+
+@pytest.mark.parametrize(("horizon", "refused"), [(20, True), (21, False)])
+def test_an_adaptive_coefficient_stays_above_0(horizon, refused):
+    given = {
+        "algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive", "algorithm.kl_ctrl.horizon": horizon,
+        "data.train_batch_size": 20, "actor_rollout_ref.rollout.n": 5,
+    }  # fmt: skip
+    controller = KlController(0.5, True, 0.1, horizon)
+    controller.update(0.0, 100)
+    assert (controller.coef <= 0) is refused
+    with pytest.raises(UserError) as caught:  # other settings are missing
+        build_config(nested(given))
+    assert (f"algorithm.kl_ctrl.horizon={horizon} with 100 rows a step" in str(caught.value)) is refused
+    assert ("Set the horizon to 21 or more" in str(caught.value)) is refused
 
 
 @pytest.mark.parametrize(

@@ -30,24 +30,24 @@ class GradientBalance:
         """Whether the next update should measure."""
         return self._policy_norm is None or self._updates >= self.every
 
-    def measure(self, policy_norm: float, embedding_norm: float, size: float) -> float:
+    def measure(self, policy_norm: float, embedding_norm: float, vector_norm: float) -> float:
         """Take the two norms; return what to multiply the embedding gradient by. A norm that is 0 or not finite is not
         taken, and the next update is due again.
 
         Args:
-            size: norm of the gradient by the embeddings, above 0.
+            vector_norm: of the gradient by the embeddings, above 0.
         """
         if all(math.isfinite(norm) and norm > 0 for norm in (policy_norm, embedding_norm)):
-            self._policy_norm, self._gain, self._updates = policy_norm, embedding_norm / size, 0
-        return self.scale(size)
+            self._policy_norm, self._gain, self._updates = policy_norm, embedding_norm / vector_norm, 0
+        return self.scale(vector_norm)
 
-    def scale(self, size: float) -> float:
+    def scale(self, vector_norm: float) -> float:
         """What to multiply the embedding gradient of an update by, from the last measurement; 1 before the first, and
         for a gradient of 0."""
         self._updates += 1
-        if self.share in (None, 1) or self._policy_norm is None or not size:
+        if self.share in (None, 1) or self._policy_norm is None or not vector_norm:
             return 1.0
-        return self.share / (1 - self.share) * self._policy_norm / (self._gain * size)
+        return self.share / (1 - self.share) * self._policy_norm / (self._gain * vector_norm)
 
     def state_dict(self) -> dict[str, float | int | None]:
         """What was measured, for a checkpoint; the settings are not in it."""

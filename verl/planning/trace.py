@@ -269,7 +269,7 @@ def trace(setup: Setup, rows: DataProto, score_rows: DataProto) -> Trace:
         # An update that measures both gradients takes most.
         config = setup.actor.model_copy(update={"embedding_grad_every": 1})
         longest = int(rows.batch["response_length"].max())
-        actor = Actor(policy, config, 1.0, longest, total_steps=1, one_update=setup.keeps_forward)
+        actor = Actor(policy, config, 1.0, longest, total_steps=1, one_mini_batch=setup.keeps_forward)
         stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows, score_rows)}
     trained, parameters = count_parameters(policy.lm)
     return Trace(stages, parameters, trained, max(parameter.numel() for parameter in policy.parameters()))

@@ -98,7 +98,8 @@ def step_line(step: int, total: int, m: dict[str, float]) -> str:
         + (f" ({', '.join(parts)})" if parts else "")
         + _contrast(m)
         + _kl(m)
-        + f"  group std {m['group/std_median']:.3f}  grad {m['actor/grad_norm']:.2f}"
+        + (f"  group std {m['group/std_median']:.3f}" if "group/std_median" in m else "")
+        + f"  grad {m['actor/grad_norm']:.2f}"
         + f"  tokens {m['rationale/trained_tokens_mean']:.0f}"
         + f" ({m['rationale/trained_truncated']:.0%} cut)  {m['perf/tokens_per_s']:.0f} tok/s"
         + f"  {_times(m)}"

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.config import RunConfig
+from verl.config_checks import step_without_policy
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
 from verl.models.lora import add_adapter, base_of_adapter
@@ -141,6 +142,18 @@ def build_without_weights(config: RunConfig) -> Any:
     if model.trains_adapter:
         add_adapter(lm, model, config.actor_rollout_ref.rollout.seed)
     return lm
+
+
+def check_embeddings(config: RunConfig, needs_embeddings: bool) -> None:
+    """Raise `UserError` where a step would train by embeddings alone, and the reward manager does not ask for them."""
+    found = None if needs_embeddings else step_without_policy(config)
+    if found:
+        step, setting = found
+        raise UserError(
+            f"{setting}: step {step} follows no policy gradient and trains by a loss on the embeddings alone, which "
+            f"reward_model.reward_manager={config.reward_model.reward_manager} does not ask for (needs_embeddings). "
+            "Leave the setting out, or use a reward manager with such a loss."
+        )
 
 
 def check_matryoshka_dims(config: RunConfig, dims: list[int] | None) -> None:

@@ -22,6 +22,7 @@ from verl.trainer.prepare import (
     anchors_per_sample,
     build_renderer,
     build_without_weights,
+    check_embeddings,
     check_engine_groups,
     check_matryoshka_dims,
     find_devices,
@@ -104,6 +105,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
     with _for_the_user(ValueError):
         get_adv_estimator_fn(config.algorithm.adv_estimator)
         reward_manager = load_reward_manager(config)
+        check_embeddings(config, reward_manager.needs_embeddings)
         renderer = build_renderer(config)
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings, config.data.trained_text)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)

@@ -37,8 +37,8 @@ class _Totals:
     """Scored tokens of the trained rows: of their responses, or of their texts."""
     rows: float
     """Trained rows."""
-    embedding_grad: float
-    """Norm of the gradient by the embeddings; 0 = there is no such gradient."""
+    vector_norm: float
+    """Of the gradient by the embeddings; 0 = there is no such gradient."""
     has_advantages: bool
     """Whether some row's advantage is not 0. Without, what a KL term leaves of the policy's gradient says nothing about
     how strong it is."""
@@ -52,7 +52,7 @@ class Actor:
         temperature: the rollout's, by which log-probs divide the logits.
         max_response_length: for loss_agg_mode=seq-mean-token-sum-norm.
         total_steps: training steps of the run, for the learning-rate schedule.
-        one_update: a training step is one optimizer step.
+        one_mini_batch: a training step has one, so the forward that scores it can be that of its first update.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Actor:
         temperature: float,
         max_response_length: int,
         total_steps: int,
-        one_update: bool = False,
+        one_mini_batch: bool = False,
     ) -> None:
         self.policy = policy
-        self._one_update = one_update
+        self._one_mini_batch = one_mini_batch
         self._kept = KeptForward(policy, temperature, config.has_kl_loss)
         self.config = config
         self.temperature = temperature
@@ -91,7 +91,7 @@ class Actor:
             log_probs: the update will follow the policy gradient; entropies are computed too.
             train_anchors: the update will have the anchors too.
         """
-        only = only_micro_batch(self.policy, rows, self.limit, train_anchors) if self._one_update else None
+        only = only_micro_batch(self.policy, rows, self.limit, train_anchors) if self._one_mini_batch else None
         if only is None:
             return score(self.policy, rows, limit, self.temperature, embed, entropy=log_probs, log_probs=log_probs)
         return self._kept.score(rows, only, limit, embed, log_probs)
@@ -128,13 +128,13 @@ class Actor:
         self.optimizer.zero_grad()
         norms: dict[str, float] = {}
         trains_policy = self._trains_policy(rows)
-        if trains_policy and not total.embedding_grad:
+        if trains_policy and not total.vector_norm:
             sums = self._backward(rows, total)
         elif trains_policy and total.has_advantages and self.balance.is_due:
             sums, norms = self._backward_apart(rows, total)
         else:
-            by_tokens = trains_policy or self.config.has_kl_loss
-            sums = self._backward(rows, total, by_tokens, self.balance.scale(total.embedding_grad))
+            with_token_loss = trains_policy or self.config.has_kl_loss
+            sums = self._backward(rows, total, with_token_loss, self.balance.scale(total.vector_norm))
         grad_norm = clip_gradient(self.policy, self.config.grad_clip)
         self._apply(grad_norm)
         reduced = sum_over_ranks(torch.tensor([float(value) for value in sums.values()]))
@@ -156,17 +156,17 @@ class Actor:
         return ["pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", *names]
 
     def _backward(
-        self, rows: DataProto, total: _Totals, by_tokens: bool = True, embedding: float = 0.0
+        self, rows: DataProto, total: _Totals, with_token_loss: bool = True, embedding: float = 0.0
     ) -> dict[str, Tensor]:
         """Add the gradient of the mini-batch's loss; return this rank's share of the metrics.
 
         Args:
-            by_tokens: whether the loss of `_token_loss` is part of it.
+            with_token_loss: whether `_token_loss` is part of it.
             embedding: what the loss on the embeddings is multiplied by.
         """
-        sums = {name: torch.zeros(()) for name in self._metric_names(rows) if by_tokens}
+        sums = {name: torch.zeros(()) for name in self._metric_names(rows) if with_token_loss}
         for micro in micro_batches(rows, self.limit, self.policy):
-            loss, parts = self._loss(rows[micro.rows], micro.packed, total, by_tokens, embedding)
+            loss, parts = self._loss(rows[micro.rows], micro.packed, total, with_token_loss, embedding)
             # FSDP averages gradients over ranks; the loss is a sum over them.
             (loss * dist.get_world_size()).backward()
             for name, value in parts.items():
@@ -178,9 +178,9 @@ class Actor:
         sums = self._backward(rows, total)
         policy_norm = clip_gradient(self.policy, math.inf)
         policy_gradient = take_gradient(self.policy)
-        self._backward(rows, total, by_tokens=False, embedding=1.0)
+        self._backward(rows, total, with_token_loss=False, embedding=1.0)
         embedding_norm = clip_gradient(self.policy, math.inf)
-        scale = self.balance.measure(policy_norm, embedding_norm, total.embedding_grad)
+        scale = self.balance.measure(policy_norm, embedding_norm, total.vector_norm)
         combine_gradient(self.policy, scale, policy_gradient)
         both = policy_norm + scale * embedding_norm
         return sums, {
@@ -203,19 +203,19 @@ class Actor:
             )
 
     def _loss(
-        self, rows: DataProto, packed: PackedBatch, total: _Totals, by_tokens: bool, embedding: float
+        self, rows: DataProto, packed: PackedBatch, total: _Totals, with_token_loss: bool, embedding: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the mini-batch loss, and of its metrics."""
         out = self._kept.take(packed) or self.policy(
-            packed, self.temperature, log_probs=by_tokens, entropy=by_tokens and self._has_entropy(rows),
+            packed, self.temperature, log_probs=with_token_loss, entropy=with_token_loss and self._has_entropy(rows),
             embeddings=embedding != 0,
         )  # fmt: skip
         if not len(rows):
-            computed = out.log_probs if by_tokens else out.embeddings
+            computed = out.log_probs if with_token_loss else out.embeddings
             assert computed is not None
             return 0 * computed.sum(), {}
         nothing: dict[str, Tensor] = {}
-        loss, parts = self._token_loss(rows, packed, out, total) if by_tokens else (torch.zeros(()), nothing)
+        loss, parts = self._token_loss(rows, packed, out, total) if with_token_loss else (torch.zeros(()), nothing)
         if embedding:
             assert out.embeddings is not None
             # Its gradient at the weights of the scoring is that of the loss whose gradient by the vectors this is.

@@ -91,7 +91,7 @@ class ActorRolloutRefWorker(Worker):
         self.actor = Actor(
             policy, self.config.actor, self.config.rollout.temperature,
             self.run_config.data.max_response_length, self.plan.total_steps,
-            one_update=self.run_config.num_mini_batches == 1,
+            one_mini_batch=self.run_config.num_mini_batches == 1,
         )  # fmt: skip
         self._offload_params()
         trained, parameters = count_parameters(self.lm)

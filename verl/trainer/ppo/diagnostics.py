@@ -80,8 +80,9 @@ class Diagnostics:
         written = self._write(prompts.repeat([RATIONALES_PER_TEXT] * len(prompts)))
         first, second = written[0::RATIONALES_PER_TEXT], written[1::RATIONALES_PER_TEXT]
         wants_likelihood = self._config.trainer.diag_log_likelihood
-        # Before the first step the policy is the untrained model.
-        vectors, log_probs = self._embed(first, second, log_probs=wants_likelihood and step == 0)
+        # Before the first step the policy is the untrained model, unless it has an adapter that was trained before.
+        is_untrained = step == 0 and self._config.actor_rollout_ref.model.lora_adapter_path is None
+        vectors, log_probs = self._embed(first, second, log_probs=wants_likelihood and is_untrained)
         if wants_likelihood and log_probs is None:
             log_probs = self._by_untrained(first)
         likelihood = None if log_probs is None else token_mean(first, log_probs)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.algorithm.groups import group_mean_std, groups_of, within_group_correlation
+from verl.algorithm.groups import group_mean_std, group_size, groups_of, within_group_correlation
 from verl.algorithm.loss import token_weights
 from verl.config import RunConfig
 from verl.embedding.metrics import spread_report
@@ -58,17 +58,19 @@ def mean_entropy(batch: DataProto, config: RunConfig) -> float:
 
 
 def reward_metrics(rewards: Tensor, group: Tensor) -> dict[str, float]:
-    """Rewards [B] of the trained rows, and how the groups [B] spread."""
-    _, std = group_mean_std(rewards, group)
-    first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
-    spread = std[first_of_group]
-    return {
+    """Rewards [B] of the trained rows, and how they spread within the groups [B] of more than one."""
+    metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/max": float(rewards.max()),
         "reward/min": float(rewards.min()),
-        "group/std_median": float(spread.median()),
-        "group/flat_share": float((spread < _FLAT_GROUP_STD).float().mean()),
     }
+    _, std = group_mean_std(rewards, group)
+    first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
+    spread = std[first_of_group][group_size(group) > 1]
+    if len(spread):
+        metrics["group/std_median"] = float(spread.median())
+        metrics["group/flat_share"] = float((spread < _FLAT_GROUP_STD).float().mean())
+    return metrics
 
 
 def text_metrics(batch: DataProto, rewards: Tensor) -> dict[str, float]:

@@ -79,8 +79,8 @@ class RayPPOTrainer:
         """Once the run has started, where it diagnoses."""
         self.seconds: dict[str, float] = {}
         """Of the phases of the current step."""
-        self.step_seconds: float | None = None
-        """Of the last finished step."""
+        self.train_seconds = 0.0
+        """Of all steps that this process has finished."""
 
     def fit(self) -> None:
         """Train from the first step to the last."""
@@ -290,7 +290,7 @@ class RayPPOTrainer:
     def cost(self, step: int, rows: DataProto) -> dict[str, float]:
         """What the step took, in seconds by phase, tokens per second and bytes sent."""
         seconds, self.seconds = self.seconds, {}
-        self.step_seconds = sum(seconds.values())
+        self.train_seconds += sum(seconds.values())
         moved = self.workers.take_bytes_moved()
         return time_metrics(seconds, rows, moved) | {"training/epoch": rows.meta_info["epoch"]}
 
@@ -323,7 +323,9 @@ class RayPPOTrainer:
         self.workers.take_bytes_moved()  # not to be counted for the next step
         seconds = self.seconds.pop("val")
         self.tracking.log({**metrics, "time/val_s": seconds}, step)
-        self.display.say(self.run.validation.line(step, metrics, seconds, self.step_seconds))
+        finished = step - self.first_step
+        step_seconds = self.train_seconds / finished if finished else None
+        self.display.say(self.run.validation.line(step, metrics, seconds, step_seconds))
         name = self.config.trainer.save_best
         if name is None or step == self.first_step:
             return

@@ -81,7 +81,7 @@ class Validation:
         """What the display says of a validation.
 
         Args:
-            step_seconds: of a training step, for the share of the run that validation takes; None = not known yet.
+            step_seconds: mean of a training step, for the share of the run that validation takes; None = unknown.
         """
         figures = ", ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items())
         cost, frequency = f"{self.num_texts} texts in {seconds:.1f} s", self.config.trainer.test_freq

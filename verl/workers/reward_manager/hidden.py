@@ -193,7 +193,7 @@ class HiddenRewardManager:
         self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
-        rows.require("embeddings", "truncated", "uid", "role", "text")
+        rows.require("embeddings", "truncated", "response_length", "uid", "role", "text")
         at = _positions(rows)
         if _ANCHOR not in at:
             raise ValueError("the reward manager hidden needs an anchor for every sample: a query or a positive")
@@ -209,7 +209,10 @@ class HiddenRewardManager:
         if self.config.enable_length_penalty:
             scores = penalise(rewards, main.batch["truncated"], g, self.config)
         columns = {name: term.weighted for name, term in terms.items()}
-        output = RewardOutput(scores, _metrics(terms, g), {**columns, "before_penalty": rewards})
+        output = RewardOutput(scores, {}, {**columns, "before_penalty": rewards})
+        # A step without rationales has nothing that is rewarded.
+        if rows.batch["response_length"].any():
+            output.metrics |= _metrics(terms, g)
         if weight := self._contrastive_weight(rows):
             output.embedding_grad, found = self._contrastive_gradient(rows, at, g, groups, weight)
             output.metrics |= found
