@@ -1,6 +1,6 @@
 """Evaluate an embedder on MTEB, or on tasks in local files.
 
-    python3 eval_mteb.py --model_path checkpoints/GRACE/quickstart/global_step_8/huggingface --task_dir examples/eval
+    python3 eval_mteb.py --model_path checkpoints/GRACE/quickstart/global_step_28/huggingface --task_dir examples/eval
     python3 eval_mteb.py --model_path MODEL --base_model Qwen/Qwen2.5-1.5B-Instruct --suite quick
     python3 eval_mteb.py --model_path MODEL --benchmark "MTEB(eng, v1)" --yes
 

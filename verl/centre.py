@@ -1,6 +1,6 @@
 """Find the mean vector of a model's data and keep it with the model, whose vectors then lack its direction.
 
-    python3 -m verl.centre --model checkpoints/GRACE/quickstart/global_step_8/huggingface --input train.parquet
+    python3 -m verl.centre --model checkpoints/GRACE/quickstart/global_step_28/huggingface --input train.parquet
     python3 -m verl.centre --model SmolLM2-135M-Instruct --input train.parquet --output SmolLM2-centred
 
 Texts are embedded by the model's own settings, with rationales and without, which have a mean each. The means are
@@ -18,7 +18,9 @@ from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.centre", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="model folder, or with --output a hub name too")
     parser.add_argument(
         "--input", type=Path, required=True,

@@ -20,7 +20,9 @@ INSTRUCTION = f"Reason step by step. Then write {MARK} and after it the final nu
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.eval_generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model_path", required=True, help="folder or hub name of the model")
     add("--base_model", help="also run this model, with the same settings, and show the differences")

@@ -73,7 +73,9 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.get_demo_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     output = parser.parse_args().output
     if is_complete(output):

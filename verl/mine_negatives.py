@@ -20,7 +20,9 @@ from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.mine_negatives", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, help="model folder or hub name")
     add("--input", type=Path, required=True, help="pairs or triplets, in any form that process_data.py reads")

@@ -206,7 +206,7 @@ DIFFERENCES = {
     "actor_rollout_ref.rollout.val_kwargs.temperature": "read with do_sample=True only",
     "algorithm.adv_estimator": "gae and remax do not exist here",
     "trainer.total_epochs": "in verl the run ends with whichever comes first; here total_training_steps wins",
-    "trainer.logger": "console, wandb, tensorboard; metrics.jsonl is always written",
+    "trainer.logger": "console, wandb, tensorboard, mlflow, swanlab, trackio; metrics.jsonl is always written",
 }
 
 

@@ -26,7 +26,9 @@ from verl.utils.cpus import let_waiting_threads_sleep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.encoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="model folder or hub name")
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument(
