@@ -21,7 +21,9 @@ INSTRUCTION = f"Reason step by step. Then write {MARK} and after it the final nu
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python3 -m verl.eval_generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m verl.eval_generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model_path", required=True, help="folder or hub name of the model")

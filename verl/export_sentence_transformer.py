@@ -21,7 +21,9 @@ from pathlib import Path
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python3 -m verl.export_sentence_transformer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m verl.export_sentence_transformer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model_path", required=True, help="model folder or hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

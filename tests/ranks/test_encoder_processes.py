@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
+import pandas
 import pytest
 
 from verl import GraceEncoder
@@ -37,6 +40,27 @@ def test_two_processes_give_the_vectors_and_rationales_of_one(spread, tiny_folde
     assert spread.usage.rationales_made == len(TEXTS)
     plain = spread.encode(TEXTS[0], think=False)
     np.testing.assert_allclose(plain, alone.encode(TEXTS[0], think=False), atol=1e-5)
+
+
+def test_the_program_shares_its_work_too(tiny_folder, tmp_path, repo):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS) + "\n")
+
+    def embed(count: int) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "verl.encoder", "--model", str(tiny_folder), "--input", str(texts), "--output"]
+        options = [f"{tmp_path}/{count}.parquet", "--max_new_tokens=4", "--device=cpu", f"--num_processes={count}"]
+        return subprocess.run([*command, *options], capture_output=True, text=True, cwd=repo, check=False)
+
+    frames = []
+    for count in (1, 2):
+        done = embed(count)
+        assert done.returncode == 0, done.stderr
+        frames.append(pandas.read_parquet(tmp_path / f"{count}.parquet"))
+    alone, shared = frames
+    assert shared["rationale"].tolist() == alone["rationale"].tolist() and len(shared) == len(TEXTS)
+    np.testing.assert_allclose(np.stack(shared["vector"]), np.stack(alone["vector"]), atol=1e-5)
+    done = embed(0)
+    assert done.returncode == 2 and "num_processes=0 must be 1 or more" in done.stderr
 
 
 def test_an_error_in_a_process_comes_with_its_traceback_and_ends_all_processes(spread, monkeypatch):

@@ -54,6 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--span", choices=("input+rationale", "rationale"))
     add_vector_flags(parser)
     add_engine_flags(parser)
+    parser.add_argument("--num_processes", type=int, default=1, help="processes that share the work, one per GPU")
     args = parser.parse_args(argv)
     if args.output.suffix != ".parquet" or args.output.is_dir():
         if args.shard_rows is None:

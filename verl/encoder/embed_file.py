@@ -69,7 +69,8 @@ def embed_to_folder(args: argparse.Namespace) -> None:
 
 def open_encoder(args: argparse.Namespace, store: Path | None) -> GraceEncoder:
     encoder = GraceEncoder(
-        args.model, engine=args.engine, device=args.device, pooling=args.pooling, span=args.span, store=store,
+        args.model, engine=args.engine, device=args.device, num_processes=args.num_processes,
+        pooling=args.pooling, span=args.span, store=store,
         text_share=args.text_share, no_rationale_weight=args.no_rationale_weight,
         centre=False if args.no_centre else None,
         max_prompt_length=args.max_prompt_length, max_new_tokens=args.max_new_tokens,
