@@ -179,13 +179,19 @@ def recipe_table(found: Mapping[str, Sequence[Point]]) -> str:
 
 
 def points_as_json(points: Mapping[str, Sequence[Sequence[Point]]]) -> dict[str, Any]:
-    """Of each recipe, of each seed, the points of its training: cost and means of the main metrics on dev."""
+    """Of each recipe, of each seed, the points of its training: cost and means of the main metrics on dev, also of the
+    vector that is best at the end."""
 
-    def described(point: Point) -> dict[str, Any]:
-        means = {variant: mean_of_main([point.scores], variant) for variant in RECIPE_VARIANTS}
+    def described(point: Point, best: str) -> dict[str, Any]:
+        vectors = {variant: variant for variant in RECIPE_VARIANTS} | {"best": best}
+        means = {name: mean_of_main([point.scores], variant) for name, variant in vectors.items()}
         return {"cost": point.cost.as_json(), "dev": means}
 
-    return {name: [[described(point) for point in seed] for seed in seeds] for name, seeds in points.items()}
+    best = {name: _best_of(scoring.choices(), [seed[-1].scores for seed in seeds]) for name, seeds in points.items()}
+    return {
+        name: {"best": best[name], "seeds": [[described(point, best[name]) for point in seed] for seed in seeds]}
+        for name, seeds in points.items()
+    }
 
 
 def recipe_differences(

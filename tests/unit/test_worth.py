@@ -463,10 +463,12 @@ def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_fold
     once = Study(tiny_folder, data, replace(shape, recipe_steps=(1,)), tmp_path, lambda _: None)
     alone = once.recipe("some", 0)
     written = points_as_json({"some": [[first, last]]})["some"]
-    for variant in ("with", "shuffled", "without"):
-        assert [point["dev"][variant] for point in written[0]] == [
+    for name in ("with", "shuffled", "without", "best"):
+        variant = best["some"] if name == "best" else name
+        assert [point["dev"][name] for point in written["seeds"][0]] == [
             scoring.mean_of_main([point.scores], variant) for point in (*alone, ends["some"])
         ]
+    assert written["best"] == best["some"]
 
 
 def chosen_on_dev(runs):
