@@ -83,10 +83,22 @@ class PromptDataset(Dataset):
         """Estimated share of the samples that have a text which is cut."""
         self._treat_overlong(renderer)
         if not len(self):
-            raise UserError(f"{', '.join(files)}: no samples to train on.")
+            raise UserError(f"{', '.join(files)}: {self._why_empty()}")
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def _why_empty(self) -> str:
+        """Why there is no sample, and the way out."""
+        if self.num_dropped:
+            return (
+                f"no sample is left: each of the {self.num_dropped} has a text beyond data.max_prompt_length="
+                f"{self.config.max_prompt_length}. Raise it, or set data.filter_overlong_prompts=False."
+            )
+        return (
+            "there are no samples. Name another file; of few lines, process_data.py puts some into test.parquet with a "
+            "larger --test_ratio."
+        )
 
     @property
     def num_system_prompts(self) -> int:
