@@ -488,7 +488,8 @@ class TrainerConfig(_Section):
     samples_per_step: NonNegativeInt = 8
     """Samples of each step whose rationales and rewards go to samples/step_N.jsonl."""
     save_freq: OrOff = -1
-    """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = never."""
+    """Steps between checkpoints; the last step is saved too. -1 = the last step only, 0 = only the step
+    that the run is stopped at."""
     max_actor_ckpt_to_keep: PositiveInt | None = None
     """Keep this many newest checkpoints, and the best one; null = all."""
     save_best: str | None = None

@@ -27,9 +27,9 @@ from verl.verl_keys import (
     leaves,
 )
 
-# What validation reports as val/<name>: the first set for triplets only, `reward` alone if rewards come from a rule.
+# What validation reports as val/<name> of embeddings: the first set for triplets only.
 _TRIPLET_METRICS = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
-_METRICS = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman", "reward"}
+_METRICS = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman"}
 
 _GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"}
 
@@ -288,13 +288,19 @@ def _check_save_best(config: RunConfig) -> Iterator[str]:
     name = config.trainer.save_best
     if name is None:
         return
-    metrics = _METRICS | (_TRIPLET_METRICS if config.train_mode == "supervised" else set())
-    metrics -= {"sts_spearman"} if config.data.val_sts_file is None else set()
-    names = sorted(f"val/{metric}" for metric in metrics)
+    names = sorted(f"val/{metric}" for metric in _validated(config))
     if name not in names:
         yield (f"trainer.save_best={name} is not a metric of this run's validation; use one of {', '.join(names)}.")
     if config.trainer.test_freq <= 0:
         yield (f"trainer.save_best={name} needs validation; set trainer.test_freq to a number of steps.")
+
+
+def _validated(config: RunConfig) -> set[str]:
+    """What validation reports; a reward manager of the user's own may embed or not (`prepare.check_save_best`)."""
+    embedded = _METRICS | (_TRIPLET_METRICS if config.train_mode == "supervised" else set())
+    embedded -= {"sts_spearman"} if config.data.val_sts_file is None else set()
+    by_manager = {"hidden": embedded, "naive": {"reward"}}
+    return by_manager.get(config.reward_model.reward_manager, embedded | {"reward"})
 
 
 def _check_algorithm(config: RunConfig) -> Iterator[str]:

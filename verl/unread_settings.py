@@ -60,6 +60,13 @@ _POLICY_ONLY = (
 )  # fmt: skip
 
 
+# Advantage estimators that read norm_adv_by_std_in_grpo.
+_BY_STD = ("grpo", "grpo_passk")
+_VALIDATION_ONLY = (
+    "data.val_batch_size", "data.val_max_samples", "data.val_sts_file", f"{_ROLLOUT}.val_kwargs.do_sample",
+)  # fmt: skip
+
+
 def _may_train_embeddings(config: RunConfig) -> bool:
     """Whether the reward manager can give a gradient on the embeddings; one of the user's own may."""
     rewards = config.reward_model
@@ -78,7 +85,7 @@ READERS = (
         lambda c: c.trainer.resume_mode != "disable",
     ),
     Reader(
-        ("trainer.max_actor_ckpt_to_keep",), "trainer.save_freq other than 0, or trainer.save_best",
+        ("trainer.max_actor_ckpt_to_keep", "trainer.report"), "trainer.save_freq other than 0, or trainer.save_best",
         lambda c: c.trainer.save_freq != 0 or c.trainer.save_best is not None,
     ),
     Reader(
@@ -282,6 +289,11 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], st
         # A KL term weighs its tokens too.
         without = _POLICY_ONLY if section.actor.has_kl_loss else (*_POLICY_ONLY, f"{_ACTOR}.loss_agg_mode")
         yield [key for key in changed if key in without], "without a policy gradient"
+    elif config.algorithm.adv_estimator not in _BY_STD:
+        by_std = [key for key in changed if key == "algorithm.norm_adv_by_std_in_grpo"]
+        yield by_std, f"with adv_estimator={config.algorithm.adv_estimator}"
+    if not config.validates:
+        yield [key for key in changed if key in _VALIDATION_ONLY], "without validation"
     if not config.trainer.use_ray:
         yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
     if config.num_mini_batches == 1:

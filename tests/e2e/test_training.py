@@ -351,11 +351,12 @@ def test_naive_rewards_need_no_anchors(tmp_path, tiny_folder, triplets):
     done = train_here(
         *overrides, "reward_model.reward_manager=naive", f"custom_reward_function.path={score}",
         "custom_reward_function.name=vowels", "+custom_reward_function.reward_kwargs.weight=2",
-        "trainer.total_training_steps=1",
+        "trainer.total_training_steps=1", "trainer.test_freq=1", "trainer.save_best=val/reward",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     samples = read_samples(run_dir, 1)
     assert len(samples) == 12 and {s["role"] for s in samples} == {"positive"}
+    assert (run_dir / "best_checkpointed_iteration.txt").is_file()
     for s in samples:
         assert s["reward"] == 2 * sum(c in "aeiou" for c in s["rationale"])
 

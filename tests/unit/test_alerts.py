@@ -81,8 +81,11 @@ def test_an_alert_is_said_once_and_again_only_after_a_long_recovery():
 
 def test_what_was_said_before_a_resume_is_not_said_again():
     lines = diagnoses({}, {"diag/effective_rank": 5.0}, {"diag/effective_rank": 4.0})
+    not_said_yet = AlertWatch()
+    not_said_yet.replay(lines[:2])
+    assert [alert.name for alert in not_said_yet.take()] == ["collapse"]
     watch = AlertWatch()
-    watch.replay(lines[:2])
+    watch.replay([*lines[:2], {"step": 10, "alerts": [{"name": "collapse", "text": "..."}]}])
     assert watch.take() == []
     watch.add(lines[2])
     assert watch.take() == []

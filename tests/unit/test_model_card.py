@@ -5,6 +5,7 @@ import pytest
 from verl.checkpoint.model_card import put_scores, write_checkpoint_card
 from verl.config import RunConfig
 from verl.embedding.settings import EmbedderSettings
+from verl.step_schedule import StepSchedule
 
 
 @pytest.fixture
@@ -18,7 +19,8 @@ def card(tmp_path, monkeypatch):
         }
     )
     settings = EmbedderSettings(base_model="org/model-1.5B", system_prompt="Say | think")
-    write_checkpoint_card(tmp_path, config, settings, 1234, 50, {"torch": "2.13.0"})
+    schedule = StepSchedule(1234, samples=32, contrastive_samples=48, warm_up_steps=2, steps_between=3)
+    write_checkpoint_card(tmp_path, config, settings, schedule, 50, {"torch": "2.13.0"})
     return tmp_path / "README.md"
 
 
@@ -26,7 +28,8 @@ def test_it_tells_data_reward_settings_versions_and_the_command(card):
     text = card.read_text()
     for part in (
         "base_model: org/model-1.5B\n", "# x, step 50\n", "1,234 samples of a b.parquet",
-        "50 of 32 samples x 8 rationales",
+        # 2 first ones, and 3 after each of steps 3, 7, ... 47.
+        "| steps | 12 of 32 samples x 8 rationales, 38 of 48 samples without rationales |",
         "hidden {'temperature': 0.1}", "| max_new_tokens | 2048 |", "Say &#124; think", "torch 2.13.0",
         "python3 -m verl.trainer.main_ppo 'data.train_files=a b.parquet' trainer.experiment_name=x",
         "Not evaluated yet",
@@ -38,7 +41,7 @@ def test_it_tells_data_reward_settings_versions_and_the_command(card):
 def test_a_local_base_is_not_given_to_the_hub(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "folder").mkdir(parents=True)
-    write_checkpoint_card(tmp_path, RunConfig(), EmbedderSettings(base_model=base), 1, 1, {})
+    write_checkpoint_card(tmp_path, RunConfig(), EmbedderSettings(base_model=base), StepSchedule(1, 1, 1), 1, {})
     front = (tmp_path / "README.md").read_text().split("---")[1]
     assert "base_model" not in front
 

@@ -176,6 +176,7 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
         (RewardOutput(torch.zeros(4, dtype=torch.float64)), "scores are torch.float64; return float32"),
         (RewardOutput(torch.zeros(4, dtype=torch.int64)), "scores are torch.int64; return float32"),
         (RewardOutput(torch.zeros(4, device="meta")), "scores is on meta; give it on the CPU"),
+        (RewardOutput(torch.zeros(4, requires_grad=True)), r"scores carries a graph; return scores.detach\(\)"),
         (
             RewardOutput(torch.tensor([0.0, 1.0, math.nan, -math.inf])),
             "2 of 4 scores are not finite, the first is nan for sample 2, text 'text 2', rationale 'so 6'",

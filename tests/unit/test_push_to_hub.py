@@ -22,6 +22,7 @@ from verl.config import RunConfig
 from verl.embedding.centre import Centre
 from verl.embedding.settings import EmbedderSettings
 from verl.evaluation.mteb_model import model_meta
+from verl.step_schedule import StepSchedule
 from verl.utils.logging import quiet_libraries
 
 REPO = "me/it"
@@ -39,7 +40,7 @@ def saved_step(tmp_path_factory):
     step = root / "run" / "global_step_8"
     folder = save_tiny(step / "huggingface")
     SETTINGS.write(folder)
-    write_checkpoint_card(folder, RunConfig(), SETTINGS, 1234, 8, {"torch": "2"})
+    write_checkpoint_card(folder, RunConfig(), SETTINGS, StepSchedule(1234, 64, 64), 8, {"torch": "2"})
     (step / "actor").mkdir()
     (step / "actor" / "optimizer.distcp").write_bytes(b"x" * 1000)
     (step / "trainer_state.json").write_text("{}")
@@ -208,7 +209,7 @@ def test_a_base_in_a_folder_has_its_licence_in_its_card(root, hub, tmp_path, cap
     folder, base = root / "run" / "global_step_8" / "huggingface", tmp_path / "base"
     base.mkdir()
     EmbedderSettings(base_model=str(base)).write(folder)
-    write_checkpoint_card(folder, RunConfig(), EmbedderSettings(base_model=str(base)), 1, 1, {})
+    write_checkpoint_card(folder, RunConfig(), EmbedderSettings(base_model=str(base)), StepSchedule(1, 1, 1), 1, {})
     assert push(root) == 2
     assert f"{base} has no README.md; give it as --license" in error_of(capsys)
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: x-research\nlicense_link: LICENSE\n---\n")

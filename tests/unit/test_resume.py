@@ -1,14 +1,19 @@
 """A resumed run takes what was learned from the checkpoint, and every setting from its own configuration."""
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
+from verl.checkpoint import resume
 from verl.checkpoint.resume import find_resume
 from verl.checkpoint.run_folder import RunFolder
 from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import OptimConfig, RunConfig
+from verl.config_fields import nested
+from verl.errors import UserError
 from verl.models.fsdp import build_optimizer, build_scheduler
 
 BEFORE = OptimConfig(lr=1e-3, lr_warmup_steps=2)
@@ -96,14 +101,17 @@ def test_more_steps_stretch_the_schedule(checkpoint):
     assert train(*parts, 1) == [pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * progress)))]
 
 
-STATE = {"step": 5, "data_sha256": "ab", "kl_coef": 0.123, "first_probs_diff": 1e-6, "run_ids": {"wandb": "x"}}
+STATE = {
+    "step": 5, "data_sha256": "ab", "kl_coef": 0.123, "first_probs_diff": 1e-6, "run_ids": {"wandb": "x"},
+    "num_samples": 40,
+}  # fmt: skip
 
 
-def resumed_state(tmp_path, before: dict, now: dict) -> dict:
+def resumed_state(tmp_path, before: dict, now: dict, num_samples: int = 40) -> dict:
     run = RunFolder(tmp_path)
     run.begin(5)
     run.publish(5, {**STATE, "config": RunConfig.model_validate(before).model_dump(mode="json")})
-    point = find_resume(RunConfig.model_validate(now), run, "ab")
+    point = find_resume(RunConfig.model_validate(now), run, "ab", num_samples)
     assert point is not None
     return point.state
 
@@ -129,3 +137,77 @@ def test_what_a_run_found_out_holds_for_its_settings(tmp_path, before, now, forg
         name: value for name, value in STATE.items() if name not in forgotten
     }
     assert forgotten.isdisjoint(state)
+
+
+def test_another_number_of_samples_is_another_order_of_them(tmp_path):
+    before, now = ({"data": {"max_prompt_length": m, "filter_overlong_prompts": True}} for m in (200, 100))
+    with pytest.raises(UserError, match=r"40 samples are left of it, 39 now \(data.max_prompt_length"):
+        resumed_state(tmp_path, before, now, num_samples=39)
+    forced = {**now, "trainer": {"resume_force": True}}
+    assert resumed_state(tmp_path / "forced", before, forced, num_samples=39)["step"] == 5
+
+
+# Of each setting that makes another run, a value of a checkpoint and another one; a new setting has to be added here.
+OTHER_RUN = {
+    "actor_rollout_ref.model.path": ("one-model", "other-model"),
+    "actor_rollout_ref.model.override_config": ({"rope_theta": 10000.0}, {"rope_theta": 500000.0}),
+    "actor_rollout_ref.model.lora_rank": (0, 8),
+    "actor_rollout_ref.model.lora_alpha": (16, 32),
+    "actor_rollout_ref.model.target_modules": ("all-linear", ["q_proj", "v_proj"]),
+    "actor_rollout_ref.model.lora_adapter_path": (None, "adapter"),
+    "actor_rollout_ref.rollout.n": (8, 4),
+    "data.train_mode": ("supervised", "unsupervised"),
+    "data.train_batch_size": (64, 32),
+    "data.contrastive_batch_size": (None, 128),
+    "data.prompt_key": ("prompt", "messages"),
+    "data.system_prompt": ("Read the text", "Read it twice"),
+    "data.system_prompt_in": ("system", "user"),
+    "data.template_date": ("2024-07-26", "2025-01-01"),
+    "data.trained_text": ("positive", "query"),
+    "data.template": ("{text}", "Text: {text}"),
+    "data.instructions": ({"default": "Find answers"}, {"default": "Find duplicates"}),
+    "data.query.template": (None, "Query: {text}"),
+    "data.query.think": (True, False),
+    "data.document.template": (None, "Passage: {text}"),
+    "data.document.think": (True, False),
+    "data.filter_overlong_prompts": (False, True),
+    "data.negatives_per_query": (1, 3),
+    "data.shuffle": (True, False),
+    "data.seed": (1, 2),
+}
+
+
+def shown(value: Any) -> str:
+    """What a message shows at least: of a mapping the entry that differs."""
+    return repr(next(iter(value.values())) if isinstance(value, dict) else value)
+
+
+def test_every_setting_that_makes_another_run_is_walked():
+    assert OTHER_RUN.keys() == set(resume._SAME_RUN)
+
+
+@pytest.mark.parametrize("key", OTHER_RUN)
+def test_another_run_is_refused_with_both_values_unless_it_is_forced(tmp_path, key):
+    before, now = (nested({key: value}) for value in OTHER_RUN[key])
+    with pytest.raises(UserError, match="is of another run") as caught:
+        resumed_state(tmp_path, before, now)
+    (line,) = [line for line in str(caught.value).splitlines() if re.match(rf"\s*{re.escape(key)}[.:]", line)]
+    old, new = map(shown, OTHER_RUN[key])
+    told_before, told_now = line.split(" before, ")
+    assert old in told_before and new in told_now
+    forced = {**now, "trainer": {"resume_force": True}}
+    assert resumed_state(tmp_path / "forced", before, forced)["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("actor_rollout_ref.model.override_config", {}, {"rope_theta": 500000.0}),
+        ("actor_rollout_ref.model.override_config", {"rope_theta": 500000.0}, {}),
+        ("actor_rollout_ref.model.override_config", {"a": 1}, {"b": 1}),
+        ("data.instructions", {"default": "Find answers"}, {"default": "Find answers", "web": "Find pages"}),
+    ],
+)
+def test_an_entry_that_only_one_of_two_mappings_has_makes_another_run_too(tmp_path, key, before, now):
+    with pytest.raises(UserError, match=rf"is of another run:\n  {re.escape(key)}"):
+        resumed_state(tmp_path, nested({key: before}), nested({key: now}))

@@ -25,6 +25,7 @@ def config_of(settings: dict[str, Any]) -> RunConfig:
 CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("trainer.resume_from_path", "global_step_3", {"trainer.resume_mode": "resume_path"}),
     ("trainer.max_actor_ckpt_to_keep", 2, {"trainer.save_freq": 5}),
+    ("trainer.report", True, {"trainer.save_freq": -1}),
     ("custom_reward_function.name", "score", {"custom_reward_function.path": "mine.py"}),
     ("custom_reward_function.reward_kwargs", {"a": 1}, {"custom_reward_function.path": "mine.py"}),
     (f"{ACTOR}.optim.min_lr_ratio", 0.1, {f"{ACTOR}.optim.warmup_style": "cosine"}),
@@ -168,6 +169,21 @@ def test_without_a_policy_gradient_a_recipes_settings_of_it_are_told_and_a_group
         assert ("a group of one has no advantage" in str(caught.value)) is refused
 
 
+@pytest.mark.parametrize(
+    ("given", "reader", "note"),
+    [
+        ({"data.val_max_samples": 9, "data.val_sts_file": None, f"{ROLLOUT}.val_kwargs.do_sample": True},
+         {"trainer.test_freq": 5}, "no effect without validation"),
+        ({"algorithm.adv_estimator": "rloo", "algorithm.norm_adv_by_std_in_grpo": False},
+         {"algorithm.adv_estimator": "grpo"}, "no effect with adv_estimator=rloo"),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_in_this_run_is_told_at_its_start(given, reader, note):
+    (told,) = (keys for what, keys in start_notes(config_of(given), "cpu") if what == note)
+    assert told.split(", ") == [key for key in given if key != "algorithm.adv_estimator"]
+    assert note not in dict(start_notes(config_of({**given, **reader}), "cpu"))
+
+
 def test_without_a_policy_gradient_there_has_to_be_a_contrastive_loss():
     with pytest.raises(UserError) as caught:
         build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": {}}))
@@ -226,8 +242,13 @@ def test_every_step_that_follows_no_policy_gradient_needs_the_contrastive_loss(w
     with pytest.raises(UserError) as caught:  # other settings are missing
         build_config(nested(given))
     said = re.findall(r"(contrastive\w*weight)=0: with .*, step (\d+) follows no policy gradient", str(caught.value))
-    if weight or (first and first[0]):  # without any loss another line says so
+    if weight or (first and first[0]):
         assert dict(said) == {name: str(step) for name, step in idle.items()}
+        return
+    assert not said, "without any loss each of its settings is told instead"
+    for name in given.keys() - {"reward_model.reward_kwargs"}:
+        told = re.search(rf"^{re.escape(name)}=(\S+) has no effect: it is read with", str(caught.value), re.MULTILINE)
+        assert (float(told[1]) if told else 0) == given[name]
 
 
 @pytest.mark.parametrize(

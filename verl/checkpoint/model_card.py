@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from verl.config import RunConfig, file_list
 from verl.embedding.settings import EmbedderSettings
+from verl.step_schedule import StepSchedule
 from verl.utils.files import replace_file
 
 FILE_NAME = "README.md"
@@ -23,16 +24,12 @@ _SETTINGS, _TRAINING = "## How it embeds", "## How it was trained"
 
 
 def write_checkpoint_card(
-    folder: Path, config: RunConfig, settings: EmbedderSettings, num_samples: int, step: int,
+    folder: Path, config: RunConfig, settings: EmbedderSettings, schedule: StepSchedule, step: int,
     versions: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Write the card of the model folder of step `step`.
-
-    Args:
-        num_samples: samples in the training data.
-    """
+    """Write the card of the model folder of step `step`."""
     name = f"{config.trainer.experiment_name}, step {step}"
-    write_card(folder, name, settings.model_dump(), _training(config, num_samples, step), training_command(), versions)
+    write_card(folder, name, settings.model_dump(), _training(config, schedule, step), training_command(), versions)
 
 
 def training_command() -> str:
@@ -123,13 +120,21 @@ def _table(values: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def _training(config: RunConfig, num_samples: int, step: int) -> dict[str, Any]:
+def _steps(schedule: StepSchedule, step: int, rationales: int) -> str:
+    """How many steps of which kind the first `step` steps are."""
+    writing = schedule.steps_with_rationales(step)
+    said = f"{writing} of {schedule.samples} samples x {rationales} rationales"
+    without = step - writing
+    return f"{said}, {without} of {schedule.contrastive_samples} samples without rationales" if without else said
+
+
+def _training(config: RunConfig, schedule: StepSchedule, step: int) -> dict[str, Any]:
     """What a reader of the weights wants to know of the run, by name."""
     data, section, algorithm = config.data, config.actor_rollout_ref, config.algorithm
     reward = config.reward_model
     return {
-        "data": f"{config.train_mode}, {num_samples:,} samples of {', '.join(file_list(data.train_files))}",
-        "steps": f"{step} of {data.train_batch_size} samples x {section.rollout.n} rationales",
+        "data": f"{config.train_mode}, {schedule.num_samples:,} samples of {', '.join(file_list(data.train_files))}",
+        "steps": _steps(schedule, step, section.rollout.n),
         "reward": f"{reward.reward_manager} {dict(reward.reward_kwargs)}",
         "advantage": f"{algorithm.adv_estimator}, divided by the group's standard deviation: "
         f"{algorithm.norm_adv_by_std_in_grpo}",

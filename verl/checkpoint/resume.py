@@ -6,8 +6,8 @@ from typing import Any
 
 from verl.checkpoint.run_folder import RunFolder, find_fault, read_state, step_folder
 from verl.config import RunConfig
+from verl.config_fields import walk_fields
 from verl.errors import UserError
-from verl.verl_keys import leaves
 
 # With another value of one of these it is another run: other samples, other rows, or another model.
 _SAME_RUN = (
@@ -60,11 +60,12 @@ class ResumePoint:
     """For the log: checkpoints that were skipped, and settings that changed."""
 
 
-def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePoint | None:
+def find_resume(config: RunConfig, run: RunFolder, data_sha256: str, num_samples: int) -> ResumePoint | None:
     """The checkpoint to resume from, or None.
 
     Args:
         data_sha256: of the training files' bytes.
+        num_samples: that are trained on, without those that are filtered.
 
     Raises:
         UserError: trainer.resume_from_path is not a complete checkpoint; or the checkpoint is of another run.
@@ -81,7 +82,8 @@ def find_resume(config: RunConfig, run: RunFolder, data_sha256: str) -> ResumePo
         folder, skipped = _given_folder(config), []
     state = read_state(folder)
     changed = _changes(state["config"], config.model_dump(mode="json"))
-    notes = [f"skipped: {reason}" for reason in skipped] + _compare(changed, state, config, data_sha256, folder)
+    data = _data_changes(state, data_sha256, num_samples)
+    notes = [f"skipped: {reason}" for reason in skipped] + _compare(changed, data, config, folder)
     held = {name: value for name, value in state.items() if changed.keys().isdisjoint(_HOLDS_FOR.get(name, ()))}
     return ResumePoint(folder, held, notes)
 
@@ -98,29 +100,53 @@ def _given_folder(config: RunConfig) -> Path:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """A line for each setting with another value than before, by its dotted key."""
-    old, new = dict(leaves(before)), dict(leaves(now))
-    return {
-        key: f"{key}: {old[key]!r} before, {new[key]!r} now"
-        # A key that only one version of the program has was not changed by anybody.
-        for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key] and key not in _NOT_COMPARED
-    }
+    """A line for each setting with another value than before, by its dotted key; a mapping is one value."""
+    lines = {}
+    for key, _ in walk_fields(RunConfig):
+        # A key that an earlier version did not have was not changed by anybody.
+        if key in _NOT_COMPARED or not (old := _find(before, key)):
+            continue
+        (was,), (value,) = old, _find(now, key)
+        if was != value:
+            lines[key] = f"{key}: {was!r} before, {value!r} now"
+    return lines
 
 
-def _compare(
-    changed: dict[str, str], state: dict[str, Any], config: RunConfig, data_sha256: str, folder: Path
-) -> list[str]:
+def _find(values: Any, key: str) -> tuple[Any, ...]:
+    """The value of a dotted key in nested mappings, in a tuple that is empty where there is none."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return ()
+        values = values[part]
+    return (values,)
+
+
+def _data_changes(state: dict[str, Any], data_sha256: str, num_samples: int) -> list[str]:
+    """A line for what changed of the training data."""
+    if state["data_sha256"] != data_sha256:
+        return [f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)"]
+    # Steps of earlier versions do not say how many.
+    if (before := state.get("num_samples", num_samples)) != num_samples:
+        return [
+            f"data.train_files: {before} samples are left of it, {num_samples} now (data.max_prompt_length, "
+            "data.filter_overlong_prompts, or the prompt)"
+        ]
+    return []
+
+
+def _compare(changed: dict[str, str], data: list[str], config: RunConfig, folder: Path) -> list[str]:
     """A line for every setting that changed since the checkpoint was written.
+
+    Args:
+        data: a line for what changed of the training data.
 
     Raises:
         UserError: with one of the changes it is another run, and trainer.resume_force is not set.
     """
     other_run = [
-        line for key, line in changed.items() if any(key == one or key.startswith(f"{one}.") for one in _SAME_RUN)
+        *(line for key, line in changed.items() if any(key == one or key.startswith(f"{one}.") for one in _SAME_RUN)),
+        *data,
     ]
-    if state["data_sha256"] != data_sha256:
-        other_run.append(f"data.train_files: other contents (sha256 {state['data_sha256'][:8]}, {data_sha256[:8]} now)")
     if other_run and not config.trainer.resume_force:
         place = "default_local_dir" if config.trainer.default_local_dir else "experiment_name"
         raise UserError(

@@ -55,11 +55,15 @@ class CheckpointSaver:
         return folder, self.run.keep_newest(self._keep) if self._keep else []
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self.run.path).free
+        try:
+            room = f"{shutil.disk_usage(self.run.path).free / 2**30:.2f} GiB free"
+        except OSError as gone:
+            room = str(gone)
         self.run.abandon(step)
         left = [found for found in self.run.steps() if found <= step]
         last = f"step {left[-1]}" if left else "the beginning, as there is no checkpoint yet"
         return CheckpointError(
-            f"{error}\nstep {step} could not be saved in {self.run.path} ({free / 2**30:.2f} GiB free). Free some "
-            f"space, or make it writable, and start the same command again: it resumes from {last}."
+            f"{error}\nstep {step} could not be saved in {self.run.path} ({room}). Free some "
+            "space, or make it writable, and start the same command again: with trainer.resume_mode=auto it resumes "
+            f"from {last}."
         )

@@ -264,11 +264,7 @@ class StepBatches:
         self.steps = range(first_step, num_steps)
         self.seed = seed
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for places in self.places():
-            yield [index for _, index in places]
-
-    def places(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """The samples of each step as (pass, position)."""
         shuffled, order = -1, list(range(self.schedule.num_samples))
         for epoch, start, size in islice(self.schedule.places(), self.steps.start, self.steps.stop):
@@ -276,9 +272,6 @@ class StepBatches:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 shuffled, order = epoch, torch.randperm(len(order), generator=generator).tolist()
             yield [(epoch, index) for index in order[start : start + size]]
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
 
 def prompt_batches(
@@ -294,7 +287,7 @@ def prompt_batches(
         WorkerError: one of the processes died, or none gave a batch in time.
     """
     loader = DataLoader(
-        dataset, batch_sampler=batches.places(), num_workers=num_workers, collate_fn=collate,
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
         timeout=timeout_s if num_workers else 0,
         # A fork of this process would wait for ever for locks of threads that it does not have, as tokenizers' are.
         multiprocessing_context="spawn" if num_workers else None,

@@ -156,6 +156,18 @@ def check_embeddings(config: RunConfig, needs_embeddings: bool) -> None:
         )
 
 
+def check_save_best(config: RunConfig, needs_embeddings: bool) -> None:
+    """Raise `UserError` where trainer.save_best is a figure of embeddings and there are none, or the other way."""
+    name = config.trainer.save_best
+    if name is not None and (name == "val/reward") == needs_embeddings:
+        reported = "figures of embeddings, and no val/reward" if needs_embeddings else "val/reward alone"
+        raise UserError(
+            f"trainer.save_best={name} is not a metric of this run's validation: with "
+            f"reward_model.reward_manager={config.reward_model.reward_manager} (needs_embeddings={needs_embeddings}) "
+            f"it reports {reported}."
+        )
+
+
 def check_matryoshka_dims(config: RunConfig, dims: list[int] | None) -> None:
     """Raise `UserError` unless the model's embeddings have as many dimensions as `dims` wants to compare."""
     if dims is None:

@@ -25,6 +25,7 @@ from verl.trainer.prepare import (
     check_embeddings,
     check_engine_groups,
     check_matryoshka_dims,
+    check_save_best,
     find_devices,
     sample_roles,
 )
@@ -106,6 +107,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         get_adv_estimator_fn(config.algorithm.adv_estimator)
         reward_manager = load_reward_manager(config)
         check_embeddings(config, reward_manager.needs_embeddings)
+        check_save_best(config, reward_manager.needs_embeddings)
         renderer = build_renderer(config)
         roles = sample_roles(config.train_mode, reward_manager.needs_embeddings, config.data.trained_text)
         dataset = PromptDataset(file_list(config.data.train_files), config.data, roles, renderer)
@@ -131,7 +133,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         folder = RunFolder(config.run_dir.absolute())
     with folder.owned() as warning:
         with _for_the_user(CheckpointError):
-            resume = find_resume(config, folder, dataset.sha256)
+            resume = find_resume(config, folder, dataset.sha256, len(dataset))
         yield TrainingRun(
             config, plan, dataset, collate, validation, reward_manager, probe, folder, warning, resume, device,
             workers_per_node, engine_reason,

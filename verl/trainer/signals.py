@@ -65,7 +65,7 @@ class StopSignals:
 
 
 def _leave(number: int) -> None:
-    _tell(number, "stopped without saving; the same command resumes from the newest checkpoint")
+    _tell(number, "stopped without saving; the newest checkpoint is as it was")
     if sys.stdout.isatty():
         os.write(1, _SHOW_CURSOR)  # the progress bars hide it
     os._exit(exit_code(number))

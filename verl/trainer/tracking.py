@@ -45,12 +45,15 @@ class Tracking:
         """Of the last step that had any."""
         self._alerts = AlertWatch()
 
-    def begin(self, step: int, run_ids: dict[str, str]) -> None:
+    def begin(self, step: int, run_ids: dict[str, str]) -> set[str]:
         """Start the trackers, once the record has forgotten what was logged after `step`.
 
         Args:
             step: that the run goes on from; 0 for a new one, whose folder has no record yet.
             run_ids: as `run_ids` was when that step was saved.
+
+        Returns:
+            The figures that the record has of `step`.
         """
         kept, forgot = self._forget_after(step)
         self._alerts.replay(kept)
@@ -64,6 +67,7 @@ class Tracking:
                 continue
             if run_id is None or tracker.run_id != run_id:
                 self._mirror(name, kept)
+        return {name for line in kept if line["step"] == step for name in line}
 
     @property
     def run_ids(self) -> dict[str, str]:

@@ -59,7 +59,7 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
         prompts, [len(row.prompt) for row in tokens], [len(row.response) for row in tokens], limit.max_tokens,
         limit.max_rows,
     )  # fmt: skip
-    count = torch.tensor(len(parts), device=collective_device())
+    count = torch.tensor(len(parts))
     dist.all_reduce(count, dist.ReduceOp.MAX)
     for i in range(int(count)):
         part = parts[i] if i < len(parts) else []
@@ -67,13 +67,8 @@ def micro_batches(rows: DataProto, limit: MicroBatchLimit, policy: PolicyModel) 
         yield MicroBatch(part, packed.to(policy.device))
 
 
-def collective_device() -> torch.device:
-    """Where tensors of a collective must lie."""
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a CPU tensor over all ranks."""
-    moved = values.to(collective_device())
-    dist.all_reduce(moved)
-    return moved.cpu()
+    """The sum of a CPU tensor over all ranks; workers have gloo for these beside NCCL."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total

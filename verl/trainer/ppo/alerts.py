@@ -93,10 +93,11 @@ class AlertWatch:
     _begun: list[Alert] = field(default_factory=list)
 
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take over what was logged, and said, before."""
+        """Take over what was logged before, of which a line with alerts says all that have begun until then."""
         for line in lines:
             self.add(line)
-        self._begun.clear()
+            if "alerts" in line:
+                self._begun.clear()
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take over a line of metrics.jsonl."""

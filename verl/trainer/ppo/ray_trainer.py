@@ -5,7 +5,7 @@ Shapes: N rows of a step, B trained rows among them, R response tokens.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -19,7 +19,6 @@ from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.resume import ResumePoint
 from verl.checkpoint.saver import CheckpointSaver
 from verl.data.dataset import StepBatches, prompt_batches
-from verl.errors import UserError
 from verl.protocol import DataProto, is_trained, object_array, response_ids, scored_width
 from verl.report.page import write_report
 from verl.trainer.display import RunDisplay, model_lines
@@ -45,6 +44,8 @@ from verl.workers.reward_manager.checked import RewardError
 _BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val", "diag")
 # In these the driver calls no worker, so that nothing but a limit of its own would end them.
 _IN_THE_DRIVER = ("data", "reward")
+# Figures that a step has once it is validated, and diagnosed.
+_VALIDATED, _DIAGNOSED = "time/val_s", "time/diag_s"
 
 
 class RayPPOTrainer:
@@ -69,7 +70,8 @@ class RayPPOTrainer:
             state.get("kl_coef", kl.kl_coef), kl.type == "adaptive", kl.target_kl, kl.horizon
         )
         self.mismatch_guard = MismatchGuard(state.get("first_probs_diff"))
-        self.run_ids: dict[str, str] = state["run_ids"]
+        # Those of another run's folder are that run's.
+        self.run_ids: dict[str, str] = state["run_ids"] if self.goes_on else {}
         self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger, trainer.use_ray)
         self.tracking = Tracking(
             self.config.run_dir, list(trainer.logger), trainer.project_name, trainer.experiment_name,
@@ -109,7 +111,11 @@ class RayPPOTrainer:
                     found["actor"] = self.update(batch, rows, reward, step)
                 self.report(step, rows, batch, reward, found)
                 self.finish(step)
-        self.stop()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this run's own folder has the checkpoint that it resumes from."""
+        return self.run.resume is not None and self.run.resume.folder == self.run.folder.step(self.first_step)
 
     def start(self) -> None:
         """Load the models, and the checkpoint that the run resumes from."""
@@ -126,11 +132,14 @@ class RayPPOTrainer:
         if aside := self.run.folder.set_aside_after(self.first_step, also=() if self.run.resume else LOGGED):
             self.display.say(f"what an earlier run left after step {self.first_step} was moved to {aside}")
         write_record(self.run.folder.path, self.config, self.plan.total_steps)
-        self.tracking.begin(self.first_step, self.run_ids)
+        logged = self.tracking.begin(self.first_step, self.run_ids)
         if self.run.probe:
             self.diagnostics = Diagnostics(self.run, self.run.probe, self.workers, self.write_held_out)
         if self.config.trainer.val_before_train and not self.run.resume:
             self.validate(0)
+        if self.goes_on:
+            # The earlier run may have been stopped between training this step and judging it.
+            self.judge(self.first_step, logged)
         if self.diagnostics and not self.diagnostics.has_begun:
             self.diagnose(self.first_step)
         self.say_alerts(self.first_step)
@@ -139,7 +148,7 @@ class RayPPOTrainer:
         """Load a checkpoint into the workers."""
         with self.phase("resume"):
             self.workers.load_checkpoint(point.folder)
-        if point.folder == self.run.folder.step(self.first_step):
+        if self.goes_on:
             # The earlier run may have been killed between publishing this step and marking it as the best.
             self.run.folder.mark_best(self.first_step)
         seconds = self.seconds.pop("resume")
@@ -151,10 +160,6 @@ class RayPPOTrainer:
                 f"nothing left to train: the run has {self.plan.total_steps} steps (trainer.total_training_steps, or "
                 "trainer.total_epochs); raise it to go on"
             )
-
-    def stop(self) -> None:
-        self.display.stop()
-        self.tracking.finish()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -176,18 +181,21 @@ class RayPPOTrainer:
     @contextmanager
     def saving_when_stopped(self) -> Iterator[None]:
         """Save the last finished step when the run is asked to stop, cannot reward, or ends at an alert; what has begun
-        is dropped.
+        is dropped. However it ends, the bars and the trackers end too.
 
-        In all cases the workers are well, and their weights those of the last finished step.
+        In these three cases the workers are well, and their weights those of the last finished step.
         """
         try:
             yield
         except (Interrupted, RewardError, AlertError):
             if self.done_step > self.saver.saved_step:
                 self.save(self.done_step)
-            self.display.say(f"stopped; the same command resumes from step {self.saver.saved_step}")
-            self.stop()
+            mode = "" if self.config.trainer.resume_mode == "auto" else " with trainer.resume_mode=auto"
+            self.display.say(f"stopped; the same command{mode} resumes from step {self.saver.saved_step}")
             raise
+        finally:
+            self.display.stop()
+            self.tracking.finish()
 
     def steps(self) -> Iterator[tuple[int, DataProto]]:
         """The number and the prompt rows of every remaining step."""
@@ -279,13 +287,21 @@ class RayPPOTrainer:
     def finish(self, step: int) -> None:
         """What follows a step that is trained and logged: held-out figures, alerts and a checkpoint, where due."""
         self.done_step = step
-        if self.validation_is_due(step):
-            self.validate(step)
-        if self.diagnostics and self.diagnostics.is_due(step):
-            self.diagnose(step)
+        self.judge(step)
         self.say_alerts(step)
         if self.save_is_due(step):
             self.save(step)
+
+    def judge(self, step: int, logged: Collection[str] = ()) -> None:
+        """Held-out figures of a trained step, where due.
+
+        Args:
+            logged: figures that the step has already.
+        """
+        if self.validation_is_due(step) and _VALIDATED not in logged:
+            self.validate(step)
+        if self.diagnostics and self.diagnostics.is_due(step) and _DIAGNOSED not in logged:
+            self.diagnose(step)
 
     def cost(self, step: int, rows: DataProto) -> dict[str, float]:
         """What the step took, in seconds by phase, tokens per second and bytes sent."""
@@ -319,18 +335,17 @@ class RayPPOTrainer:
         """Log the figures of the held-out texts; save the step if it is the best by trainer.save_best."""
         assert self.run.validation is not None
         with self.phase("val"):
-            metrics = self.run.validation.run(self.embed_held_out, self.reward_manager)
+            embed = self.embed_held_out if self.reward_manager.needs_embeddings else self.write_held_out
+            metrics = self.run.validation.run(embed, self.reward_manager, step)
         self.workers.take_bytes_moved()  # not to be counted for the next step
         seconds = self.seconds.pop("val")
-        self.tracking.log({**metrics, "time/val_s": seconds}, step)
+        self.tracking.log({**metrics, _VALIDATED: seconds}, step)
         finished = step - self.first_step
         step_seconds = self.train_seconds / finished if finished else None
         self.display.say(self.run.validation.line(step, metrics, seconds, step_seconds))
         name = self.config.trainer.save_best
-        if name is None or step == self.first_step:
+        if name is None or step == 0:
             return
-        if name not in metrics:
-            raise UserError(f"trainer.save_best={name} is not one of the validation's: {', '.join(metrics)}.")
         best = self.run.folder.best()
         if is_better(name, metrics[name], best.value if best else None):
             self.save(step, metrics[name])
@@ -352,7 +367,7 @@ class RayPPOTrainer:
         with self.phase("diag"):
             diagnosis = self.diagnostics.run(step)
         self.workers.take_bytes_moved()  # not to be counted for the next step
-        self.tracking.log({**diagnosis.figures, "time/diag_s": self.seconds.pop("diag")}, step)
+        self.tracking.log({**diagnosis.figures, _DIAGNOSED: self.seconds.pop("diag")}, step)
         self.tracking.log_diagnosis(diagnosis.texts, step)
 
     def say_alerts(self, step: int) -> None:
@@ -399,13 +414,14 @@ class RayPPOTrainer:
         run, versions = self.run, installed_versions()
         self.workers.save_checkpoint(folder, run.collate.settings)
         write_checkpoint_card(
-            folder / "huggingface", self.config, run.collate.settings, len(run.dataset), step, versions
+            folder / "huggingface", self.config, run.collate.settings, self.plan.schedule, step, versions
         )
         return {
             "step": step,
             "samples_seen": self.plan.schedule.samples_seen(step),
             "world_size": self.workers.world_size,
             "data_sha256": run.dataset.sha256,
+            "num_samples": len(run.dataset),
             "kl_coef": self.kl_controller.coef,
             "first_probs_diff": self.mismatch_guard.first,
             "run_ids": self.tracking.run_ids,

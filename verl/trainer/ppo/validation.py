@@ -56,15 +56,20 @@ class Validation:
     def num_texts(self) -> int:
         return sum(len(sample["chats"]) for part in self.parts.values() for sample in part)
 
-    def run(self, embed: Callable[[DataProto], DataProto], reward_manager: RewardManager) -> dict[str, float]:
+    def run(
+        self, embed: Callable[[DataProto], DataProto], reward_manager: RewardManager, step: int
+    ) -> dict[str, float]:
         """The figures, as val/<name>.
 
         Args:
-            embed: gives every prompt row a rationale, and an embedding.
+            embed: gives every prompt row a rationale, and an embedding where the reward comes from these.
+            step: of the policy, which the reward manager is told as in training.
         """
         embedded = [(part, embed(prompts)) for part, prompts in self.batches()]
         if self.needs_embeddings:
             return self.report(embedded)
+        for _, rows in embedded:
+            rows.meta_info["step"] = step
         return {"val/reward": float(torch.cat([reward_manager(rows).scores for _, rows in embedded]).mean())}
 
     def batches(self) -> Iterator[tuple[str, DataProto]]:

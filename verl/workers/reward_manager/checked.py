@@ -65,6 +65,7 @@ class CheckedRewardManager:
     def _check_scores(self, scores: Any, trained: DataProto) -> None:
         self._check_tensor("scores", scores, len(trained))
         self._check_dtype("scores", scores)
+        self._check_detached("scores", scores)
         wrong = (~scores.isfinite()).nonzero().flatten().tolist()
         if wrong:
             raise RewardError(
@@ -85,8 +86,7 @@ class CheckedRewardManager:
             )
         self._check_on_cpu("embedding_grad", grad)
         self._check_dtype("embedding_grad", grad)
-        if grad.requires_grad:
-            raise RewardError(f"{self._who}: embedding_grad carries a graph; return embedding_grad.detach().")
+        self._check_detached("embedding_grad", grad)
         wrong = (~grad.isfinite()).any(1).nonzero().flatten().tolist()
         if wrong:
             raise RewardError(
@@ -107,6 +107,11 @@ class CheckedRewardManager:
     def _check_on_cpu(self, what: str, value: Tensor) -> None:
         if value.device.type != "cpu":
             raise RewardError(f"{self._who}: {what} is on {value.device}; give it on the CPU ({what}.cpu()).")
+
+    def _check_detached(self, what: str, value: Tensor) -> None:
+        # The loss would go on backward into the manager.
+        if value.requires_grad:
+            raise RewardError(f"{self._who}: {what} carries a graph; return {what}.detach().")
 
     def _check_dtype(self, what: str, value: Tensor) -> None:
         if value.dtype != torch.float32:
