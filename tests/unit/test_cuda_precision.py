@@ -3,11 +3,14 @@
 import pytest
 import torch
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
+from tiny import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from verl.embedding.settings import Mix
 from verl.models.fsdp import CUDA_PRECISION, full_weights, move_optimizer, shard_over
-from verl.models.policy import PolicyModel
+from verl.models.packing import Row, pack
+from verl.models.policy import PolicyModel, round_weights
 from verl.workers import actor as actor_module
 from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
@@ -43,6 +46,35 @@ def test_after_a_forward_without_a_backward_the_weights_are_still_the_float32_on
 def batch_of(policy: PolicyModel):
     (micro,) = actor_module.micro_batches(trained_rows(), LIMIT, policy)
     return micro.packed
+
+
+def test_means_are_weighed_in_float32():
+    rows = [
+        Row(tuple(range(20)), tuple(range(30, 37)), 5, False, Mix(text_share=0.3)),
+        Row(tuple(range(3, 40)), tuple(range(50, 60)), 7, False, Mix(no_rationale_weight=0.7)),
+    ]
+    rounded = tiny_policy()
+    for weight in rounded.parameters():
+        weight.data = weight.data.bfloat16()
+    one, two = (
+        policy(pack(rows, share_prompts=True), log_probs=False, embeddings=True).embeddings
+        for policy in (sharded(), rounded)
+    )
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_what_the_encoder_rounds_is_what_training_does():
+    """On CUDA; rotary frequencies are a buffer, and FSDP gathers weights alone in bfloat16."""
+    plain, rounded = tiny_model(seed=0), tiny_model(seed=0)
+    round_weights(rounded, torch.bfloat16)
+    for name, weight in plain.named_parameters():
+        found = rounded.get_parameter(name)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, weight.bfloat16()), name
+    buffers = dict(plain.named_buffers())
+    assert any(values.is_floating_point() for values in buffers.values())
+    for name, values in buffers.items():
+        found = rounded.get_buffer(name)
+        assert found.dtype == values.dtype and torch.equal(found, values), name
 
 
 def test_an_update_in_bfloat16_is_near_the_one_in_float32():

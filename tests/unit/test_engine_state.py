@@ -23,7 +23,7 @@ class RecordingEngine(Rollout):
     def wake_weights(self):
         self.calls.append("wake_weights")
 
-    def sleep(self):
+    def sleep(self, keep_weights=False):
         self.calls.append("sleep")
         self.state = EngineState.ASLEEP if self.keeps_weights else EngineState.STALE
 

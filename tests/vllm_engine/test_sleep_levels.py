@@ -45,6 +45,7 @@ def engine(free_cache_engine: bool = True, device: str = "cuda") -> VLLMRollout:
     Rollout.__init__(made, ["a"])
     made._llm, made._mapped, made._weight_bytes = Recorded(), {"weights", "kv_cache"}, WEIGHT_BYTES
     made._device, made._tied = torch.device(device), True
+    made._ranks_here = 2
     made._can_sleep = free_cache_engine and device == "cuda"
     return made
 
@@ -54,6 +55,7 @@ def host_memory(monkeypatch):
     def set_free(gib: float) -> None:
         monkeypatch.setattr(adapter.psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
 
+    monkeypatch.setattr(adapter, "usable_memory", lambda: 32 * GIB)
     set_free(64)
     return set_free
 
@@ -71,23 +73,30 @@ def test_a_run_of_two_steps(host_memory):
         sync(rollout)
         rollout.sleep()
         rollout.mark_stale()
-    once = ["wake weights", "reload_weights ['a']", "cache dropped", "wake kv_cache", "sleep 1"]
+    once = ["wake weights", "reload_weights ['a']", "cache dropped", "wake kv_cache", "sleep 2"]
     assert rollout._llm.events == ["sleep 2", *once, *once]
 
 
 @pytest.mark.parametrize(
-    ("free", "level", "state"), [(6.1, 1, EngineState.ASLEEP), (5.9, 2, EngineState.STALE)], ids=["room", "no room"]
+    ("free", "level", "state"), [(12.1, 1, EngineState.ASLEEP), (11.9, 2, EngineState.STALE)], ids=["room", "no room"]
 )
-def test_weights_are_kept_in_host_memory_where_it_has_room_for_them(host_memory, free, level, state):
+def test_weights_are_kept_in_host_memory_where_it_has_room_for_those_of_every_rank(host_memory, free, level, state):
     rollout = engine()
     host_memory(free)
-    rollout.sleep()
+    rollout.sleep(keep_weights=True)
     assert (rollout._llm.events, rollout.state) == ([f"sleep {level}"], state)
+
+
+def test_the_limit_of_a_container_counts(host_memory, monkeypatch):
+    monkeypatch.setattr(adapter, "usable_memory", lambda: 11.9 * GIB)
+    rollout = engine()
+    rollout.sleep(keep_weights=True)
+    assert rollout._llm.events == ["sleep 2"]
 
 
 def test_a_second_generation_with_the_same_weights_sends_none(host_memory):
     rollout = engine()
-    rollout.sleep()
+    rollout.sleep(keep_weights=True)
     rollout.wake_up()
     assert rollout._llm.events == ["sleep 1", "wake weights", "wake kv_cache"]
     assert rollout.state is EngineState.AWAKE
@@ -95,7 +104,7 @@ def test_a_second_generation_with_the_same_weights_sends_none(host_memory):
 
 def test_a_sleeping_engine_is_left_asleep(host_memory):
     rollout = engine()
-    rollout.sleep()
+    rollout.sleep(keep_weights=True)
     rollout.sleep()
     assert rollout._llm.events == ["sleep 1"]
 

@@ -21,7 +21,7 @@ from verl.encoder.record import Rationale, Sampling, TextRecord
 from verl.models.lora import whole_model_of
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel, load_causal_lm, round_weights
 from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.meeting_place import MeetingPlace
 from verl.utils.memory import usable_memory
@@ -100,7 +100,8 @@ class Backend:
             # By itself torch takes all CPUs of the machine, also where a container may use a few of them.
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         lm = load_causal_lm(spec.folder, spec.trust_remote_code)
-        lm = lm.to(spec.device, getattr(torch, spec.dtype_name)).eval().requires_grad_(False)
+        round_weights(lm, getattr(torch, spec.dtype_name))
+        lm = lm.to(spec.device).eval().requires_grad_(False)
         pack_linears(lm)
         self.policy = PolicyModel(lm)
         tokenizer = load_tokenizer(spec.folder, spec.trust_remote_code)

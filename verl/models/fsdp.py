@@ -6,6 +6,7 @@ Ray, rollout engines or rewards.
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,9 @@ def shard_over(
         fully_shard(
             layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard_after_forward
         )
-    fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    # The root's inputs are ids, and the weights of means, which stay float32.
+    root = replace(precision, cast_forward_inputs=False)
+    fully_shard(policy, mesh=mesh, mp_policy=root, offload_policy=offload)
 
 
 def reshard(policy: nn.Module) -> None:

@@ -225,14 +225,25 @@ def check_longest_row(config: Any, length: int) -> None:
             )
 
 
+def round_weights(lm: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights of a model another dtype, in place, and leave its buffers, such as rotary frequencies, float32.
+
+    So training computes, whose weights alone are gathered in another dtype.
+    """
+    for weight in lm.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 def build_twin(lm: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Any:
     """A model of the same architecture that the hf engine decodes with; its weights are random until a sync."""
     # A copy, because from_config changes the config that it is given.
     config = copy.deepcopy(lm.config)
-    twin = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=lm.config._attn_implementation, trust_remote_code=trust_remote_code
-    )
-    twin = twin.to(device).requires_grad_(False)
+    # There at once, or every rank would build a whole model in host memory.
+    with device:
+        twin = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=lm.config._attn_implementation, trust_remote_code=trust_remote_code
+        )
+    twin.requires_grad_(False)
     pack_linears(twin)
     return twin
 

@@ -215,9 +215,8 @@ def _cache_folder() -> Path:
 def _key(setup: Setup) -> str:
     """Of all that decides a trace: the setup, the model's config, the versions of torch and transformers, our code."""
     code = hashlib.sha256()
-    for folder in ("models", "workers", "planning"):
-        for file in sorted((_SOURCES / folder).rglob("*.py")):
-            code.update(file.read_bytes())
+    for file in sorted(_SOURCES.rglob("*.py")):
+        code.update(file.read_bytes())
     values = vars(setup) | {"model": setup.model.model_copy(update={"path": None})}
     versions = [torch.__version__, transformers.__version__, code.hexdigest()]
     parts = [repr(values), model_config(setup.model).to_json_string(), *versions]

@@ -146,7 +146,8 @@ class ActorRolloutRefWorker(Worker):
                 responses |= {writing[place]: response for place, response in ended.items()}
                 if rank_in_engine == 0:
                     yield len(ended)
-            self.rollout.sleep()
+            # After a training step the weights are others; held-out texts (step 0) are written batch after batch.
+            self.rollout.sleep(keep_weights=step == 0)
         columns = _response_columns([responses[row] for row in range(len(rows))], self.tokenizer.pad_token_id)
         yield columns if rank_in_engine == 0 else columns[:0]
 
@@ -230,6 +231,8 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: Path, embedder: EmbedderSettings) -> None:
         """Write `actor/` and `huggingface/` under `folder`."""
+        # A run that is stopped between a sync and the generation has an engine with a cache.
+        self.rollout.sleep()
         self._load_params()
         actor, model_folder = self.actor, folder / "huggingface"
         save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)

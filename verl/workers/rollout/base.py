@@ -158,8 +158,13 @@ class Rollout(ABC):
         self.state = EngineState.AWAKE
 
     @abstractmethod
-    def sleep(self) -> None:
-        """Free device memory, where the engine can; weights that do not fit in host memory are dropped."""
+    def sleep(self, keep_weights: bool = False) -> None:
+        """Free device memory, where the engine can.
+
+        Args:
+            keep_weights: move them to host memory, where it has room, as the next generation is by the same ones; else
+                they are dropped.
+        """
 
     def mark_stale(self) -> None:
         """The policy has new weights: no generation before the next `update_weights`."""

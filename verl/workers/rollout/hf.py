@@ -79,7 +79,7 @@ class HFRollout(Rollout):
     def wake_weights(self) -> None:
         """Nothing to do: this engine never frees its weights."""
 
-    def sleep(self) -> None:
+    def sleep(self, keep_weights: bool = False) -> None:
         """Nothing to do: each call frees its own cache."""
 
     def _wake_cache(self) -> None:

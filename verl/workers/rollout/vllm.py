@@ -27,6 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from verl.config import ModelConfig, RolloutConfig
 from verl.models.attention import cache_bytes
+from verl.utils.memory import usable_memory
 from verl.workers.rollout.base import (
     EngineState,
     HeldWeight,
@@ -51,7 +52,7 @@ class VLLMRollout(Rollout):
         weight_names: the transformers names of the model's weights.
         max_model_len: tokens of the longest prompt and response together.
         max_num_seqs: most rows decoded at once.
-        engines_per_node: engines on this machine, which share its memory (on a CPU).
+        engines_per_node: engines on this machine, which share its memory.
 
     Raises:
         RolloutError: vLLM cannot run this model here; the message has vLLM's own.
@@ -68,6 +69,7 @@ class VLLMRollout(Rollout):
         self._device = device
         self._tp_size = rollout.tensor_model_parallel_size
         self._tp_rank = int(os.environ["RANK"]) % self._tp_size
+        self._ranks_here = engines_per_node * self._tp_size
         self._can_sleep = rollout.free_cache_engine and device.type == "cuda"
         settings = _engine_settings(model, rollout, device, max_model_len, max_num_seqs)
         if device.type == "cpu":
@@ -194,17 +196,25 @@ class VLLMRollout(Rollout):
     def wake_weights(self) -> None:
         self._map("weights")
 
-    def sleep(self) -> None:
+    def sleep(self, keep_weights: bool = False) -> None:
         """Free device memory, on CUDA with free_cache_engine.
 
         vLLM's sleep level 1 keeps the weights in host memory, level 2 drops them.
         """
         if not self._can_sleep or not self._mapped:
             return
-        keep = self.state is EngineState.AWAKE and psutil.virtual_memory().available > 2 * self._weight_bytes
+        keep = keep_weights and self.state is EngineState.AWAKE and self._host_has_room()
         self._llm.sleep(level=1 if keep else 2)
         self._mapped.clear()
         self.state = EngineState.ASLEEP if keep else EngineState.STALE
+
+    def _host_has_room(self) -> bool:
+        """Whether the weights of all engines of this machine fit into the memory that is free, each twice.
+
+        torch rounds a pinned block of host memory up to a power of two.
+        """
+        free = min(psutil.virtual_memory().available, usable_memory())
+        return free > 2 * self._weight_bytes * self._ranks_here
 
     def _wake_cache(self) -> None:
         self._map("kv_cache")
@@ -316,4 +326,4 @@ def _host_cache_bytes(settings: dict[str, Any], share: float) -> int:
     ).get_text_config()
     tokens = settings["max_num_seqs"] * settings["max_model_len"]
     wanted = tokens * cache_bytes(config, torch.float32) // settings["tensor_parallel_size"]
-    return min(wanted, int(share * psutil.virtual_memory().available))
+    return min(wanted, int(share * min(psutil.virtual_memory().available, usable_memory())))
