@@ -9,6 +9,8 @@ MODEL=models/SmolLM2-135M-Instruct
 OUT=${OUT:-checkpoints/GRACE/quickstart}
 STEPS=${STEPS:-28}
 export PYTHON
+# Where there are GPUs too: train.sh would train the paper's model there.
+export CUDA_VISIBLE_DEVICES=
 
 echo "== 1/4 model"
 "$PYTHON" -m verl.get_demo_model

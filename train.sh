@@ -9,8 +9,8 @@
 #   bash train.sh --plan --gpus 4 --gpu 80   what memory, traffic and tokens the run would need on 4 GPUs of 80 GiB
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
 #
-# From the environment: MODE, RECIPE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON. Several files:
-# data.train_files=[a.parquet,b.parquet].
+# From the environment: MODE, RECIPE, MODEL, TRAIN_FILE, VAL_FILE, PYTHON, and GPUS: how many each machine has, where
+# the one that starts the run has others. Several files: data.train_files=[a.parquet,b.parquet].
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -32,7 +32,11 @@ if [[ "$PROGRAM" == verl.plan ]]; then
     # GPUs that need not be here.
     GPUS=$("$PYTHON" -m verl.plan --print-gpus "$@")
 else
-    GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
+    GPUS=${GPUS:-$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')}
+fi
+if [[ ! "$GPUS" =~ ^[0-9]+$ ]]; then
+    echo "train.sh: GPUS=$GPUS; use a number, or leave it out to count those of this machine" >&2
+    exit 2
 fi
 # On a CPU a policy gradient alone moves little in the minutes that people wait.
 RECIPE=${RECIPE:-$( (( GPUS == 0 )) && [[ "$MODE" == supervised ]] && echo joint || echo paper)}
@@ -42,11 +46,13 @@ case "$RECIPE" in
         OBJECTIVE=()
         ;;
     joint)
-        # A run of its own beside the paper's.
+        # A run of its own beside the paper's. With triplets most steps write no rationales, which costs a fraction.
         NAME=${MODE}_joint
         OBJECTIVE=(
             +reward_model.reward_kwargs.contrastive_weight=1
+            +reward_model.reward_kwargs.contrastive_anchors=True
             actor_rollout_ref.actor.embedding_grad_share=0.5
+            trainer.contrastive_steps_between=$([[ "$MODE" == supervised ]] && echo 8 || echo 0)
         )
         ;;
     *)
@@ -58,9 +64,11 @@ esac
 if (( GPUS > 0 )); then
     echo "train.sh: the $RECIPE recipe, $MODE, on $GPUS visible GPU(s)"
     MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
-    DATA=data/${MODE}_filtered_overlong
-    TRAIN_FILE=${TRAIN_FILE:-$DATA/train.parquet}
-    VAL_FILE=${VAL_FILE:-$DATA/test.parquet}
+    if [[ -z "${TRAIN_FILE:-}" ]]; then
+        DATA=data/${MODE}_filtered_overlong
+        TRAIN_FILE=$DATA/train.parquet
+        VAL_FILE=${VAL_FILE:-$DATA/test.parquet}
+    fi
     SETTINGS=(
         data.train_batch_size=64
         data.max_prompt_length=1024
@@ -91,9 +99,8 @@ else
         INPUT=examples/$([[ "$MODE" == supervised ]] && echo triplets.jsonl || echo sentences.txt)
         "$PYTHON" process_data.py --mode "$MODE" --input_file "$INPUT" --local_dir "$DATA" --test_ratio 0.1
         TRAIN_FILE=$DATA/train.parquet
-        VAL_FILE=$DATA/test.parquet
+        VAL_FILE=${VAL_FILE:-$DATA/test.parquet}
     fi
-    VAL_FILE=${VAL_FILE:-null}
     # Rationales end at the limit of tokens here by intent, so there is no penalty for reaching it.
     SETTINGS=(
         data.max_prompt_length=160
@@ -104,15 +111,13 @@ else
         trainer.experiment_name="cpu_$NAME"
     )
     if [[ "$RECIPE" == joint ]]; then
-        # With triplets most steps write no rationales, which costs a fraction: docs/experiments.md compares.
+        # docs/experiments.md compares.
         SETTINGS+=(
             data.train_batch_size=12
             data.max_response_length=16
-            +reward_model.reward_kwargs.contrastive_anchors=True
             actor_rollout_ref.actor.optim.lr=5e-5
             actor_rollout_ref.actor.ppo_mini_batch_size=12
             actor_rollout_ref.rollout.n=2
-            trainer.contrastive_steps_between=$([[ "$MODE" == supervised ]] && echo 8 || echo 0)
             trainer.total_training_steps=$([[ "$MODE" == supervised ]] && echo 91 || echo 40)
         )
     else
@@ -127,6 +132,7 @@ else
     fi
 fi
 
+VAL_FILE=${VAL_FILE:-null}
 # By reference, so that hydra reads nothing into the characters of a path.
 export MODEL TRAIN_FILE VAL_FILE
 VALIDATION='${oc.env:VAL_FILE}'

@@ -104,23 +104,37 @@ def test_the_plan_of_steps_of_two_sizes():
     assert lines["without rationales"] == "4 of them: the first 1, 1 after each one with them, with 6 samples each"
 
 
+def _scripts_python(tmp_path, gpus):
+    """The environment of a script: its python counts so many GPUs, none if all are hidden, and notes what it runs."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$1" = -c ]; then
+    if [ "${{CUDA_VISIBLE_DEVICES-shown}}" ]; then echo {gpus}; else echo 0; fi
+else
+    printf '%s\\0' "$@" >> {tmp_path}/commands; echo >> {tmp_path}/commands; env -0 > {tmp_path}/environment
+fi
+"""
+    )
+    python.chmod(0o755)
+    return {**{k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}, "PYTHON": str(python)}
+
+
+def _arguments(tmp_path, program):
+    """Of the module `program` that a script has started."""
+    commands = [line.split("\0")[1:-1] for line in (tmp_path / "commands").read_text().splitlines()]
+    return next(arguments for module, *arguments in commands if module == program)
+
+
 @pytest.mark.parametrize("mode", ["supervised", "unsupervised"])
 @pytest.mark.parametrize(("gpus", "recipe"), [(0, ""), (0, "paper"), (0, "joint"), (1, ""), (4, "paper"), (4, "joint")])
 def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode, gpus, recipe, monkeypatch, capsys):
-    python = tmp_path / "python"
     # What a shell can name and hydra's grammar cannot read.
     data = tmp_path / "Übung (1) #&=~,{a}'\"\\ $x ${y} [z]"
     data.mkdir()
     for name in ("train.parquet", "test.parquet"):
         (data / name).touch()
-    # The program itself runs in this process, as importing it takes longest.
-    python.write_text(
-        f"""#!/bin/sh
-if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/command; env -0 > {tmp_path}/environment; fi
-"""
-    )
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "MODE": mode, "RECIPE": recipe, "MODEL": f"{data}/model"}
+    env = {**_scripts_python(tmp_path, gpus), "MODE": mode, "RECIPE": recipe, "MODEL": f"{data}/model"}
     env |= {"TRAIN_FILE": f"{data}/train.parquet", "VAL_FILE": f"{data}/test.parquet"}
     command = ["bash", str(repo / "train.sh"), "actor_rollout_ref.rollout.seed=77", "--print-config"]
     # On the command line ${ begins a reference.
@@ -131,8 +145,8 @@ if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/comman
     note = out.stdout
     for variable in (tmp_path / "environment").read_text().split("\0")[:-1]:
         monkeypatch.setenv(*variable.split("=", 1))
-    module, *arguments = (tmp_path / "command").read_text().split("\0")[1:-1]
-    assert module == "verl.trainer.main_ppo" and main(arguments) == 0
+    # In this process, as importing it takes longest.
+    assert main(_arguments(tmp_path, "verl.trainer.main_ppo")) == 0
     printed = capsys.readouterr().out
     assert ("no GPU" in note) if gpus == 0 else (f"{gpus} visible GPU" in note)
     config = yaml.safe_load(printed)
@@ -147,10 +161,36 @@ if [ "$1" = -c ]; then echo {gpus}; else printf '%s\\0' "$@" > {tmp_path}/comman
     rewards, actor = config["reward_model"]["reward_kwargs"], config["actor_rollout_ref"]["actor"]
     found = (rewards.get("contrastive_weight", 0), actor["embedding_grad_share"])
     usual = "joint" if gpus == 0 and mode == "supervised" else "paper"
-    assert found == ((0, None) if (recipe or usual) == "paper" else (1, 0.5))
+    is_joint = (recipe or usual) == "joint"
+    assert found == ((1, 0.5) if is_joint else (0, None))
+    # Whatever trains the embeddings was measured with these two.
+    assert rewards.get("contrastive_anchors", False) == is_joint
+    assert config["trainer"]["contrastive_steps_between"] == (8 if is_joint and mode == "supervised" else 0)
 
 
-@pytest.mark.parametrize("wrong", [{"MODE": "triplets"}, {"RECIPE": "best"}])
+def test_the_quickstart_trains_the_small_model_on_a_machine_with_gpus_too(tmp_path, repo):
+    env = _scripts_python(tmp_path, gpus=8) | {"OUT": str(tmp_path / "run")}
+    subprocess.run(["bash", str(repo / "quickstart.sh")], env=env, capture_output=True, check=False)
+    arguments = _arguments(tmp_path, "verl.trainer.main_ppo")
+    assert "trainer.experiment_name=cpu_supervised_joint" in arguments
+    assert "actor_rollout_ref.rollout.name=hf" in arguments
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"GPUS": "8"}, "vllm"), ({"GPUS": "0"}, "hf"), ({}, "hf")])
+def test_the_gpus_of_other_machines_are_told_by_gpus(tmp_path, repo, given, expected):
+    env = _scripts_python(tmp_path, gpus=0) | given | {"TRAIN_FILE": "mine.parquet"}
+    subprocess.run(["bash", str(repo / "train.sh")], env=env, capture_output=True, check=True)
+    assert f"actor_rollout_ref.rollout.name={expected}" in _arguments(tmp_path, "verl.trainer.main_ppo")
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_file_of_ones_own_is_not_scored_on_the_papers(tmp_path, repo, gpus):
+    env = _scripts_python(tmp_path, gpus) | {"TRAIN_FILE": "mine.parquet"}
+    subprocess.run(["bash", str(repo / "train.sh")], env=env, capture_output=True, check=True)
+    assert "data.val_files=null" in _arguments(tmp_path, "verl.trainer.main_ppo")
+
+
+@pytest.mark.parametrize("wrong", [{"MODE": "triplets"}, {"RECIPE": "best"}, {"GPUS": "two"}])
 def test_train_sh_refuses_a_mode_and_a_recipe_that_there_are_not(repo, wrong):
     command = ["bash", str(repo / "train.sh")]
     out = subprocess.run(command, env={**os.environ, **wrong}, capture_output=True, text=True, check=False)
@@ -416,6 +456,16 @@ def test_a_plain_mapping_builds_the_same_config(files):
         (["trainer.save_best=val/mrr", "trainer.test_freq=-1"], "needs validation; set trainer.test_freq"),
         (["trainer.save_best=val/mrr", "trainer.test_freq=5", "+data.train_mode=unsupervised"], "not a metric"),
         (["trainer.save_best=val/sts_spearman", "trainer.test_freq=5", "data.val_sts_file=null"], "not a metric"),
+        (["trainer.save_best=val/reward", "trainer.test_freq=5"], "val/reward is not a metric"),
+        (
+            [
+                "trainer.save_best=val/mrr",
+                "trainer.test_freq=5",
+                "reward_model.reward_manager=naive",
+                "~reward_model.reward_kwargs",
+            ],
+            "not a metric of this run's validation; use one of val/reward",
+        ),
         (["trainer.phase_timeout_s=-1"], "trainer.phase_timeout_s=-1 must be 0 or more"),
     ],
 )
