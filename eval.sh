@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Evaluate a trained embedder.
 #
-#   bash eval.sh                                              the last checkpoint of train.sh's run
+#   bash eval.sh      the newest checkpoint of checkpoints/GRACE/supervised; where no GPU is visible that of
+#                     checkpoints/GRACE/quickstart, on examples/eval
 #   RUN=checkpoints/GRACE/my_run STEP=100 SUITE=eng-v1 bash eval.sh
 #   RUN=models/some-model TASKS="STS17 BIOSSES" bash eval.sh --no_thinking
 #
@@ -38,8 +39,9 @@ else
     fi
 fi
 
-# The model's folder: RUN itself, or a checkpoint of the run.
-if [[ -f "$RUN/config.json" || ( ! -e "$RUN" && "$RUN" == */* && "$RUN" != checkpoints/* && "$RUN" != /* && "$RUN" != .* ) ]]; then
+# The model's folder: RUN itself, with a whole model or an adapter, or a checkpoint of the run.
+if [[ -f "$RUN/config.json" || -f "$RUN/adapter_config.json" ||
+    ( ! -e "$RUN" && "$RUN" == */* && "$RUN" != checkpoints/* && "$RUN" != /* && "$RUN" != .* ) ]]; then
     MODEL=$RUN
 else
     [[ -d "$RUN" ]] || fail "RUN=$RUN does not exist; train first (bash train.sh, or make quickstart), or give RUN"
@@ -47,16 +49,16 @@ else
         CHECKPOINT=${RUN%/}
     elif [[ "$STEP" != latest ]]; then
         CHECKPOINT=${RUN%/}/global_step_$STEP
-        [[ -d "$CHECKPOINT" ]] || fail "STEP=$STEP: there is no $CHECKPOINT; there are: $(cd "$RUN" && echo global_step_*)"
     else
         TRACKER=$RUN/latest_checkpointed_iteration.txt
         [[ -f "$TRACKER" ]] || fail "RUN=$RUN holds no checkpoint ($TRACKER is missing)"
         CHECKPOINT=${RUN%/}/global_step_$(< "$TRACKER")
     fi
+    [[ -d "$CHECKPOINT" ]] || fail "STEP=$STEP: there is no $CHECKPOINT; there are: $(cd "$RUN" && echo global_step_*)"
     MODEL=$CHECKPOINT/huggingface
     if ! compgen -G "$MODEL/*.safetensors" > /dev/null; then
-        # A checkpoint with shards only, as verl 0.4 writes them.
-        MODEL=merge_models/$(basename "$(dirname "$CHECKPOINT")")-$(basename "$CHECKPOINT")
+        # A checkpoint with shards only, as verl 0.4 writes them. Its whole path, as runs may have the same name.
+        MODEL=merge_models$(realpath "$CHECKPOINT")/huggingface
         if [[ ! "$MODEL/merge_model.json" -nt "$CHECKPOINT/actor" ]]; then
             "$PYTHON" -m verl.merge_model merge --backend fsdp --local_dir "$CHECKPOINT" --target_dir "$MODEL"
         fi

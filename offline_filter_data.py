@@ -25,7 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--train_parquet", type=Path, required=True)
-    add("--val_parquet", type=Path, help="written as test.parquet, whatever its name")
+    add("--val_parquet", type=Path, help="written as test.parquet; without it an earlier one there is removed")
     add("--out_dir", type=Path, required=True)
     add("--tokenizer_path", required=True, help="folder or hub name of the model that will be trained")
     add("--max_len", type=int, default=1024, help="most tokens a prompt may have (data.max_prompt_length)")

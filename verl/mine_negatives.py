@@ -6,8 +6,8 @@
 M embeds all texts: a model of this project, or any of sentence-transformers. A query's negatives are the texts that are
 nearest to it among all positives and negatives of the input, without its own positives and, because they may be right
 as well, without those whose similarity is not at least the margin below that of its least similar positive. The output
-has a line per input line, {"query", "pos", "neg"}, the hardest negative first; a query for which none is left has none.
-Needs sentence-transformers (pip install -e '.[eval]').
+has a line per input line, {"query", "pos", "neg"}, the hardest negative first; lines of a query for which none is left
+are left out. Needs sentence-transformers (pip install -e '.[eval]').
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="model folder or hub name")
-    add("--input", type=Path, required=True, help="pairs or triplets, in any form that process_data.py reads")
+    add("--input", type=Path, required=True, help="pairs, with negatives or without, in any form of process_data.py")
     add("--output", type=Path, required=True, help="a .jsonl file")
     add("--num_negatives", type=int, default=5, help="most negatives of a query")
     add("--margin", type=float, default=0.05, help="as a share of the positive's similarity")

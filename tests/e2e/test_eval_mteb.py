@@ -1,6 +1,7 @@
 """eval_mteb.py as its users run it, on local tasks of every type with the tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import TEMPLATE, save_tiny, tiny_tokenizer
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval_mteb
+from verl.checkpoint.model_card import write_card
 from verl.encoder.backend import Backend
 from verl.evaluation import evaluate
 from verl.evaluation.local_tasks import find_local_tasks
@@ -105,6 +107,22 @@ def test_other_settings_do_not_share_results(whole_run, tiny_folder, tasks):
     assert summary(whole_run, "tiny_no_thinking")["tasks"][0]["usage"]["generated_tokens"] == 0
 
 
+def test_settings_of_a_role_belong_to_a_result_and_are_shown(tmp_path, tasks):
+    model = save_tiny(tmp_path / "model")
+    found = []
+    for template in ("Query: {text}", "Ask: {text}", "Query: {text}"):
+        (model / "embedder_config.json").write_text(json.dumps({"query": {"template": template}}))
+        assert eval_mteb.main(arguments(model, tasks, tmp_path / "out", "--no_thinking", "--tasks", "Search")) == 0
+        found.append(summary(tmp_path / "out", "model_no_thinking"))
+    first, second, third = found
+    assert first["settings"] == third["settings"] != second["settings"]
+    # The third is what mteb keeps of the first, and not the report of the second.
+    assert second["tasks"][0]["usage"]["texts"] > 0 and third["tasks"][0]["usage"] is None
+    assert third["tasks"][0]["score"] == pytest.approx(first["tasks"][0]["score"], abs=1e-3)
+    lines = (tmp_path / "out" / "model_no_thinking" / "summary.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| query")] == ["| query.template | Query: {text} |"]
+
+
 def test_new_weights_under_the_same_name_get_fresh_scores(tmp_path, tasks):
     scores = []
     for seed in (0, 1):
@@ -145,7 +163,8 @@ def test_a_failing_task_is_reported_and_does_not_stop_the_others(tmp_path, tiny_
     assert sts["score"] is not None and sts["error"] is None
     assert biosses["score"] is None and biosses["error"]
     assert record["means"] == {} and record["missing"] == ["Classes", "BIOSSES"]
-    assert record["type_means"].keys() == set() or "STS" not in record["type_means"]
+    # Sts is finished, but another task of its type is not.
+    assert record["type_means"] == {}
     printed = capsys.readouterr().out
     assert "No mean: 1 of 3 tasks are finished (missing: Classes, BIOSSES)." in printed
     assert "Classes failed: the engine lost its worker" in printed
@@ -230,6 +249,53 @@ def test_a_base_model_without_the_centre_that_the_settings_want_is_refused_befor
     # Without it the base model is tried; it is this that cannot be read.
     assert eval_mteb.main([*options, "--no_centre"]) == 2
     assert "first the base model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["~/trained", "org/trained"])
+def test_the_settings_of_a_model_reach_its_base_model_however_it_is_given(tmp_path, tasks, monkeypatch, capsys, given):
+    trained, base = save_tiny(tmp_path / "trained", seed=1), save_tiny(tmp_path / "base", seed=0)
+    (trained / "embedder_config.json").write_text(json.dumps({"centre": True}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = tmp_path / "hub" / "models--org--trained"
+    shutil.copytree(trained, kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    capsys.readouterr()  # of writing the models
+    assert eval_mteb.main(arguments(Path(given), tasks, tmp_path / "out", "--base_model", str(base))) == 2
+    out, error = capsys.readouterr()
+    assert f"--base_model {base} is scored by the settings of" in error and "first the base model" not in out
+
+
+def test_a_base_model_whose_process_crashes_is_not_compared(tmp_path, tasks, monkeypatch, capsys):
+    trained, base = save_tiny(tmp_path / "trained", seed=1), save_tiny(tmp_path / "base", seed=0)
+    options = ["--no_thinking", "--tasks", "Sts", "Ranks"]
+    assert eval_mteb.main(arguments(base, tasks, tmp_path / "out", *options)) == 0
+    file = tmp_path / "out" / "base_no_thinking" / "summary.json"
+    record = json.loads(file.read_text())
+    (tmp_path / "part.json").write_text(json.dumps(record | {"tasks": record["tasks"][:1]}))
+    crashing = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(crashing))
+    # It leaves the summary of the process before, or writes one without the last task.
+    for work in ("", f"cp '{tmp_path}/part.json' '{file}'\n"):
+        crashing.write_text(f"#!/bin/sh\n{work}exit 1\n")
+        crashing.chmod(0o755)
+        assert eval_mteb.main(arguments(trained, tasks, tmp_path / "out", *options, "--base_model", str(base))) == 2
+        message = f"--base_model {base} could not be evaluated (exit code 1, see above)"
+        assert message in capsys.readouterr().err
+
+
+def test_a_card_that_cannot_be_written_takes_nothing_else_with_it(tmp_path, tasks, capsys):
+    model, log = save_tiny(tmp_path / "model"), tmp_path / "timing.txt"
+    write_card(model, "model", {}, {}, "a command", {})
+    # What the card is written to first; permissions would not stop every user.
+    (model / ".README.md.writing").mkdir()
+    capsys.readouterr()
+    options = ["--tasks", "Sts", "--timing_log", str(log), "--show", "1"]
+    assert eval_mteb.main(arguments(model, tasks, tmp_path / "out", *options)) == 0
+    printed = capsys.readouterr().out
+    assert f"the scores could not be added to {model}/README.md: " in printed and "\n    -> " in printed
+    assert log.read_text().startswith("Sts ")
 
 
 def test_an_engine_that_does_not_start_is_an_error_before_any_task(tmp_path, tiny_folder, tasks, monkeypatch, capsys):

@@ -59,30 +59,53 @@ def test_without_a_gpu_and_a_selection_the_local_tasks_are_run_with_a_message(tm
     assert record["wanted"] == ["ExampleRetrieval", "ExampleSTS"]
 
 
-def test_shards_alone_are_merged_once_and_again_when_they_change(tmp_path, tiny_folder):
-    tasks = write_tasks(tmp_path / "tasks")
-    actor = tmp_path / "old_run" / "global_step_7" / "actor"
+def save_shards(run: Path, tiny_folder: Path, seed: int) -> Path:
+    """A run of one checkpoint with shards alone; the folder that holds them."""
+    actor = run / "global_step_7" / "actor"
     shutil.copytree(tiny_folder, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(tiny_model(seed=0).state_dict(), actor / "model_world_size_1_rank_0.pt")
-    (tmp_path / "old_run" / "latest_checkpointed_iteration.txt").write_text("7")
-    merged = REPO / "merge_models" / "old_run-global_step_7"
+    torch.save(tiny_model(seed=seed).state_dict(), actor / "model_world_size_1_rank_0.pt")
+    (run / "latest_checkpointed_iteration.txt").write_text("7")
+    return actor
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """Where the shards of runs below `tmp_path` are merged; removed at the end."""
+    folder = REPO / "merge_models" / tmp_path.resolve().relative_to("/")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_shards_alone_are_merged_once_and_again_when_they_change(tmp_path, tiny_folder, merged):
+    tasks = write_tasks(tmp_path / "tasks")
+    actor = save_shards(tmp_path / "old_run", tiny_folder, seed=0)
     run = {"RUN": str(tmp_path / "old_run"), "TASK_DIR": str(tasks), "TASKS": "Sts"}
-    try:
-        first = evaluate(tmp_path, **run)
-        assert first.returncode == 0 and "merge_model: wrote" in first.stdout, first.stderr
-        # A wrong task ends it after the place where it would have merged, and before a model is loaded.
-        second = evaluate(tmp_path, **{**run, "TASKS": "Nonsense77"})
-        assert second.returncode == 2 and "there is no task 'Nonsense77'" in second.stderr
-        assert "merge_model: " not in second.stdout
-        scores = [summary(tmp_path, "old_run-global_step_7")["tasks"][0]["score"]]
-        torch.save(tiny_model(seed=1).state_dict(), actor / "model_world_size_1_rank_0.pt")
-        os.utime(actor)
-        third = evaluate(tmp_path, **run)
-        assert third.returncode == 0 and "merge_model: wrote" in third.stdout, third.stderr
+    first = evaluate(tmp_path, **run)
+    assert first.returncode == 0 and "merge_model: wrote" in first.stdout, first.stderr
+    assert (merged / "old_run" / "global_step_7" / "huggingface" / "model.safetensors").is_file()
+    # A wrong task ends it after the place where it would have merged, and before a model is loaded.
+    second = evaluate(tmp_path, **{**run, "TASKS": "Nonsense77"})
+    assert second.returncode == 2 and "there is no task 'Nonsense77'" in second.stderr
+    assert "merge_model: " not in second.stdout
+    scores = [summary(tmp_path, "old_run-global_step_7")["tasks"][0]["score"]]
+    torch.save(tiny_model(seed=1).state_dict(), actor / "model_world_size_1_rank_0.pt")
+    os.utime(actor)
+    third = evaluate(tmp_path, **run)
+    assert third.returncode == 0 and "merge_model: wrote" in third.stdout, third.stderr
+    scores.append(summary(tmp_path, "old_run-global_step_7")["tasks"][0]["score"])
+    assert scores[0] != scores[1]
+
+
+def test_shards_of_runs_of_one_name_are_merged_apart(tmp_path, tiny_folder, merged):
+    tasks = write_tasks(tmp_path / "tasks")
+    scores = []
+    for seed, project in enumerate(("first", "second")):
+        # Older than what is merged of the other run.
+        os.utime(save_shards(tmp_path / project / "old_run", tiny_folder, seed), (1, 1))
+        done = evaluate(tmp_path, RUN=str(tmp_path / project / "old_run"), TASK_DIR=str(tasks), TASKS="Sts")
+        assert done.returncode == 0, done.stderr
         scores.append(summary(tmp_path, "old_run-global_step_7")["tasks"][0]["score"])
-        assert scores[0] != scores[1]
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
+    assert scores[0] != scores[1]
 
 
 @pytest.mark.parametrize(
@@ -92,10 +115,13 @@ def test_shards_alone_are_merged_once_and_again_when_they_change(tmp_path, tiny_
         ({"STEP": "9"}, "STEP=9: there is no {run}/global_step_9; there are: global_step_2 global_step_4"),
         ({"RUN": "{tmp}/empty"}, "holds no checkpoint"),
         ({"TASKS": "Nonsense77"}, "there is no task 'Nonsense77'"),
+        ({"RUN": "{tmp}/adapter", "TASKS": "Nonsense77"}, "there is no task 'Nonsense77'"),
     ],
 )
 def test_errors_name_what_is_wrong_and_the_exit_code_is_2(tmp_path, run_dir, environment, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     filled = {name: value.format(tmp=tmp_path) for name, value in environment.items()}
     done = evaluate(tmp_path, **{"RUN": str(run_dir), **filled})
     assert done.returncode == 2

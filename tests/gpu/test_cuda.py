@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_model
 
+from verl import GraceEncoder
+from verl.errors import UserError
 from verl.models.attention import ATTENTION, ATTENTIONS, Kernel
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
@@ -88,3 +90,13 @@ def test_a_run_on_a_gpu(tmp_path, engine, offload):
         assert m["rollout/probs_diff_mean"] < 0.02
         assert m["memory/gpu_peak_gb"] > 0
         assert m["memory/free_gb/generating"] > m["memory/free_gb/waking_the_cache"] or engine == "hf"
+
+
+def test_a_module_of_sentence_transformers_refuses_to_leave_its_gpu(tiny_folder):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from verl.encoder.sentence_transformers import GraceModule
+
+    module = GraceModule(GraceEncoder(tiny_folder, device="cuda", engine="hf"))
+    sentence_transformers.SentenceTransformer(modules=[module]).half()
+    with pytest.raises(UserError, match=r"device=cpu: this model is on cuda:0; give model_kwargs=\{'device': 'cpu'\}"):
+        sentence_transformers.SentenceTransformer(modules=[module], device="cpu")

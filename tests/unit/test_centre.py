@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 from tiny import save_tiny
 
 import process_data
@@ -20,6 +22,7 @@ from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.find_centre import read_texts
 from verl.errors import UserError
+from verl.step_schedule import StepSchedule
 
 TEXTS = ["a card", "where is my parcel?", "naïve café"]
 SHORT = {"max_new_tokens": 6}
@@ -120,6 +123,31 @@ def test_the_mean_of_other_vectors_is_refused(pair, options, message):
     GraceEncoder(pair[1], device="cpu", centre=False, **options)
 
 
+def test_a_mean_belongs_to_the_template_and_its_instruction(tmp_path):
+    mean = Centre(np.ones(8, np.float32), None)
+    asks = {"template": "{instruction}: {text}", "instructions": {"default": "find", "other": "sort"}}
+    mean.write(tmp_path, EmbedderSettings(**asks))
+    # What texts without a role and a task do not see.
+    same = {**asks, "query": {"template": "Query: {text}"}, "instructions": {"default": "find"}}
+    found = Centre.read(tmp_path, EmbedderSettings(**same))
+    np.testing.assert_array_equal(found.with_rationale, mean.with_rationale)
+    for other in ({}, {"template": "Text: {text}"}, {**asks, "instructions": {"default": "sort"}}):
+        with pytest.raises(UserError, match=r"by template='find: \{text\}', and it is '.*\{text\}' now; make it again"):
+            Centre.read(tmp_path, EmbedderSettings(**other))
+
+
+def test_a_mean_that_an_earlier_version_wrote_is_that_of_bare_texts(tmp_path):
+    Centre(np.ones(8, np.float32), None).write(tmp_path, EmbedderSettings())
+    with safe_open(tmp_path / FILE_NAME, framework="np") as file:
+        decided = json.loads(file.metadata()["settings"])
+    assert decided.pop("template") == "{text}"
+    earlier = save({"with_rationale": np.ones(8, np.float32)}, {"settings": json.dumps(decided)})
+    (tmp_path / FILE_NAME).write_bytes(earlier)
+    assert len(Centre.read(tmp_path, EmbedderSettings()).with_rationale) == 8
+    with pytest.raises(UserError, match=r"by template='\{text\}', and it is 'Text: \{text\}' now"):
+        Centre.read(tmp_path, EmbedderSettings(template="Text: {text}"))
+
+
 def test_a_file_that_is_missing_damaged_or_of_another_model_is_an_error(pair, tmp_path):
     model = save_model(tmp_path / "model")
     settings = EmbedderSettings.read(model)
@@ -140,7 +168,7 @@ def test_a_file_that_is_missing_damaged_or_of_another_model_is_an_error(pair, tm
 def test_a_checkpoint_gets_a_centre_in_place_and_still_resumes(tmp_path, capsys):
     step = tmp_path / "global_step_1"
     model = save_model(step / "huggingface", span="rationale")
-    write_checkpoint_card(model, RunConfig(), EmbedderSettings.read(model), 1, 1, {})
+    write_checkpoint_card(model, RunConfig(), EmbedderSettings.read(model), StepSchedule(1, 1, 1), 1, {})
     files = {str(file.relative_to(step)): file.stat().st_size for file in model.iterdir()}
     (step / STATE).write_text(json.dumps({"files": files}))
     texts = [{"prompt": rationale_messages(text)} for text in TEXTS]

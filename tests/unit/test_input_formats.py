@@ -200,6 +200,22 @@ def test_lists_in_the_cells_of_a_table(tmp_path: Path, separator: str) -> None:
         assert expected in found[index], cell
 
 
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [("pos", "character 1 of pos is a lone surrogate, half of a character"), ("source", "source cannot be written as")],
+)
+def test_half_a_character_in_a_list_is_rejected(tmp_path: Path, column: str, reason: str) -> None:
+    cells = {"query": "q", "pos": "p", "neg": "n", "source": "s"}
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, cells)
+        writer.writeheader()
+        writer.writerows([cells, cells | {column: r"['\ud83d a', 'b']"}])
+    assert run("supervised", tmp_path / "in.csv", tmp_path, "--max_rejected", 1) == 0
+    (reject,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines())
+    assert reject["line"] == 3 and reject["reason"].startswith(reason)
+    assert len(rows_of(tmp_path, "train")) == 1
+
+
 def test_quotes_in_a_tsv_file(tmp_path: Path) -> None:
     lines = [
         "query\tpos\tneg",

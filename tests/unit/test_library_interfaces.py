@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -140,3 +141,31 @@ class TestSentenceTransformers:
             model.encode(TEXTS, prompt="query: ", **THINK)
         with pytest.raises(ValueError, match="every text must be a string"):
             model.encode([None, "a text"], **THINK)
+
+    def test_a_revision_of_a_hub_name_is_that_of_the_weights_too(self, folder, tmp_path):
+        """Of files that were downloaded, as a cache of the hub holds them."""
+        from tiny import tiny_model
+
+        snapshots = {}
+        for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+            snapshots[name] = shutil.copytree(folder / "out", tmp_path / "models--me--it" / "snapshots" / commit)
+            (tmp_path / "models--me--it" / "refs").mkdir(exist_ok=True)
+            (tmp_path / "models--me--it" / "refs" / name).write_text(commit)
+        tiny_model(seed=1).save_pretrained(snapshots["v1"])
+        options = {"engine": "hf", "device": "cpu"}
+        model = SentenceTransformer(
+            "me/it", revision="v1", cache_folder=str(tmp_path), local_files_only=True, device="cpu",
+            trust_remote_code=True, model_kwargs=options,
+        )  # fmt: skip
+        found = model.encode(TEXTS, **THINK)
+        with GraceEncoder(snapshots["v1"], **options) as encoder:
+            np.testing.assert_allclose(found, encoder.encode(TEXTS, **THINK), atol=1e-5)
+        with GraceEncoder(snapshots["main"], **options) as encoder:
+            assert np.abs(found - encoder.encode(TEXTS, **THINK)).max() > 1e-3
+
+    @pytest.mark.parametrize(
+        "given", [{"config_kwargs": {"rope_theta": 1.0}}, {"processor_kwargs": {"padding_side": "left"}}]
+    )
+    def test_options_that_it_cannot_heed_are_refused(self, folder, given):
+        with pytest.raises(UserError, match=f"{next(iter(given))}=.* has no effect on this model"):
+            SentenceTransformer(str(folder / "out"), device="cpu", trust_remote_code=True, **given)

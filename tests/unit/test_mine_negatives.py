@@ -99,6 +99,14 @@ def test_the_negatives_of_triplets_are_candidates(tiny_folder, tmp_path):
     assert {text for row in rows for text in row["neg"]} & {record["negative"] for record in records}
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_negatives_that_some_lines_have_are_candidates(tiny_folder, tmp_path, first):
+    """Whether the first line has some or not."""
+    records = [{**r, "neg": [f"{i} other words"] if i % 2 == first else []} for i, r in enumerate(PAIRS)]
+    rows = mine(tiny_folder, tmp_path, records, "--margin", 0, "--no_thinking", "--num_negatives", 20)
+    assert {text for row in rows for text in row["neg"]} & {text for record in records for text in record["neg"]}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

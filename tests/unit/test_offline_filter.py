@@ -271,6 +271,24 @@ def test_no_rows(tmp_path: Path, tokenizer_path: str, capsys: pytest.CaptureFixt
     assert test.schema.equals(train.schema, check_metadata=True)
 
 
+def test_an_earlier_test_file_does_not_stay_beside_other_training_data(
+    tmp_path: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, out = tmp_path / "one.parquet", tmp_path / "two.parquet", tmp_path / "out"
+    for path in (one, two):
+        write_chats(path, [chat(path.stem)])
+    common = ["--out_dir", out, "--tokenizer_path", tokenizer_path]
+    assert run("--train_parquet", one, "--val_parquet", two, *common) == 0
+    assert run("--train_parquet", two, *common) == 0
+    assert f"{out / 'test.parquet'}, of an earlier run, is removed" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["filter.json", "train.parquet"]
+    # What would be removed cannot be the input.
+    (out / "train.parquet").rename(out / "test.parquet")
+    assert run("--train_parquet", out / "test.parquet", *common) == 2
+    assert "test.parquet would be overwritten or removed; give another --out_dir" in one_complaint(capsys)
+    assert pq.read_table(out / "test.parquet")["prompt"].to_pylist() == [chat("two")]
+
+
 def write_odd_inputs(folder: Path) -> None:
     pq.write_table(pa.table({"title": ["a"], "body": ["b"]}), folder / "columns.parquet")
     pq.write_table(pa.table({"prompt": ["a"]}), folder / "strings.parquet")

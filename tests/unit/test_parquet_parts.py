@@ -66,6 +66,15 @@ def test_a_folder_is_one_table_and_equals_encode(tiny_folder, source, encoder, t
     np.testing.assert_allclose(np.stack(frame["vector"]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("before", "between", "after"), [("[", ",\n", "]"), ("", "\n", "")], ids=["array", "objects"])
+def test_values_that_are_not_one_a_line_are_read_to_the_end(tiny_folder, tmp_path, capsys, before, between, after):
+    source = tmp_path / "texts.json"
+    source.write_text(before + between.join(json.dumps({"text": text}, indent=1) for text in TEXTS) + after)
+    assert program.main(arguments(tiny_folder, source, tmp_path / "out")) == 0
+    assert pd.read_parquet(tmp_path / "out")["text"].tolist() == TEXTS
+    assert "part-00003.parquet: 2 texts; 100% of the input is read" in capsys.readouterr().out
+
+
 # The process kills itself when the third file is half written.
 KILLED = """
 import os, signal, sys

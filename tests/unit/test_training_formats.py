@@ -12,6 +12,8 @@ import pytest
 from data_files import chat, rows_of, run, triplet, write_jsonl
 from training_formats import DATA, FORMATS, Texts, options_of
 
+from verl.data.readers import read_samples
+
 PAIRS = DATA / "sentence_transformers_pairs.csv"
 
 
@@ -132,3 +134,12 @@ def test_a_pair_among_triplets_is_rejected_with_the_way_out(tmp_path: Path, nega
     assert run("supervised", write_jsonl(tmp_path / "in.jsonl", records), tmp_path, "--max_rejected", 1) == 0
     (entry,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
     assert entry["line"] == 2 and REMEDY in entry["reason"]
+
+
+@pytest.mark.parametrize("container", ["csv", "tsv", "jsonl.gz", "json", "parquet"])
+def test_pairs_keep_the_negatives_that_some_of_them_have(tmp_path: Path, container: str) -> None:
+    records = [{"query": "a", "pos": "b", "neg": None}, {"query": "c", "pos": "d", "neg": "e"}]
+    write_in(container, records, tmp_path / f"in.{container}")
+    samples = list(read_samples(tmp_path / f"in.{container}", "pairs"))
+    assert [sample.texts for sample in samples] == [("a", "b"), ("c", "d")]
+    assert [sample.lists for sample in samples] == [{}, {"negative": ("e",)}]

@@ -35,8 +35,8 @@ def open_inputs(args: argparse.Namespace) -> dict[str, pq.ParquetFile]:
     """The inputs by the name of their split, once it is sure that all can be used."""
     paths = {"train": args.train_parquet} | ({"test": args.val_parquet} if args.val_parquet else {})
     for path in paths.values():
-        if path.resolve() in {(args.out_dir / f"{split}.parquet").resolve() for split in paths}:
-            raise UserError(f"{path} would be overwritten; give another --out_dir")
+        if path.resolve() in {(args.out_dir / f"{split}.parquet").resolve() for split in ("train", "test")}:
+            raise UserError(f"{path} would be overwritten or removed; give another --out_dir")
     files = {split: open_parquet(path, args.prompt_key) for split, path in paths.items()}
     if files["train"].metadata.num_rows == 0:
         raise UserError(f"{args.train_parquet} has no rows")
@@ -109,6 +109,13 @@ def summarise(reports: dict[str, FilterReport], args: argparse.Namespace) -> Non
             say(f"  {name}: {over_long:,} over {args.max_len} tokens, longest {report.longest[name]:,}")
 
 
+def remove_earlier_test(path: Path) -> None:
+    """Remove the validation file of an earlier run, whose samples may be among the training samples now."""
+    if path.is_file():
+        path.unlink()
+        say(f"{path}, of an earlier run, is removed; give --val_parquet to write a new one")
+
+
 def run(args: argparse.Namespace) -> None:
     files = open_inputs(args)
     settings = load_settings(args)
@@ -116,5 +123,7 @@ def run(args: argparse.Namespace) -> None:
     # On the same file system as the outputs, so that moving them into place is a rename.
     with tempfile.TemporaryDirectory(prefix=".offline_filter-", dir=args.out_dir) as scratch:
         reports = filter_inputs(files, settings, args.num_proc or usable_cpus(), Path(scratch))
+        if "test" not in files:
+            remove_earlier_test(args.out_dir / "test.parquet")
         move_into(args.out_dir, sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".json"))
     summarise(reports, args)

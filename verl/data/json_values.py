@@ -1,6 +1,6 @@
 """The values of a JSON file whose values are not one a line: one array, or objects that span lines."""
 
-import io
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +28,7 @@ def read_values(file: BinaryIO, path: Path) -> Iterator[Line]:
     Raises:
         UserError: a value is not valid JSON, so that it is unknown where the next one begins, or the end is missing.
     """
-    # Bytes that are not UTF-8 become surrogates here, and are told for the value that has them.
-    window = _Window(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""), path)
+    window = _Window(file, path)
     in_array = window.next_character(" \t\r\n") == "["
     if in_array:
         window.at += 1
@@ -47,8 +46,11 @@ def read_values(file: BinaryIO, path: Path) -> Iterator[Line]:
 class _Window:
     """The part of a text that is being parsed."""
 
-    def __init__(self, file: io.TextIOWrapper, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
+        # Bytes that are not UTF-8 become surrogates here, and are told for the value that has them. A TextIOWrapper
+        # would close the file, which its opener still asks for its position.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._text = ""
         self.at = 0
         self._counted_to = self._newlines = 0
@@ -87,10 +89,12 @@ class _Window:
         raise UserError(f"{self._path}, line {self.line_idx + 1}: {problem}")
 
     def _read_more(self) -> bool:
-        more = self._file.read(_CHUNK)
+        raw = self._file.read(_CHUNK)
+        more = self._decoder.decode(raw, final=not raw)
         self._newlines = self.line_idx
         self._text, self.at, self._counted_to = self._text[self.at :] + more, 0, 0
-        return bool(more)
+        # The bytes may be a part of a character, whose end is yet to come.
+        return bool(raw or more)
 
 
 _DECODER = json.JSONDecoder()

@@ -20,6 +20,7 @@ from verl.data.samples import (
     FIELDS,
     FIND_NEGATIVES,
     INSTRUCTION,
+    OPTIONAL,
     BadSample,
     Mode,
     Sample,
@@ -62,7 +63,7 @@ def open_source(path: Path, mode: Mode, columns: Sequence[str] = ()) -> Iterator
             if columns:
                 raise UserError(f"{path} is parquet and has names of its own; leave --columns out")
             _check_columns(rows.names, str(path), mode)
-            accepted = {name for field in FIELDS[mode] for name in names_in(rows.names, field)}
+            accepted = {name for field in FIELDS[mode] + OPTIONAL[mode] for name in names_in(rows.names, field)}
             yield Source(
                 rows.records(accepted | {"source", INSTRUCTION}), lambda: rows.share_read(opened.size), opened.size
             )

@@ -28,6 +28,9 @@ FIELDS: dict[Mode, tuple[str, ...]] = {
 }
 """Per mode, the fields that a record must have; columns are never read by position."""
 
+OPTIONAL: dict[Mode, tuple[str, ...]] = {"supervised": (), "unsupervised": (), "pairs": ("negative",)}
+"""Per mode, the fields that a record may have too."""
+
 LISTS = {"positive": "positives", "negative": "negatives"}
 """Fields that may have several texts, and the column of the training data that holds all of them."""
 
@@ -44,7 +47,7 @@ class Sample(NamedTuple):
     """Of several texts of a field the first one."""
     source: str | None
     lists: dict[str, tuple[str, ...]]
-    """Of each field of LISTS that has several different texts, all of them."""
+    """Of each field of LISTS that has several different texts, all of them; of a field of OPTIONAL all that it has."""
 
 
 def describe_fields(mode: Mode) -> str:
@@ -73,25 +76,26 @@ def read_sample(record: dict[str, Any], mode: Mode) -> Sample:
 
     Raises:
         BadSample: a field is missing, empty, neither a string nor a list of strings or passages, a list of several
-            texts where one is needed, or holds a NUL character.
+            texts where one is needed, or holds a NUL character or half of a character; or the source cannot be
+            written as JSON.
     """
     found = {field: _read_texts(record, field) for field in FIELDS[mode]}
+    more = {field: tuple(dict.fromkeys(_find_texts(record, field)[1])) for field in OPTIONAL[mode]}
     source = record.get("source")
     return Sample(
         tuple(texts[0] for texts in found.values()),
         source if isinstance(source, str) else _as_text(source),
-        {field: texts for field, texts in found.items() if len(texts) > 1},
+        {field: texts for field, texts in found.items() if len(texts) > 1}
+        | {field: texts for field, texts in more.items() if texts},
     )
 
 
 def _read_texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
     """The different texts of a field, at least one."""
-    name, value = find_value(record, field)
+    name, filled = _find_texts(record, field)
     remedy = f"; {FIND_NEGATIVES}" if field == "negative" else ""
     if name is None:
         raise MissingField(f"no {field} ({describe_names(field)}){remedy}")
-    items = value if isinstance(value, list) else [value]
-    filled = [text for item in items if item is not None and (text := _read_text(item, name, field in LISTS))]
     if not filled:
         raise BadSample(f"{name} is empty{remedy}")
     if len(filled) > 1 and field not in LISTS:
@@ -100,6 +104,15 @@ def _read_texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
             "text, and a column as one sample a line"
         )
     return tuple(dict.fromkeys(filled))
+
+
+def _find_texts(record: dict[str, Any], field: str) -> tuple[str | None, list[str]]:
+    """The name that a field has in a record, None where it has none, and its texts that are not empty."""
+    name, value = find_value(record, field)
+    if name is None:
+        return None, []
+    items = value if isinstance(value, list) else [value]
+    return name, [text for item in items if item is not None and (text := _read_text(item, name, field in LISTS))]
 
 
 def _read_text(value: Any, name: str, may_be_passage: bool) -> str:
@@ -111,10 +124,19 @@ def _read_text(value: Any, name: str, may_be_passage: bool) -> str:
         raise BadSample(f"{name} is or holds {type(value).__name__}, not a string")
     if "\0" in value:
         raise BadSample(f"{name} holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(
+            f"character {error.start + 1} of {name} is a lone surrogate, half of a character; write the whole character"
+        ) from error
     return value.strip()
 
 
 def _as_text(source: Any) -> str | None:
     """A source that is no string as JSON; None for null and NaN."""
-    text = orjson.dumps(source, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    try:
+        text = orjson.dumps(source, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except orjson.JSONEncodeError as error:
+        raise BadSample(f"source cannot be written as JSON: {error}") from error
     return None if text == "null" else text

@@ -15,11 +15,12 @@ from safetensors.numpy import save
 
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.text_roles import INSTRUCTION, TEXT
 from verl.utils.files import replace_file
 
 # In a folder of its own: every *.safetensors beside config.json is taken for weights, by vLLM among others.
 FILE_NAME = "embedder_centre/mean.safetensors"
-# With another value of one of these the vectors have another mean.
+# With another value of one of these, or another template, the vectors have another mean.
 _DECIDING = (
     "pooling", "span", "pool_system_prompt", "text_share", "no_rationale_weight", "system_prompt", "system_prompt_in",
 )  # fmt: skip
@@ -72,6 +73,8 @@ class Centre:
             centre = cls(means[_WITH], means.get(_WITHOUT))
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{file} is damaged or no centre ({error!r}); {_WAY_OUT}") from error
+        # Earlier versions did not write it.
+        made_by.setdefault("template", TEXT)
         for name, value in _decided_by(settings).items():
             if made_by.get(name) != value:
                 raise UserError(
@@ -82,4 +85,6 @@ class Centre:
 
 
 def _decided_by(settings: EmbedderSettings) -> dict[str, Any]:
-    return settings.model_dump(include=set(_DECIDING))
+    """What decides the vectors of texts without a role, of which a centre is the mean."""
+    template = settings.template.replace(INSTRUCTION, settings.instruction(None, None))
+    return {**settings.model_dump(include=set(_DECIDING)), "template": template}

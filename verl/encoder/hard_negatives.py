@@ -71,7 +71,7 @@ def run_program(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> None:
     _check_args(args)
-    samples = list(_read(args.input))
+    samples = list(read_samples(args.input, "pairs"))
     with _load(args) as model:
         negatives = find_negatives(
             samples, model, num_negatives=args.num_negatives, relative_margin=args.margin, range_min=args.range_min,
@@ -95,13 +95,13 @@ def find_negatives(samples: Sequence[Sample], model: Any, **options: Any) -> dic
     """The negatives of each query that has any, the most similar first.
 
     Args:
-        samples: of pairs or triplets; what is negative in them is a candidate like any other text.
+        samples: of pairs; what is negative in some of them is a candidate like any other text.
         model: a `SentenceTransformer` or a `Miner`.
         options: of `mine_hard_negatives`.
     """
-    pairs = [(sample.texts[0], text) for sample in samples for text in _texts(sample, 1)]
+    pairs = [(sample.texts[0], text) for sample in samples for text in _positives(sample)]
     dataset = Dataset.from_dict({_QUERY: [pair[0] for pair in pairs], _POSITIVE: [pair[1] for pair in pairs]})
-    candidates = [text for sample in samples if len(sample.texts) > 2 for text in _texts(sample, 2)]
+    candidates = [text for sample in samples for text in sample.lists.get("negative", ())]
     mined = mine_hard_negatives(
         dataset, model, anchor_column_name=_QUERY, positive_column_name=_POSITIVE, corpus=candidates,
         output_format="labeled-list", **options,
@@ -110,25 +110,15 @@ def find_negatives(samples: Sequence[Sample], model: Any, **options: Any) -> dic
     return {row[_QUERY]: [text for text in row[_POSITIVE][1:] if text != row[_QUERY]] for row in mined}
 
 
-def _texts(sample: Sample, field: int) -> tuple[str, ...]:
-    """All positives (1) or negatives (2) of a sample."""
-    return sample.lists.get(("query", "positive", "negative")[field], (sample.texts[field],))
+def _positives(sample: Sample) -> tuple[str, ...]:
+    return sample.lists.get("positive", sample.texts[1:])
 
 
 def _line(sample: Sample, negatives: list[str]) -> bytes:
-    row: dict[str, Any] = {"query": sample.texts[0], "pos": _texts(sample, 1), "neg": negatives}
+    row: dict[str, Any] = {"query": sample.texts[0], "pos": _positives(sample), "neg": negatives}
     if sample.source is not None:
         row["source"] = sample.source
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _read(path: Path) -> Iterator[Sample]:
-    """The samples of a file, as triplets where the first one is."""
-    try:
-        next(read_samples(path, "supervised"), None)
-    except UserError:
-        return read_samples(path, "pairs")
-    return read_samples(path, "supervised")
 
 
 def _check_args(args: argparse.Namespace) -> None:

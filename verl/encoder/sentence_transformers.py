@@ -5,11 +5,13 @@ A folder that `python3 -m verl.export_sentence_transformer --rationales` wrote n
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from sentence_transformers.base.modules.input_module import InputModule
+from torch import Tensor
 
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
@@ -17,6 +19,8 @@ from verl.text_roles import ROLES
 
 # What sentence-transformers writes itself, and what says of a folder what it is.
 _OTHERS = ("modules.json", "config_sentence_transformers.json", "README.md")
+# Arguments of SentenceTransformer that say where the files of a hub name are.
+_WHERE = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
 
 
 class GraceModule(InputModule):
@@ -32,17 +36,44 @@ class GraceModule(InputModule):
 
     @classmethod
     def load(
-        cls, model_name_or_path: str, *_: Any, model_kwargs: dict[str, Any] | None = None, **__: Any
+        cls, model_name_or_path: str, *_: Any, model_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Self:  # fmt: skip
-        """The module of a model folder.
+        """The module of a model folder or hub name.
 
         Args:
             model_kwargs: options of `GraceEncoder`, such as engine, device and store.
+            options: the other arguments of SentenceTransformer.
 
         Raises:
+            UserError: an argument was given that this model cannot heed, or the files are not to be had.
             As `GraceEncoder`.
         """
-        return cls(GraceEncoder(model_name_or_path, **(model_kwargs or {})))
+        for name in ("processor_kwargs", "config_kwargs", "backend"):
+            if options.get(name) not in (None, {}, "torch"):
+                raise UserError(f"{name}={options[name]!r} has no effect on this model, whose options are model_kwargs")
+        # All files are those of the one revision.
+        folder = cls.load_dir_path(model_name_or_path, **{name: options[name] for name in _WHERE if name in options})
+        if folder is None:
+            raise UserError(
+                f"{model_name_or_path!r} at revision={options.get('revision')} is not among the files that were "
+                "downloaded; give local_files_only=False on a machine that can reach the hub"
+            )
+        return cls(GraceEncoder(folder, **(model_kwargs or {})))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What torch calls to move or convert a module. An encoder stays on its GPU, where its engine may be too.
+
+        Raises:
+            UserError: another device was asked for.
+        """
+        if self._encoder.backend.spec.device == "cuda":
+            here = torch.empty(0, device="cuda")
+            if (asked := fn(here).device) != here.device:
+                raise UserError(
+                    f"device={asked}: this model is on {here.device}; give model_kwargs={{'device': 'cpu'}} for the "
+                    "CPU, and CUDA_VISIBLE_DEVICES for another GPU"
+                )
+        return super()._apply(fn, recurse)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
         """The inputs as they are; the encoder refuses what is no text.

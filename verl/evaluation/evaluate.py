@@ -25,7 +25,7 @@ from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.store import StoreError
 from verl.errors import UserError
 from verl.evaluation.local_tasks import LocalTask
-from verl.evaluation.mteb_model import GraceMTEB
+from verl.evaluation.mteb_model import GraceMTEB, described
 from verl.evaluation.options import ASK_ABOVE_HOURS
 from verl.evaluation.plan import Rate, measure_rate, plan_costs, plan_table, sample_texts
 from verl.evaluation.records import name_of
@@ -87,7 +87,7 @@ class Evaluation:
             comparable=self.selection.comparable,
             wanted=[task.metadata.name for task in self.selection.tasks],
             model={"name": name, "path": str(args.model_path), "revision": self.encoder.revision},
-            settings=self.encoder.describe(**self.options),
+            settings=described(self.encoder, self.model.options),
             versions=installed_versions(),
             command=shlex.join([Path(sys.executable).name, *sys.argv]),
         )
@@ -228,12 +228,31 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
     A task that fails there only lacks its difference.
 
     Raises:
-        UserError: the base model could not be evaluated at all, or has no centre where the settings want one.
+        UserError: the base model could not be evaluated to its end, or has no centre where the settings want one.
+        ValueError: there is no model under test.
     """
     if name_of(args.base_model) == (args.model_name or name_of(args.model_path)):
         raise UserError(
             f"--base_model {args.base_model} has the name of --model_path {args.model_path}; give --model_name"
         )
+    settings = args.embedder_config or model_folder(args.model_path)
+    _check_centre_of_base(args, settings)
+    folder = summary_folder(args.output_dir, name_of(args.base_model), args.no_thinking)
+    before = Summary.written_at(folder)
+    console.print(f"first the base model {args.base_model}", markup=False)
+    code = subprocess.run(_base_command(args, settings), check=False).returncode
+    # A crash has the exit code of a failed task. It leaves an earlier process's summary, or one without the last tasks.
+    summary = None if Summary.written_at(folder) == before else Summary.read(folder)
+    if code not in (0, EXIT_TASK_FAILED) or summary is None or len(summary.tasks) < len(summary.wanted):
+        raise UserError(
+            f"--base_model {args.base_model} could not be evaluated (exit code {code}, see above); put that right and "
+            "start the command again, or leave --base_model out"
+        )
+    return summary
+
+
+def _base_command(args: argparse.Namespace, settings: Path) -> list[str]:
+    """The command that evaluates the base model on the same tasks, with the same options and with `settings`."""
     drop = {"model_path", "base_model", "model_name", "timing_log", "forward_model_path", "embedder_config"}
     command = [sys.executable, str(_CHECKOUT / "eval_mteb.py"), "--model_path", args.base_model]
     for name, value in vars(args).items():
@@ -242,15 +261,7 @@ def score_base(args: argparse.Namespace, console: Console) -> Summary:
             continue
         values = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
         command += [f"--{name}", *values]
-    if settings := args.embedder_config or (Path(args.model_path).is_dir() and Path(args.model_path)):
-        _check_centre_of_base(args, settings)
-        command += ["--embedder_config", str(settings)]
-    console.print(f"first the base model {args.base_model}", markup=False)
-    code = subprocess.run(command, check=False).returncode
-    summary = Summary.read(summary_folder(args.output_dir, name_of(args.base_model), args.no_thinking))
-    if code not in (0, EXIT_TASK_FAILED) or summary is None:
-        raise UserError(f"--base_model {args.base_model} could not be evaluated (exit code {code}, see above)")
-    return summary
+    return [*command, "--embedder_config", str(settings)]
 
 
 def _check_centre_of_base(args: argparse.Namespace, settings: Path) -> None:
@@ -276,8 +287,11 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
         f"stored rationale; {usage.shortened:,} texts were cut to fit, {usage.empty_texts:,} were empty"
     )
     title = f"{summary.title}{', without rationales' if evaluation.args.no_thinking else ''}"
-    if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
-        console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
+    try:
+        if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
+            console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
+    except OSError as error:  # a folder that may not be written to; the summary has the scores too
+        console.print(f"the scores could not be added to {evaluation.encoder.folder}/README.md: {error}", markup=False)
     console.print(f"summary: {evaluation.folder}/summary.md   results: {evaluation.args.output_dir}/results")
     if evaluation.args.timing_log:
         evaluation.args.timing_log.write_text("\n".join([*timing_lines(summary), ""]))

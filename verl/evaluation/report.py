@@ -11,6 +11,8 @@ from rich.table import Table
 
 from verl.utils.files import replace_file
 
+_FILE = "summary.json"
+
 
 @dataclass
 class TaskReport:
@@ -83,18 +85,24 @@ class Summary:
         record = asdict(self) | {"type_means": self.type_means(), "means": self.means(), "missing": self.missing}
         if base:
             record["base"] = {"model": base.model, "scores": base.scores, "means": base.means()}
-        replace_file(folder / "summary.json", json.dumps(record, indent=1) + "\n")
+        replace_file(folder / _FILE, json.dumps(record, indent=1) + "\n")
         replace_file(folder / "summary.md", self.markdown(base))
 
     @classmethod
     def read(cls, folder: Path) -> "Summary | None":
         """The summary that `write` wrote, or None."""
-        file = folder / "summary.json"
+        file = folder / _FILE
         if not file.is_file():
             return None
         record = json.loads(file.read_text())
         names = ("title", "comparable", "wanted", "model", "settings", "versions", "command", "sample_usage")
         return cls(**{n: record[n] for n in names}, tasks=[TaskReport(**task) for task in record["tasks"]])
+
+    @staticmethod
+    def written_at(folder: Path) -> int | None:
+        """When `write` wrote there last, in nanoseconds; None = never."""
+        file = folder / _FILE
+        return file.stat().st_mtime_ns if file.is_file() else None
 
     def rows(self, base: "Summary | None") -> list[list[str]]:
         """The table's cells: a row per task, then per type, then per mean."""
@@ -129,7 +137,7 @@ class Summary:
         lines = [f"# {self.model['name']} on {self.title}", "", *self.score_lines(base), ""]
         lines += [*(f"- {note}" for note in self.notes()), ""] if self.notes() else []
         lines += ["| setting | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in {**self.model, **self.settings}.items()]
+        lines += [f"| {name} | {value} |" for name, value in {**self.model, **_flat(self.settings)}.items()]
         if base:
             lines.append(f"| base model | {base.model['path']} |")
         lines += [f"| {name} | {value} |" for name, value in self.versions.items()]
@@ -143,6 +151,16 @@ class Summary:
             f"|{'---|' * len(header)}",
             *(f"| {' | '.join(row)} |" for row in self.rows(base)),
         ]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a table, in which a text is one line: of a role, as query.think, those that are its own."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        parts = value if isinstance(value, Mapping) else {}
+        flat |= {f"{name}.{key}": own for key, own in parts.items() if key not in settings or own != settings[key]}
+        flat |= {} if parts else {name: value}
+    return {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in flat.items()}
 
 
 def _score(value: float | None) -> str:
