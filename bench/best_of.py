@@ -1,12 +1,12 @@
-"""What is the choice of a rationale worth? A bound on what a policy can gain, for each of the models.
+"""What is the choice of a rationale worth, for each of the models?
 
     python3 bench/best_of.py MODEL [MODEL ...] --data DIR
 
 Draws several rationales for each positive of the comparison's test triplets, embeds it through each of them, and
 chooses one by the reward of `objective=infonce`: the log-probability of its query among all queries and negatives.
-Queries and negatives keep one rationale. The best is chosen with the answer in hand, so that whatever is trained to
-choose among these rationales is at most as good; the gap to the worst is all that what is written decides. Where the
-cosine of two rationales of one text is near 1, a policy has little to choose from.
+Queries and negatives keep one rationale. The best is chosen with the answer in hand, so no policy that draws such
+rationales has a higher reward; the gap to the worst is all that what is written decides. Where the cosine of two
+rationales of one text is near 1, a policy has little to choose from.
 """
 
 import argparse

@@ -14,6 +14,7 @@ numbers of steps, a picture. How to read them: docs/experiments.md. It needs `pi
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,4 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does it: a training that was started ends too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -71,11 +71,16 @@ def interval(runs: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Int
 def difference(first: Sequence[Measured], second: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Interval:
     """How much higher the mean figure of the first S runs is than that of the second ones.
 
-    Paired bootstrap: each draw takes N items with replacement, the same ones for all runs, and of each side S of its
-    runs with replacement. So the interval covers the choice of the items and, as far as S seeds can tell, of the seed.
+    Paired bootstrap: each draw takes N items with replacement, the same ones for all runs, and S seeds with
+    replacement, the same ones for both sides. So the interval covers the choice of the items and, as far as S seeds can
+    tell, of the seed; and what a seed does to both sides alike, as where both are vectors of one model, is in neither.
 
     Args:
-        first, second: runs of two rows with different training seeds, on the same items.
+        first, second: runs of two rows on the same items, in the order of their training seeds; a row that is not
+            trained has one run.
+
+    Raises:
+        ValueError: the items, or the seeds, are not as many on both sides.
     """
     (one, other), _ = _draw([first, second], draws, seed)
     value = _mean([run.figure for run in first]) - _mean([run.figure for run in second])
@@ -90,11 +95,15 @@ def _draw(sides: Sequence[Sequence[Measured]], draws: int, seed: int) -> tuple[l
     (count,) = counts
     rng = np.random.default_rng(seed)
     items = rng.integers(count, size=(draws, count))
+    seeds = {len(runs) for runs in sides if len(runs) > 1} or {1}
+    if len(seeds) != 1:
+        raise ValueError(f"sides of {sorted(seeds)} seeds cannot be paired")
+    (number,) = seeds
+    chosen = rng.integers(number, size=(number, draws))
     means = []
     for runs in sides:
         figures = np.stack([run.figures(items) for run in runs])
-        chosen = rng.integers(len(runs), size=(len(runs), draws))
-        means.append(np.take_along_axis(figures, chosen, axis=0).mean(0))
+        means.append(figures[0] if len(runs) == 1 else np.take_along_axis(figures, chosen, axis=0).mean(0))
     return means, items
 
 

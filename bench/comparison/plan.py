@@ -9,10 +9,10 @@ from comparison.study import BASE, CONTRASTIVE, Shape
 from comparison.tasks import Task
 
 # Seconds on 2 CPU cores with SmolLM2-135M and rationales of 16 tokens.
-_START = 45.0
+_START = 25.0
 """Of a training run until its first step, and of saving it."""
 _LOAD = 8.0
-_WITH_RATIONALE = 0.25
+_WITH_RATIONALE = 0.055
 """A text with its rationale, another one's, and alone."""
 _ALONE = 0.03
 _ECHO = 1.3

@@ -72,11 +72,13 @@ def table_rows() -> list[Row]:
 
 DECIDING = (
     ("H", "A'", "1: above the base without rationales, centred"),
+    ("G", "A", "1: GRACE above the base without rationales"), ("G", "C", "1: GRACE above the base, the text repeated"),
     *(
         difference
         for key, *_ in _JOINT
         for difference in (
-            (key, "A", "1: above the base without rationales"), (key, "G", "1: above GRACE"),
+            (key, "A", "1: above the base without rationales"), (key, "C", "1: above the base, the text repeated"),
+            (key, "G", "1: above GRACE"),
             (f"{key}*", "E*", "2: against contrastive fine-tuning"),
             (key, "E", "2: the same, rationales against none"),
             (f"{key}*", "P*", "2: against no rationale in training"),
@@ -276,8 +278,8 @@ def summary(found: Found, shown: Mapping[str, Shown], seeds: int) -> str:
     lines += [
         *generation_lines(generation_kept(found.answers)),
         *_in_domain(shown),
-        f"{seeds} training seed(s). Figures x 100 with half of their 95 % interval (bootstrap over items, paired in "
-        "differences, and over seeds). A vector is chosen on dev; * = the best one.",
+        f"{seeds} training seed(s). Figures x 100 with half of their 95 % interval (bootstrap over items and over "
+        "seeds, paired in differences). A vector is chosen on dev; * = the best one.",
     ]  # fmt: skip
     return "\n".join(lines)
 

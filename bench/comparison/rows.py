@@ -1,6 +1,8 @@
 """What is trained, as overrides of `train.sh`. A new idea is one line of RECIPES.
 
-Everything that a row is defined by is in its overrides, so that a changed default of `train.sh` changes no row.
+What rows differ by is in their overrides, so that a changed default of `train.sh` changes none of that. What none of
+them sets (the prompt's length, the reward's temperature and weights) is the CPU recipe of `train.sh`: where that
+changes, raise `study._VERSION`.
 """
 
 from typing import NamedTuple

@@ -3,18 +3,14 @@
 import math
 import shutil
 import sys
-from pathlib import Path
 
+import best_of
 import numpy as np
 import pytest
+from comparison.tasks import Triplets
 
 from verl import GraceEncoder
 from verl.embedding.settings import EmbedderSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import best_of
-from comparison.tasks import Triplets
 
 ROWS = [
     ("a man plays a guitar", "a person makes music", "nobody plays"),

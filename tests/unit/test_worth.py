@@ -9,21 +9,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-from verl import GraceEncoder
-from verl.embedding.centre import Centre
-from verl.embedding.settings import EmbedderSettings, Mix
-from verl.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from comparison import answers, baseline, rows, scoring
 from comparison.data import Data, PartSize, Sizes, load
 from comparison.kept import Kept
@@ -36,7 +25,13 @@ from comparison.states import States, Variant, another_each, lookup, read_states
 from comparison.study import Shape, Study
 from comparison.tasks import Labels, Pairs, Retrieval, Triplets, ranking
 from comparison.training import Run, _is_due
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from verl import GraceEncoder
+from verl.embedding.centre import Centre
+from verl.embedding.settings import EmbedderSettings, Mix
+from verl.errors import UserError
 from verl.trainer.compose import compose_config
 
 TEXTS = ["a card", "the quick brown fox jumps over the lazy dog", "where is my parcel?", "naïve café"]
@@ -176,18 +171,18 @@ def test_an_interval_is_that_of_a_double_loop():
     rng = np.random.default_rng(3)
     gold = rng.normal(size=20)
     for first, second in (
-        ([Measured(rng.normal(size=20)) for _ in range(3)], [Measured(rng.normal(size=20)) for _ in range(2)]),
+        ([Measured(rng.normal(size=20)) for _ in range(3)], [Measured(rng.normal(size=20)) for _ in range(3)]),
         ([Measured(gold + rng.normal(size=20), gold)], [Measured(gold + 2 * rng.normal(size=20), gold)] * 2),
     ):
         found = difference(first, second, draws=200, seed=7)
         # The same draws in the same order, one by one.
         same = np.random.default_rng(7)
         items = same.integers(20, size=(200, 20))
+        chosen = same.integers(len(second), size=(len(second), 200))
         drawn = np.zeros(200)
         for sign, runs in ((1, first), (-1, second)):
-            chosen = same.integers(len(runs), size=(len(runs), 200))
             for draw in range(200):
-                for number in chosen[:, draw]:
+                for number in chosen[:, draw] if len(runs) > 1 else (0,):
                     run, own = runs[number], items[draw]
                     if run.gold is None:
                         figure = sum(run.values[own]) / 20
@@ -209,8 +204,14 @@ def test_pairs_make_an_interval_narrow_and_seeds_make_it_wide():
     assert difference([one], [Measured(rng.permutation(hard))]).verdict == "level"
     apart = [Measured(hard - 1), Measured(hard), Measured(hard + 1)]
     assert interval(apart).high - interval(apart).low > 2 * (interval([other]).high - interval([other]).low)
-    with pytest.raises(ValueError, match="cannot be paired"):
+    # What a seed does to both sides is no difference between them.
+    better = [Measured(run.values + 0.1) for run in apart]
+    assert difference(better, apart) == pytest.approx((0.1, 0.1, 0.1))
+    assert difference(better, apart[::-1]).verdict == "level"
+    with pytest.raises(ValueError, match="runs of .299, 300. items cannot be paired"):
         difference([one], [Measured(hard[:-1])])
+    with pytest.raises(ValueError, match="sides of .2, 3. seeds cannot be paired"):
+        difference(apart, apart[:2])
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says():
