@@ -82,11 +82,14 @@ def main_here(*overrides: str) -> Ended:
     return Ended(code, out.getvalue(), errors.getvalue())
 
 
-def main_ppo(*overrides: str, program: Sequence[str] = ("-m", "verl.trainer.main_ppo"), **environment: str):
+def main_ppo(
+    *overrides: str, program: Sequence[str] = ("-m", "verl.trainer.main_ppo"), cwd: Path = REPO, **environment: str
+):
     """Run the training program in a process of its own, on Ray; or a script that stands in for it."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")}
+    env |= {"PYTHONPATH": str(REPO), **environment}
     command = [sys.executable, *program, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=REPO, timeout=400)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd, timeout=400)
 
 
 def recipe(model: Path, data: Path, run_dir: Path, mode: str = "supervised") -> list[str]:

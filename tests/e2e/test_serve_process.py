@@ -46,6 +46,24 @@ def test_sigterm_answers_what_waits_refuses_what_comes_and_ends_with_0(tiny_fold
     assert "embedded first" in log and "text 1" not in log
 
 
+def test_a_second_signal_ends_it_at_once(tiny_folder):
+    texts = [f"text {i}" for i in range(1000)]
+    with program(tiny_folder, "--max_batch", "4") as (address, process), ThreadPoolExecutor(1) as pool:
+        assert until_loaded(address)["status"] == "ok"
+        waits = pool.submit(ask, address, input=texts)
+        while "grace_waiting_texts 0.0" in httpx.get(f"{address}/metrics").text:
+            threading.Event().wait(0.01)
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{address}/health").json()["status"] == "ok":
+            threading.Event().wait(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 1
+        with pytest.raises(httpx.TransportError):
+            waits.result()
+        log = log_of(process)
+    assert re.search(r"SIGTERM: \d+ texts wait and are embedded first\n(.|\n)*SIGINT: ending at once\n", log), log
+
+
 def test_a_model_that_does_not_load_gives_503_and_a_log_line_with_the_way_out(tmp_path):
     folder = save_tiny(tmp_path / "broken")
     weights = folder / "model.safetensors"

@@ -4,20 +4,40 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from runs import main_here, prepare, read_metrics, read_samples, recipe, steps_of, train_here, write_texts
+from tiny import tiny_model, tiny_tokenizer
 
 from verl import GraceEncoder
+from verl.protocol import DataProto, prompt_ids, response_ids
+from verl.workers.group import ActorRolloutRefGroup
 
 ROLES = ["data.trained_text=query", "data.document.think=False", "data.query.template='Query: {text}'"]
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, tiny_folder, triplets):
+def scored() -> list[DataProto]:
+    """The rows of each training step with their embeddings, once `run_dir` is there."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny_folder, triplets, scored):
     run_dir = tmp_path_factory.mktemp("runs") / "queries"
-    done = train_here(
-        *recipe(tiny_folder, triplets, run_dir), *ROLES, "trainer.total_training_steps=2", "trainer.save_freq=2",
-        "trainer.test_freq=2", "trainer.diag_freq=2", "trainer.diag_texts=6",
-    )  # fmt: skip
+    score = ActorRolloutRefGroup.score
+
+    def kept(self, rows: DataProto, *args, for_update: bool, **kwargs) -> DataProto:
+        columns = score(self, rows, *args, for_update=for_update, **kwargs)
+        if for_update:
+            scored.append(rows.union(columns))
+        return columns
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActorRolloutRefGroup, "score", kept)
+        done = train_here(
+            *recipe(tiny_folder, triplets, run_dir), *ROLES, "trainer.total_training_steps=2", "trainer.save_freq=2",
+            "trainer.test_freq=2", "trainer.diag_freq=2", "trainer.diag_texts=6",
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -38,19 +58,56 @@ def test_queries_are_trained_and_documents_write_nothing(run_dir):
     assert step["actor/grad_norm"] > 0 and step["rollout/probs_diff_max"] < 1e-4
 
 
-def test_the_first_steps_rewards_are_those_of_the_encoders_vectors(run_dir, tiny_folder):
-    """Documents have no rationale, so their vectors are known without what was drawn."""
-    encoder = GraceEncoder(tiny_folder, device="cpu", max_prompt_length=220)
-    samples = read_samples(run_dir, 1)
-    for uid in {s["uid"] for s in samples}:
-        group = [s for s in samples if s["uid"] == uid]
-        positive, negative = (
-            encoder.encode(next(s["text"] for s in group if s["role"] == role), think=False)
-            for role in ("positive", "negative")
-        )
-        parts = np.array([[s["reward_parts"][n] for n in ("positive", "negative")] for s in group if "reward" in s])
-        # |cos(q, p) - cos(q, n)| <= |p - n| for every unit vector q.
-        assert np.abs(parts.sum(1) * 0.1).max() <= np.linalg.norm(positive - negative) + 1e-5
+def unit_mean(states: np.ndarray) -> np.ndarray:
+    return states.mean(0) / np.linalg.norm(states.mean(0))
+
+
+def test_the_first_steps_vectors_are_those_of_the_encoder_and_of_a_plain_forward(run_dir, scored, tiny_folder):
+    """Documents have no rationale, so the encoder's are known without what was drawn; queries have the recorded one."""
+    rows, encoder = scored[0], GraceEncoder(tiny_folder, device="cpu", max_prompt_length=220)
+    found, roles, texts = rows.batch["embeddings"].numpy(), rows.non_tensor_batch["role"], rows.non_tensor_batch["text"]
+    for role in ("positive", "negative"):
+        plain = encoder.encode(list(texts[roles == role]), think=False)
+        assert len(plain) == 4
+        np.testing.assert_allclose(found[roles == role], plain, atol=1e-5)
+    lm, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts, responses = prompt_ids(rows), response_ids(rows)
+    queries = np.flatnonzero(roles == "query")
+    assert len(queries) == 12
+    for i in queries:
+        end = f"{texts[i]}<|im_end|>\n<|im_start|>assistant\n"
+        pooled, templated = (tokenizer(words)["input_ids"] for words in (end, f"Query: {end}"))
+        assert prompts[i][-len(templated) :] == templated and responses[i]
+        # What the template puts before the text is not pooled.
+        last = len(pooled) + len(responses[i])
+        with torch.no_grad():
+            states = lm.model(torch.tensor([prompts[i] + responses[i]])).last_hidden_state[0, -last:]
+        np.testing.assert_allclose(found[i], unit_mean(states.numpy()), atol=1e-5)
+
+
+def test_the_first_steps_rewards_are_those_of_its_vectors(run_dir, scored):
+    """The paper's terms pair by pair, with temperature 0.1 and weights of 0.2."""
+    rows, samples = scored[0], read_samples(run_dir, 1)
+    columns = (rows.non_tensor_batch["uid"], rows.non_tensor_batch["role"], rows.batch["embeddings"].numpy())
+    step = list(zip(*columns, strict=True))
+    assert [(s["uid"], s["role"]) for s in samples] == [(uid, role) for uid, role, _ in step]
+    positive, negative = ({uid: v for uid, role, v in step if role == own} for own in ("positive", "negative"))
+    queries = {uid: [v for own, role, v in step if (own, role) == (uid, "query")] for uid in positive}
+    for (uid, role, q), sample in zip(step, samples, strict=True):
+        if role != "query":
+            continue
+        # The others of its group: all three less itself, whose cosine is 1.
+        clustering = (sum(q @ other for other in queries[uid]) - 1) / 2
+        strangers = [max(positive[uid] @ other for other in queries[own]) for own in queries if own != uid]
+        parts = {
+            "positive": q @ positive[uid] / 0.1,
+            "negative": -(q @ negative[uid]) / 0.1,
+            "clustering": 0.2 * clustering / 0.1,
+            "cross_group": -0.2 * sum(strangers) / 3 / 0.1,
+        }
+        parts["before_penalty"] = sum(parts.values())
+        assert sample["reward_parts"] == pytest.approx(parts, abs=1e-4)
+        assert sample["reward"] == pytest.approx(parts["before_penalty"], abs=1e-4)
 
 
 def test_the_checkpoints_encoder_thinks_about_queries_alone(run_dir):

@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 import gpu_check
 import gpu_parts
+import pytest
 from gpu_parts import FORMS
 
 SMALL = FORMS["small"]

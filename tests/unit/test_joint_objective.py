@@ -87,18 +87,19 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(negatives, n):
     assert slow.norm() > 0.1
 
 
-def test_the_gradient_of_centred_vectors_is_by_the_embeddings_as_they_are():
+@pytest.mark.parametrize(("given", "temperature"), [({}, 0.05), ({"contrastive_temperature": 0.2}, 0.2)])
+def test_the_gradient_of_centred_vectors_is_by_the_embeddings_as_they_are(given, temperature):
     rows = whole_step(n=2)
     free = torch.randn(len(rows), 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     embeddings = torch.nn.functional.normalize(free + 2, dim=1).requires_grad_()
     manager = HiddenRewardManager(
-        centre=True, contrastive_weight=0.7, contrastive_anchors=True, enable_length_penalty=False
+        centre=True, contrastive_weight=0.7, contrastive_anchors=True, enable_length_penalty=False, **given
     )
     grad = manager(rows.with_tensors(embeddings=embeddings.detach())).embedding_grad
     mean = embeddings.mean(0) / embeddings.mean(0).norm()
     left = torch.stack([vector - (vector @ mean) * mean for vector in embeddings])
     left = torch.stack([vector / vector.norm() for vector in left])
-    (expected,) = torch.autograd.grad(0.7 * slow_infonce(as_texts(rows, left), 0.05), embeddings)
+    (expected,) = torch.autograd.grad(0.7 * slow_infonce(as_texts(rows, left), temperature), embeddings)
     torch.testing.assert_close(grad, expected, atol=1e-10, rtol=1e-10)
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import scale
 from family_models import tiny
 from steps import tiny_policy
 from tiny import tiny_config
@@ -21,10 +21,6 @@ from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
 from verl.workers.micro_batches import MicroBatchLimit, micro_batches
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import scale
 
 WORK = Work(num_anchors=2, embeds=True, trains_embeddings=False, trains_anchors=False)
 

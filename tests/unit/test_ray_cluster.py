@@ -13,10 +13,12 @@ from verl.trainer.prepare import find_devices
 
 def test_an_address_without_a_cluster_is_said_with_the_way_out(monkeypatch):
     """Ray itself tries for minutes, and then ends the process."""
+    # It goes before any address. "auto" is not tried: it joins whatever cluster runs on the machine.
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_cluster, "_PROBE_ENVIRONMENT", dict.fromkeys(ray_cluster._PROBE_ENVIRONMENT, "1"))
     with socket.create_server(("0.0.0.0", 0)) as another_service:
         port = another_service.getsockname()[1]
-        addresses = ["nonsense", "ray://localhost:10001", "auto", "localhost:1", f"localhost:{port}"]
+        addresses = ["nonsense", "ray://localhost:10001", "localhost:1", f"localhost:{port}"]
 
         def complaint(address: str) -> str:
             with pytest.raises(UserError) as refused:

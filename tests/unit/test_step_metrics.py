@@ -1,12 +1,23 @@
-"""What a step reports: the entropy of its tokens, and that nothing was learned."""
+"""What a step reports: rewards, groups, lengths, entropy, times, and that nothing was learned."""
+
+import math
 
 import pytest
 import torch
 
 from verl.config import RunConfig
-from verl.protocol import DataProto
+from verl.protocol import DataProto, is_trained, object_array
 from verl.trainer.display import step_line
-from verl.trainer.ppo.metrics import mean_entropy, reward_metrics
+from verl.trainer.ppo.metrics import (
+    duplicate_share,
+    length_metrics,
+    mean_entropy,
+    reward_metrics,
+    step_metrics,
+    text_metrics,
+    time_metrics,
+)
+from verl.workers.reward_manager.base import RewardOutput
 
 
 @pytest.mark.parametrize(
@@ -65,3 +76,125 @@ def test_a_kl_term_is_in_the_line_of_every_step():
     without = {"actor/grad_norm": 0.3, "time/step_s": 2.0}
     for step in (STEP, without):
         assert "KL" not in step_line(3, 9, step) and "  KL 0.12  " in step_line(3, 9, {**step, "actor/kl_loss": 0.12})
+
+
+# ---- a step of two groups, by hand: two rewarded rows and a query each ----
+
+SCORES = torch.tensor([1.0, 3.0, 2.0, 5.0])
+
+
+def whole_step() -> DataProto:
+    """The first group's rationales are equal. The second's first is too, but in another group; its second repeats
+    itself and is cut off, as the first query's is."""
+    responses = [[5, 6, 5], [5, 6, 5], [7, 7, 7, 7], [5, 6], [8, 8, 8, 8, 8, 9], [7]]
+    return DataProto.from_dict(
+        {
+            "responses": torch.tensor([ids + [0] * (6 - len(ids)) for ids in responses]),
+            "response_length": torch.tensor([len(ids) for ids in responses]),
+            "prompt_length": torch.tensor([10, 10, 12, 8, 8, 6]),
+            "truncated": torch.tensor([False, False, True, False, True, False]),
+            "trained": torch.tensor([True, True, False, True, True, False]),
+            "entropy": torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.9]),
+            "embeddings": torch.eye(2)[[0, 1, 0, 1, 0, 1]],
+        },
+        {
+            "uid": ["a", "a", "a", "b", "b", "b"],
+            "role": ["positive", "positive", "query"] * 2,
+            "rationale": ["one", "one", "none", "one", "two", "none"],
+        },
+        {"num_shortened": 2},
+    )
+
+
+GROUPS = {
+    # Both of the first group, and none of the second, though "one" is in the step three times.
+    "group/duplicate_share": 2 / 4,
+    # Different tokens of all: 2 of 6, and 5, 6, 8, 9 of 8. Pairs: 56, 65 of 4; and 56, 88, 89 of 6.
+    "group/distinct_1": (2 / 6 + 4 / 8) / 2,
+    "group/distinct_2": (2 / 4 + 3 / 6) / 2,
+    # One rationale has four tokens in a row, three times: 8888, 8888, 8889.
+    "rationale/repetition": 1 / 3,
+    # Lengths are 0, 0 and -2, 2 from their group's mean, rewards -1, 1 and -1.5, 1.5.
+    "group/length_reward_correlation": (2 * 1.5 + 2 * 1.5) / math.sqrt((4 + 4) * (1 + 1 + 1.5**2 + 1.5**2)),
+}
+LENGTHS = {
+    "data/prompt_tokens_mean": 54 / 6,
+    "data/prompts_shortened": 2,
+    "rationale/trained_tokens_mean": (3 + 3 + 2 + 6) / 4,
+    "rationale/trained_tokens_min": 2,
+    "rationale/trained_tokens_max": 6,
+    "rationale/trained_truncated": 1 / 4,
+    "rationale/query_tokens_mean": (4 + 1) / 2,
+    "rationale/query_tokens_min": 1,
+    "rationale/query_tokens_max": 4,
+    "rationale/query_truncated": 1 / 2,
+}
+REWARDS = {
+    "reward/mean": 11 / 4,
+    "reward/max": 5,
+    "reward/min": 1,
+    # torch's median of two is the smaller one, that of 1 and 3.
+    "group/std_median": math.sqrt(2),
+    "group/flat_share": 0,
+}
+EMBEDDINGS = {
+    # Of 15 pairs 6 are of equal vectors, 9 of orthogonal ones at a squared distance of 2.
+    "embedding/mean_cosine": 6 / 15,
+    "embedding/uniformity": math.log((6 + 9 * math.exp(-4)) / 15),
+    "embedding/effective_rank": 2,
+}
+
+
+def test_a_steps_figures_are_those_by_hand():
+    rows = whole_step()
+    batch = rows[is_trained(rows)]
+    reward = RewardOutput(SCORES, {"positive/raw": 0.25})
+    assert step_metrics(rows, batch, reward, RunConfig()) == pytest.approx(
+        {
+            **REWARDS, **GROUPS, **LENGTHS, **EMBEDDINGS, "reward/positive/raw": 0.25,
+            "actor/entropy": (3 * 0.1 + 3 * 0.2 + 2 * 0.3 + 6 * 0.4) / 14,
+        },
+        abs=1e-6,
+    )  # fmt: skip
+
+
+def test_the_parts_of_a_steps_figures_are_those_by_hand():
+    rows = whole_step()
+    batch = rows[is_trained(rows)]
+    assert length_metrics(rows, 2) == pytest.approx(LENGTHS)
+    repeated = {name: value for name, value in GROUPS.items() if name != "group/duplicate_share"}
+    assert text_metrics(batch, SCORES) == pytest.approx(repeated)
+    # Where nothing differs within a group there is no correlation.
+    assert text_metrics(batch, torch.ones(4)).keys() == repeated.keys() - {"group/length_reward_correlation"}
+    columns = batch.non_tensor_batch
+    assert duplicate_share(columns["rationale"], columns["uid"]) == 0.5
+    assert duplicate_share(columns["rationale"], object_array(["a"] * 4)) == 0.75
+    assert duplicate_share(columns["rationale"], object_array([*"abcd"])) == 0
+
+
+def test_a_step_without_rationales_has_figures_of_its_rewards_and_vectors_alone():
+    rows = whole_step()
+    rows.batch["response_length"].zero_()
+    del rows.batch["entropy"]
+    reward = RewardOutput(SCORES, {"contrastive/loss": 0.5})
+    found = step_metrics(rows, rows[is_trained(rows)], reward, RunConfig())
+    assert found == pytest.approx({**EMBEDDINGS, "reward/contrastive/loss": 0.5}, abs=1e-6)
+
+
+def test_times_are_summed_and_tokens_counted_by_what_made_them():
+    rows = whole_step()
+    found = time_metrics({"gen": 2.0, "score": 0.5, "update": 3.0}, rows, 3 * 2**20)
+    # 19 tokens of rationales and 54 of prompts.
+    assert found == pytest.approx(
+        {
+            "time/gen_s": 2, "time/score_s": 0.5, "time/update_s": 3, "time/step_s": 5.5, "perf/generated_tokens": 19,
+            "perf/generated_tokens_per_s": 19 / 2, "perf/tokens_per_s": (19 + 54) / 5.5, "perf/ray_mb": 3,
+        }
+    )  # fmt: skip
+    rows.batch["response_length"].zero_()
+    assert time_metrics({"score": 2.0}, rows, 0) == pytest.approx(
+        {
+            "time/score_s": 2, "time/step_s": 2, "perf/generated_tokens": 0, "perf/generated_tokens_per_s": 0,
+            "perf/tokens_per_s": 54 / 2, "perf/ray_mb": 0,
+        }
+    )  # fmt: skip

@@ -1,5 +1,9 @@
 """The rows of a step: copies and temperatures, advantages, mini-batches of whole groups, importance weights."""
 
+import math
+import re
+import statistics
+
 import pytest
 import torch
 
@@ -44,24 +48,66 @@ def test_trained_prompts_are_copied_and_anchors_are_not_and_each_has_its_tempera
     assert "temperature" not in prompts.batch.keys(), "the prompts themselves must not change"
 
 
-def test_advantages_are_the_rewards_minus_their_groups_mean_on_every_response_token():
-    rows, metrics = add_advantages(
-        batch(lengths=(2, 1, 2, 2)), REWARDS, AlgorithmConfig(norm_adv_by_std_in_grpo=False), FIXED
-    )
-    assert rows.batch["advantages"].tolist() == [[-1, -1], [1, 0], [-1, -1], [1, 1]]
+# Tokens of the responses that earn REWARDS.
+LENGTHS = (2, 1, 2, 2)
+# Both groups have two rewards that differ by 2.
+STD = 2**0.5 + 1e-6
+
+
+def whitened(rows: list[list[float]]) -> list[list[float]]:
+    """By mean and unbiased deviation of all tokens."""
+    tokens = [value for row in rows for value in row]
+    deviation = math.sqrt(statistics.variance(tokens) + 1e-8)
+    return [[(value - statistics.mean(tokens)) / deviation for value in row] for row in rows]
+
+
+def estimates(by_std: bool, gamma: float) -> dict[str, list[list[float]]]:
+    """The advantages of each token by estimator, by hand."""
+    std = STD if by_std else 1
+    return {
+        "grpo": [[-1 / std, -1 / std], [1 / std], [-1 / std, -1 / std], [1 / std, 1 / std]],
+        "grpo_passk": [[0, 0], [2 / std], [0, 0], [2 / std, 2 / std]],
+        "rloo": [[1 - 3, 1 - 3], [3 - 1], [-2, -2], [2, 2]],
+        # The first group's mean by lengths is (2 x 1 + 1 x 3) / 3.
+        "opo": [[1 - 5 / 3, 1 - 5 / 3], [3 - 5 / 3], [-1, -1], [1, 1]],
+        "reinforce_plus_plus_baseline": whitened([[-1, -1], [1], [-1, -1], [1, 1]]),
+        "reinforce_plus_plus": whitened([[gamma * 1, 1], [3], [gamma * -2, -2], [0, 0]]),
+    }
+
+
+@pytest.mark.parametrize("gamma", [1, 0.5])
+@pytest.mark.parametrize("by_std", [True, False])
+@pytest.mark.parametrize("name", estimates(True, 1))
+def test_advantages_are_those_of_the_estimator_that_is_named(name, by_std, gamma):
+    algorithm = AlgorithmConfig(adv_estimator=name, norm_adv_by_std_in_grpo=by_std, gamma=gamma)
+    rows, metrics = add_advantages(batch(lengths=LENGTHS), REWARDS, algorithm, FIXED)
+    expected = [[*row, 0][:2] for row in estimates(by_std, gamma)[name]]
+    torch.testing.assert_close(rows.batch["advantages"], torch.tensor(expected).float(), atol=1e-6, rtol=1e-6)
     assert metrics == {}
 
 
-def test_the_kl_in_the_reward_is_taken_from_every_token():
+def test_every_estimator_that_the_configuration_names_has_a_case_here():
+    named = set(re.findall(r"[a-z_]+", AlgorithmConfig.model_fields["adv_estimator"].description)) - {"or"}
+    assert named == estimates(True, 1).keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_rows"),
+    [
+        ("k1", [0.1 + 0.3, 0.2, 0.4 + 0.4, 0.2]),
+        ("k2", [(0.1**2 + 0.3**2) / 2, 0.2**2 / 2, (0.4**2 + 0.4**2) / 2, 0.2**2 / 2]),
+    ],
+)
+def test_the_kl_in_the_reward_is_taken_from_every_token(kind, of_rows):
     reference = TRAINER - torch.tensor([[0.1, 0.3], [0.2, 0.0], [0.4, 0.4], [0.0, 0.2]])
-    algorithm = AlgorithmConfig(use_kl_in_reward=True, kl_penalty="k1", norm_adv_by_std_in_grpo=False)
+    algorithm = AlgorithmConfig(use_kl_in_reward=True, kl_penalty=kind, norm_adv_by_std_in_grpo=False)
     rows, metrics = add_advantages(batch(ref_log_prob=reference), REWARDS, algorithm, FIXED)
-    # 0.5 x the sum of a row's token-wise differences, by hand.
-    left = [1 - 0.5 * 0.4, 3 - 0.5 * 0.2, -2 - 0.5 * 0.8, 0 - 0.5 * 0.2]
+    # 0.5 x the sum of a row's token-wise estimates, by hand.
+    left = [reward - 0.5 * kl for reward, kl in zip(REWARDS.tolist(), of_rows, strict=True)]
     means = [(left[0] + left[1]) / 2, (left[2] + left[3]) / 2]
     expected = [left[0] - means[0], left[1] - means[0], left[2] - means[1], left[3] - means[1]]
     assert rows.batch["advantages"][:, 0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert metrics == pytest.approx({"kl": 1.6 / 8, "kl_coef": 0.5}, abs=1e-6)
+    assert metrics == pytest.approx({"kl": sum(of_rows) / 8, "kl_coef": 0.5}, abs=1e-6)
 
 
 def test_the_kl_that_moves_the_coefficient_is_the_mean_over_rows_of_their_tokens_mean():

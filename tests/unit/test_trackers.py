@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from verl.errors import UserError
 from verl.trainer import trackers
 from verl.trainer.tracking import Tracking
+
+pytestmark = pytest.mark.usefixtures("nobody")
 
 COLLAPSED = [{"diag/effective_rank": 8.0}, {"diag/effective_rank": 3.0}]
 TEXT = {"text": "a | text", "id": 0, "rationale": "its <b>rationale</b>", "log_likelihood": -1.5}
@@ -19,17 +20,6 @@ SAMPLE = {
     "uid": 7, "role": "positive", "text": "t", "rationale": "r", "tokens": 3, "finish_reason": "stop", "reward": 0.5,
     "reward_parts": {"clustering": 0.1}, "advantage": 0.2,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
-    """No keys, no servers, and a home folder of its own."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "SWANLAB_API_KEY", "SWANLAB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    yield
-    wandb.teardown()
 
 
 def part_of_run(

@@ -16,15 +16,7 @@ from verl.checkpoint.run_folder import RunFolder
 from verl.trainer import trackers
 from verl.trainer.tracking import LOGGED, METRICS, Tracking
 
-
-@pytest.fixture(autouse=True)
-def wandb_of_nobody(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    yield
-    wandb.teardown()  # it remembers keys and servers
+pytestmark = pytest.mark.usefixtures("nobody")
 
 
 def part_of_run(
