@@ -111,7 +111,7 @@ else
         trainer.experiment_name="cpu_$NAME"
     )
     if [[ "$RECIPE" == joint ]]; then
-        # docs/experiments.md compares.
+        # docs/experiments.md compares the two recipes.
         SETTINGS+=(
             data.train_batch_size=12
             data.max_response_length=16

@@ -4,7 +4,7 @@ import json
 import re
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -25,16 +25,22 @@ def log_of(process) -> str:
     return process.communicate(timeout=60)[1]
 
 
+def stop_while_texts_wait(address, process, pool, texts) -> Future:
+    """Ask for texts, and send SIGTERM once they wait; return the answer to come when the server has taken note."""
+    waits = pool.submit(ask, address, input=texts)
+    while "grace_waiting_texts 0.0" in httpx.get(f"{address}/metrics").text:
+        threading.Event().wait(0.01)
+    process.send_signal(signal.SIGTERM)
+    while httpx.get(f"{address}/health").json()["status"] == "ok":
+        threading.Event().wait(0.01)
+    return waits
+
+
 def test_sigterm_answers_what_waits_refuses_what_comes_and_ends_with_0(tiny_folder):
     texts = [f"text {i}" for i in range(120)]
     with program(tiny_folder, "--max_batch", "4") as (address, process), ThreadPoolExecutor(1) as pool:
         assert until_loaded(address)["status"] == "ok"
-        waits = pool.submit(ask, address, input=texts)
-        while "grace_waiting_texts 0.0" in httpx.get(f"{address}/metrics").text:
-            threading.Event().wait(0.01)
-        process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{address}/health").json()["status"] == "ok":
-            threading.Event().wait(0.01)
+        waits = stop_while_texts_wait(address, process, pool, texts)
         late = ask(address, input="late")
         assert late.status_code == 503 and int(late.headers["retry-after"]) > 0
         assert late.json()["error"]["code"] == "server_draining"
@@ -50,12 +56,7 @@ def test_a_second_signal_ends_it_at_once(tiny_folder):
     texts = [f"text {i}" for i in range(1000)]
     with program(tiny_folder, "--max_batch", "4") as (address, process), ThreadPoolExecutor(1) as pool:
         assert until_loaded(address)["status"] == "ok"
-        waits = pool.submit(ask, address, input=texts)
-        while "grace_waiting_texts 0.0" in httpx.get(f"{address}/metrics").text:
-            threading.Event().wait(0.01)
-        process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{address}/health").json()["status"] == "ok":
-            threading.Event().wait(0.01)
+        waits = stop_while_texts_wait(address, process, pool, texts)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
         with pytest.raises(httpx.TransportError):
