@@ -8,8 +8,9 @@ import torch
 
 from comparison.measured import Measured
 from verl.embedding.prompts import PromptRenderer
+from verl.models.load import load_causal_lm
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer
 

@@ -64,8 +64,8 @@ class Interval(NamedTuple):
 
 def interval(runs: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Interval:
     """The mean figure of S runs; see `difference`."""
-    drawn, _ = _draw([runs], draws, seed)
-    return _interval(_mean([run.figure for run in runs]), drawn[0])
+    (drawn,) = _draw([runs], draws, seed)
+    return _interval(_mean([run.figure for run in runs]), drawn)
 
 
 def difference(first: Sequence[Measured], second: Sequence[Measured], draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -82,13 +82,13 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], draws: int
     Raises:
         ValueError: the items, or the seeds, are not as many on both sides.
     """
-    (one, other), _ = _draw([first, second], draws, seed)
+    one, other = _draw([first, second], draws, seed)
     value = _mean([run.figure for run in first]) - _mean([run.figure for run in second])
     return _interval(value, one - other)
 
 
-def _draw(sides: Sequence[Sequence[Measured]], draws: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """[B] mean figures of each side, and the [B,N] items that they are of."""
+def _draw(sides: Sequence[Sequence[Measured]], draws: int, seed: int) -> list[np.ndarray]:
+    """[B] mean figures of each side."""
     counts = {len(run.values) for runs in sides for run in runs}
     if len(counts) != 1:
         raise ValueError(f"runs of {sorted(counts)} items cannot be paired")
@@ -104,7 +104,7 @@ def _draw(sides: Sequence[Sequence[Measured]], draws: int, seed: int) -> tuple[l
     for runs in sides:
         figures = np.stack([run.figures(items) for run in runs])
         means.append(figures[0] if len(runs) == 1 else np.take_along_axis(figures, chosen, axis=0).mean(0))
-    return means, items
+    return means
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:

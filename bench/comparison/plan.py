@@ -46,7 +46,7 @@ def plan(data: Data, shape: Shape, recipes: Sequence[str]) -> list[Line]:
     return [
         base,
         Line(CONTRASTIVE, what, contrastive + shape.seeds * answers),
-        *(Line(name, f"{trained} {row.title}", shape.seeds * each) for name, row in rows.ROWS.items()),
+        *(Line(name, f"{trained} {row.title}", shape.seeds * each) for name, row in shape.rows.items()),
     ]
 
 

@@ -74,7 +74,7 @@ ROWS = {
     "embedding": Trained(
         "the contrastive loss on texts and rationales with a KL term, no policy gradient", (*_joint(share=1), *_kl(1.0))
     ),
-    # The best of four rates for the short form's seconds. For the full form's it is too high: docs/experiments.md.
+    # The best of four rates for the short form's seconds; the full form has another.
     "grace": Trained("GRACE, the policy gradient alone", _grace()),
     "joint": Trained("both: in steps with rationales, half of the gradient each", _joint()),
     "held": Trained("the same with a KL term", (*_joint(), *_kl(0.3))),

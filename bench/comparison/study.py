@@ -3,19 +3,20 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import REPO
 
-from comparison import answers, baseline, rows, scoring
+from comparison import answers, baseline, scoring
 from comparison.baseline import Setting
 from comparison.data import Data
 from comparison.kept import Kept, clear, key_of
 from comparison.measured import Measured
+from comparison.rows import RECIPES, ROWS, Trained
 from comparison.scoring import MAX_LENGTH, Scores, from_json, mean_of_main
 from comparison.states import WITHOUT
 from comparison.training import Cost, Run
@@ -41,6 +42,8 @@ class Shape:
     """Of a rationale of the base model."""
     recipe_steps: tuple[int, ...] = ()
     """Of training, after which a recipe is scored on dev, rising; none = after `seconds`, as the rows are."""
+    rows: Mapping[str, Trained] = field(default_factory=lambda: ROWS)
+    """What is trained beside the baseline, by name."""
 
 
 class Point(NamedTuple):
@@ -60,7 +63,7 @@ class Stretch(NamedTuple):
 
 
 class Study:
-    """Trains and scores models: `base`, `contrastive`, those of `rows.ROWS`, and recipes.
+    """Trains and scores models: `base`, `contrastive`, those of `shape.rows`, and recipes.
 
     Args:
         model: folder of the untrained model.
@@ -85,8 +88,8 @@ class Study:
         return from_json(self._part(f"{BASE}-{part}", settings, f"{BASE}: {part}", make)["scores"])
 
     def row(self, name: str, seed: int) -> list[Point]:
-        """Train a row of `rows.ROWS`, and score it on dev at every share of the seconds."""
-        run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
+        """Train a row, and score it on dev at every share of the seconds."""
+        run, settings = self._run(name, self.shape.rows[name], seed, self._seconds(self.shape.shares))
         points = self._train(name, seed, run, settings, self._by_seconds(self.shape.shares))
         run.finish()
         return points
@@ -106,7 +109,7 @@ class Study:
 
     def test_row(self, name: str, seed: int) -> Scores:
         """The scores on test of a row that `row` has trained."""
-        run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
+        run, settings = self._run(name, self.shape.rows[name], seed, self._seconds(self.shape.shares))
         return self._test(name, seed, settings, lambda _: self._on_test(run))
 
     def test_recipe(self, name: str, seed: int) -> Scores:
@@ -156,7 +159,7 @@ class Study:
         elif name == CONTRASTIVE:
             folder, settings = self._baseline_model(seed), self._baseline_settings(self.chosen, seed)
         else:
-            run, settings = self._run(name, rows.ROWS[name], seed, self._seconds(self.shape.shares))
+            run, settings = self._run(name, self.shape.rows[name], seed, self._seconds(self.shape.shares))
             folder = run.trained_model
         return self._likelihood(name, seed, settings, lambda: folder)
 
@@ -186,7 +189,7 @@ class Study:
         return {"seconds": self.shape.seconds, "shares": list(shares)}
 
     def _run(
-        self, name: str, trained: rows.Trained, seed: int, until: dict[str, Any]
+        self, name: str, trained: Trained, seed: int, until: dict[str, Any]
     ) -> tuple[Run, dict[str, Any]]:  # fmt: skip
         """A row's training run, and what its results on dev depend on.
 
@@ -204,7 +207,7 @@ class Study:
     def _recipe_run(self, name: str, seed: int) -> tuple[Run, dict[str, Any]]:
         steps = self.shape.recipe_steps
         until = {"steps": list(steps)} if steps else self._seconds((1.0,))
-        return self._run(_label(name), rows.RECIPES[name], seed, until)
+        return self._run(_label(name), RECIPES[name], seed, until)
 
     def _train(
         self, name: str, seed: int, run: Run, settings: dict[str, Any], stretches: Sequence[Stretch]
