@@ -32,7 +32,7 @@ STEPS = {
     "4096 tokens": ((f"{_ACTOR}.ppo_max_token_len_per_gpu", 4096),),
     "4096 tokens, offload policy": (
         (f"{_ACTOR}.ppo_max_token_len_per_gpu", 4096), (f"{_ACTOR}.strategy", "fsdp2"),
-        (f"{_ACTOR}.fsdp_config.offload_policy", True),
+        (f"{_ACTOR}.fsdp_config.offload_policy", True), ("actor_rollout_ref.ref.fsdp_config.offload_policy", True),
     ),
 }  # fmt: skip
 

@@ -1,26 +1,31 @@
 """The plan of a run's memory: how it is put together, what it refuses, and what it advises."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 import pytest
 import scale
+import torch
 from family_models import tiny
+from peft import LoraConfig
 from steps import tiny_policy
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from transformers import Qwen2Config
 
 import verl.plan
-from verl.config import ActorConfig, ModelConfig, RunConfig
+from verl.config import ActorConfig, MicroBatchLimit, ModelConfig, RunConfig
 from verl.errors import UserError
+from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
 from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
 from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
-from verl.workers.micro_batches import MicroBatchLimit, micro_batches
+from verl.workers.micro_batches import micro_batches
+from verl.workers.rollout.decoding import Decoding, Forward
 
 WORK = Work(num_anchors=2, embeds=True, trains_embeddings=False, trains_anchors=False)
 
@@ -29,8 +34,8 @@ def a_setup(folder: Path, layers: int | None = None, checkpointing: bool = True,
     rows = tuple(Row(20, 30, group) for group in range(6))
     model = ModelConfig(path=str(folder), enable_gradient_checkpointing=checkpointing)
     return Setup(
-        model, ActorConfig(ppo_max_token_len_per_gpu=150, **actor), "cuda", world_size, rows, rows, (150, None),
-        embeds=True, trains_embeddings=False, keeps_forward=False, num_layers=layers,
+        model, ActorConfig(ppo_max_token_len_per_gpu=150, **actor), "cuda", world_size, rows, rows,
+        MicroBatchLimit(150, None), embeds=True, trains_embeddings=False, keeps_forward=False, num_layers=layers,
     )  # fmt: skip
 
 
@@ -69,7 +74,8 @@ def test_moments_that_take_turns_at_being_the_peak_are_lines_of_their_own(tmp_pa
         num_hidden_layers=64,
     ).save_pretrained(tmp_path)  # fmt: skip
     rows = tuple(Row(683, 1365, group) for group in range(4))
-    setup = dataclasses.replace(a_setup(tmp_path), rows=rows, score_rows=rows[:1], score_limit=(4096, None))
+    limit = MicroBatchLimit(4096, None)
+    setup = dataclasses.replace(a_setup(tmp_path), rows=rows, score_rows=rows[:1], score_limit=limit)
     setup = dataclasses.replace(setup, actor=ActorConfig(ppo_max_token_len_per_gpu=4096))
     few, more, full = in_own_process([dataclasses.replace(setup, num_layers=layers) for layers in (*DEPTHS, 6)])
     peaks = {
@@ -107,6 +113,14 @@ def test_parts_are_what_they_are_by_count(traces):
     assert sum(trace.stages["sync"].wire.values()) == pytest.approx(scale.sync_bytes(shape, 4), rel=0.015)
 
 
+def test_an_update_that_measures_both_gradients_holds_both(tiny_folder):
+    setup = a_setup(tiny_folder, 3)
+    one, both = in_own_process([setup, dataclasses.replace(setup, trains_embeddings=True)])
+    held = [max(parts.get("gradient shards", 0) for parts in t.stages["update"].peaks.values()) for t in (one, both)]
+    assert held[1] == pytest.approx(2 * held[0], rel=0.1)
+    assert both.pinned["gradient shards"] == 2 * one.pinned["gradient shards"] > 0
+
+
 def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_reference(tiny_folder):
     values = {
         "data": {"train_batch_size": 8, "max_prompt_length": 40, "max_response_length": 40},
@@ -132,6 +146,12 @@ def test_adapters_have_the_only_gradients_and_moments_and_are_their_own_referenc
 def test_a_plan_finds_no_config_of_a_model_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="a plan needs its config.json"):
         traced(a_setup(tmp_path / "none"), 3)
+
+
+def test_a_plan_refuses_an_adapter_as_training_does(tiny_folder, tmp_path):
+    LoraConfig(r=2, base_model_name_or_path=str(tiny_folder)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a LoRA adapter. To go on training it, set model.path="):
+        traced(a_setup(tmp_path), 3)
 
 
 def test_a_model_whose_sizes_depend_on_numbers_is_refused(tmp_path):
@@ -217,6 +237,129 @@ def test_loading_takes_shards_and_a_small_model_or_whole_ones_where_weights_are_
     assert converted.stages["start"]["whole layer"] > 4 * sum(p.numel() for p in neox.gpt_neox.layers[0].parameters())
 
 
+BY_TORCH = {
+    section: {
+        "actor_rollout_ref.actor.strategy": "fsdp2",
+        f"actor_rollout_ref.{section}.fsdp_config.offload_policy": True,
+    }
+    for section in ("actor", "ref")
+}
+WITH_REFERENCE = {"algorithm.use_kl_in_reward": True}
+
+
+def test_shards_that_torch_keeps_on_the_host_are_not_on_the_gpu_at_the_start(tiny_folder):
+    def start(*changes: dict) -> dict[str, int]:
+        settings = {key: value for change in changes for key, value in change.items()}
+        return make_plan(a_run(tiny_folder, **settings), Machines(GIB, 4), WORK).stages["start"]
+
+    shards = start()["shards"]
+    assert start(BY_TORCH["actor"]) == {}
+    assert start(WITH_REFERENCE) == {"shards": shards, "reference": shards}
+    # Loaded on the GPU, and gone before the policy comes.
+    assert start(WITH_REFERENCE, {"actor_rollout_ref.ref.fsdp_config.param_offload": True}) == {"shards": shards}
+    assert start(WITH_REFERENCE, BY_TORCH["actor"]) == {"reference": shards}
+    assert start(WITH_REFERENCE, BY_TORCH["actor"], BY_TORCH["ref"]) == {}
+
+
+def test_pinned_host_memory_is_rounded_up_to_powers_of_two(tiny_folder):
+    """torch pins moments that are moved and what its offload policy keeps, but not weights that are moved."""
+    ranks, diagnoses = 4, {"trainer.diag_freq": 50}
+    parts = [-(-len(weight) // ranks) * weight[0].numel() * 4 for weight in tiny_model().parameters()]
+    pinned = sum(2 ** math.ceil(math.log2(part)) for part in parts)
+    assert pinned > sum(parts)
+
+    def planned(*changes: dict) -> MemoryPlan:
+        settings = {key: value for change in changes for key, value in change.items()}
+        return make_plan(a_run(tiny_folder, **settings), Machines(GIB, ranks), WORK)
+
+    # An engine's weights wait there only where there is room.
+    assert planned().host["steps"] == 0
+    fsdp = "actor_rollout_ref.actor.fsdp_config"
+    assert planned({f"{fsdp}.param_offload": True}).host["steps"] == ranks * sum(parts)
+    assert planned({f"{fsdp}.optimizer_offload": True}).host["steps"] == ranks * 2 * pinned
+    assert planned(diagnoses, BY_TORCH["ref"]).host["steps"] == ranks * pinned
+    moments = planned().stages["generation"]["optimizer"]
+    assert planned(BY_TORCH["actor"]).host["steps"] == ranks * (2 * pinned + moments)
+
+
+def test_the_hf_engine_has_the_cache_that_it_allocates_and_only_while_it_generates(tiny_folder):
+    engine = {"actor_rollout_ref.rollout.name": "hf", "actor_rollout_ref.rollout.dtype": "float32"}
+    plan = make_plan(a_run(tiny_folder, **engine), Machines(GIB, 4), WORK)
+    # 8 samples, each with 4 rationales and 2 anchors, on 4 ranks; prompts of 50 tokens that have no common beginning.
+    rows = 12
+    lm = tiny_model()
+    lm.set_attn_implementation(ATTENTION)
+    decoding = Decoding(
+        Forward(lm), [[row] * 50 for row in range(rows)], [1.0] * rows, [50] * rows, range(rows), (), 1024, None
+    )
+    with torch.no_grad():
+        assert sum(len(ended) for ended in decoding.run()) == rows
+    cached = [one for caches in (decoding.cache._keys, decoding.cache._values) for one in caches.values()]
+    assert plan.stages["generation"]["KV cache"] == sum(one.trunk.nbytes + one.rows.nbytes for one in cached)
+    assert plan.cached_tokens == rows * 100
+    assert {name for name, parts in plan.stages.items() if "KV cache" in parts} == {"generation"}
+    engine["actor_rollout_ref.rollout.max_num_seqs"] = 5
+    fewer = make_plan(a_run(tiny_folder, **engine), Machines(GIB, 4), WORK)
+    assert fewer.cached_tokens == 5 * 100
+
+
+def test_a_cache_of_the_hf_engine_that_does_not_fit_is_of_fewer_rows(tiny_folder):
+    config = a_run(tiny_folder, **{
+        "actor_rollout_ref.rollout.name": "hf", "actor_rollout_ref.rollout.max_num_seqs": 4096,
+        "data.train_batch_size": 2048,
+    })  # fmt: skip
+    generation = sum(make_plan(config, Machines(GIB, 2), WORK).stages["generation"].values())
+    machines = Machines(int(0.8 * generation / 0.9), 2)
+    plan = make_plan(config, machines, WORK)
+    assert plan.misfits() == ["generation"]
+    found = [dict(change.settings) for change in remedies(config, machines, WORK, plan)]
+    assert {"actor_rollout_ref.rollout.max_num_seqs": 2048} in found
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory) -> Path:
+    """Of a model whose weights are much more than the activations of short rows."""
+    folder = tmp_path_factory.mktemp("deep")
+    Qwen2Config(
+        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=24, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+ONE_ROW = {"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 100}
+
+
+def test_an_untrained_model_that_does_not_fit_is_kept_on_the_host_or_not_asked(deep_folder):
+    """Of the diagnoses alone, beside a policy that torch keeps on the host."""
+    config = a_run(
+        deep_folder, **BY_TORCH["actor"], **ONE_ROW,
+        **{"trainer.diag_freq": 50, "actor_rollout_ref.rollout.gpu_memory_utilization": 0.8},
+    )  # fmt: skip
+    # A tenth of the GPU may not be filled.
+    machines = Machines(sum(make_plan(config, Machines(GIB, 1), WORK).stages["reference"].values()), 1)
+    plan = make_plan(config, machines, WORK)
+    assert plan.misfits() == ["reference"]
+    found = [dict(change.settings) for change in remedies(config, machines, WORK, plan)]
+    assert {"trainer.diag_log_likelihood": False} in found
+    assert BY_TORCH["ref"] in found
+    kept = make_plan(with_settings(config, tuple(BY_TORCH["ref"].items())), machines, WORK)
+    assert kept.host["steps"] > plan.host["steps"]
+
+
+def test_a_reference_that_leaves_too_little_memory_waits_on_the_host(deep_folder):
+    offload = {f"actor_rollout_ref.actor.fsdp_config.{name}_offload": True for name in ("param", "optimizer")}
+    config = a_run(deep_folder, **WITH_REFERENCE, **ONE_ROW, **offload)
+    update = make_plan(config, Machines(GIB, 1), WORK).stages["update"]
+    machines = Machines(int((sum(update.values()) - update["reference"] / 2) / 0.9), 1)
+    plan = make_plan(config, machines, WORK)
+    assert plan.misfits() == ["update"]
+    found = [dict(change.settings) for change in remedies(config, machines, WORK, plan)]
+    assert {"actor_rollout_ref.ref.fsdp_config.param_offload": True} in found
+    assert BY_TORCH["ref"] in found
+    assert not any("trainer.diag_log_likelihood" in settings for settings in found)
+
+
 def test_what_does_not_fit_is_named_with_settings_that_make_it_fit(tiny_folder):
     config = a_run(tiny_folder, **{"actor_rollout_ref.rollout.gpu_memory_utilization": 0.1})
     plan = make_plan(config, Machines(GIB, 2), WORK)
@@ -237,8 +380,20 @@ def test_what_does_not_fit_is_named_with_settings_that_make_it_fit(tiny_folder):
             assert not make_plan(changed, machines, WORK).misfits(), change
 
 
+@pytest.mark.parametrize(("strategy", "proposed"), [("fsdp", True), ("fsdp2", False)])
+def test_offloading_is_proposed_unless_torchs_policy_does_it_already(strategy, proposed, monkeypatch):
+    """offload_policy=True alone does nothing with strategy=fsdp."""
+    monkeypatch.setattr("verl.planning.remedies._fits", lambda *_: True)
+    actor = {"strategy": strategy, "fsdp_config": {"offload_policy": True}}
+    config = RunConfig.model_validate({"actor_rollout_ref": {"actor": actor}})
+    plan = MemoryPlan(Machines(GIB, 1), {"update": {"activations": 2 * GIB}}, 0, 1, 1, {}, 0, {}, 0, 0, {})
+    found = [dict(change.settings) for change in remedies(config, plan.machines, WORK, plan)]
+    assert ({"actor_rollout_ref.actor.fsdp_config.param_offload": True} in found) is proposed
+    assert (BY_TORCH["actor"] in found) is proposed
+
+
 def test_nothing_that_helps_is_said_too():
-    plan = MemoryPlan(Machines(GIB, 1), {"start": {"whole model": 2 * GIB}}, 0, None, 1, {}, 0, {}, 0, 0, {})
+    plan = MemoryPlan(Machines(GIB, 1), {"start": {"whole model": 2 * GIB}}, 0, 1, 1, {}, 0, {}, 0, 0, {})
     text = list(remedy_lines(plan, []))
     assert text[0].startswith("does not fit: start.") and "smaller model" in text[1]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from measured import peak_of
 
-from verl.config import ActorConfig, ModelConfig
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.config import ActorConfig, MicroBatchLimit, ModelConfig
+from verl.models.load import load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows
 from verl.workers.actor import Actor
-from verl.workers.micro_batches import MicroBatchLimit
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -22,7 +22,7 @@ def a_setup(folder: Path, rows: tuple[Row, ...], tokens: int, num_layers: int | 
     model = ModelConfig(path=str(folder), enable_gradient_checkpointing=changes.pop("checkpointing", False))
     actor = ActorConfig(ppo_max_token_len_per_gpu=tokens, **changes.pop("actor", {}))
     values = {"embeds": True, "trains_embeddings": False, "keeps_forward": False, "num_layers": num_layers, **changes}
-    return Setup(model, actor, "cpu", 1, rows, rows, (tokens, None), **values)
+    return Setup(model, actor, "cpu", 1, rows, rows, MicroBatchLimit(tokens, None), **values)
 
 
 def peaks(trace: Trace) -> dict[str, int]:
@@ -42,7 +42,7 @@ def prepared(setup: Setup, stage: str):
     actor = Actor(PolicyModel(lm), setup.actor, 1.0, 24, total_steps=10, one_mini_batch=setup.keeps_forward)
 
     def score() -> None:
-        actor.score(rows, MicroBatchLimit(*setup.score_limit), setup.embeds, train_anchors=setup.trains_embeddings)
+        actor.score(rows, setup.score_limit, setup.embeds, train_anchors=setup.trains_embeddings)
 
     def update() -> None:
         if setup.keeps_forward:
@@ -56,11 +56,12 @@ def prepared(setup: Setup, stage: str):
 
 
 def test_peaks_of_the_tiny_model(tiny_folder):
+    both_measured = {"embedding_grad_share": 0.5, "embedding_grad_every": 1}
     setups = [
         a_setup(tiny_folder, TINY, 600),
         a_setup(tiny_folder, TINY, 600, checkpointing=True),
         a_setup(tiny_folder, TINY, 5000, keeps_forward=True),
-        a_setup(tiny_folder, TINY, 600, trains_embeddings=True, actor={"embedding_grad_share": 0.5}),
+        a_setup(tiny_folder, TINY, 600, trains_embeddings=True, actor=both_measured),
         a_setup(tiny_folder, TINY, 600, actor={"entropy_coeff": 0.1}),
     ]
     for setup, trace in zip(setups, in_own_process(setups), strict=True):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from verl.checkpoint.training_state import checkpoint_size, folder_size
-from verl.config import FsdpConfig, RunConfig
+from verl.config import MicroBatchLimit, RunConfig
 from verl.models.attention import cache_bytes
 from verl.models.sharded_load import empty_lm, small_config, why_loaded_whole
 from verl.planning.shapes import Parts
-from verl.planning.trace import Row, Setup, Trace, model_config, traced
+from verl.planning.trace import Row, Setup, Trace, planned_config, traced
 
 GIB = 2**30
 # An assumption: CUDA's contexts, NCCL's buffers and what torch's allocator cannot fill are not counted.
@@ -56,8 +56,8 @@ class MemoryPlan:
     """Bytes on the GPU of a rank, of each stage when it takes most."""
     logits: int
     """Bytes of the logits of a chunk, within the activations of a pass through the LM head."""
-    cached_tokens: int | None
-    """Tokens that an engine's cache holds; None = its size is not planned (hf)."""
+    cached_tokens: int
+    """Tokens that an engine's cache holds."""
     longest_row: int
     """Tokens."""
     host: dict[str, int]
@@ -83,7 +83,7 @@ class MemoryPlan:
     def misfits(self) -> list[str]:
         """The stages that do not fit."""
         found = [name for name, parts in self.stages.items() if sum(parts.values()) > self.usable]
-        if self.cached_tokens is not None and self.cached_tokens < self.longest_row:
+        if self.cached_tokens < self.longest_row:
             found.append("cache")
         return found
 
@@ -93,29 +93,37 @@ def make_plan(config: RunConfig, machines: Machines, work: Work) -> MemoryPlan:
 
     Raises:
         PlanError: see `traced`.
-        UserError: the model's config cannot be had.
+        UserError: see `planned_config`.
     """
     section = config.actor_rollout_ref
-    lm = model_config(section.model)
+    lm = planned_config(section.model)
     loads = Loads(config, machines.ranks, work)
-    trace = traced(loads.setup(), lm.get_text_config().num_hidden_layers)
-    device = _DeviceUse(config, machines, trace, lm)
-    cached = device.engine.get("KV cache")
-    a_token = cache_bytes(lm.get_text_config(), device.engine_dtype) / section.rollout.ranks_per_engine
+    text = lm.get_text_config()
+    trace = traced(loads.setup(), text.num_hidden_layers)
+    engine = _Engine(config, machines, trace, text, loads)
+    device = _DeviceUse(config, machines, trace, lm, engine)
     return MemoryPlan(
         machines=machines,
         stages=device.stages(),
         logits=max(stage.logits for stage in trace.stages.values()),
-        cached_tokens=None if cached is None else int(cached / a_token),
+        cached_tokens=engine.cached_tokens,
         longest_row=loads.longest_row,
         host=device.host(),
         checkpoint=checkpoint_size(config, trace.trained, trace.parameters, lm.dtype),
         wire=loads.wire(trace),
         moved=device.moved(),
-        rows=loads.row_bytes(lm.get_text_config().hidden_size),
+        rows=loads.row_bytes(text.hidden_size),
         tokens=loads.tokens(),
         micro_batches={"score": loads.score_micro_batches, "update": loads.update_micro_batches},
     )
+
+
+def has_second_model(config: RunConfig) -> bool:
+    """Whether the model that the run started from is loaded beside the policy.
+
+    A policy with adapters is that model where these are off.
+    """
+    return config.scores_by_untrained and not config.actor_rollout_ref.model.trains_adapter
 
 
 class Loads:
@@ -140,6 +148,12 @@ class Loads:
     @property
     def score_micro_batches(self) -> int:
         return ceil(self._of_score / self._full_rows(self._score_limit))
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Most tokens of the rows that an hf engine decodes together. Each rank has an engine."""
+        most = self._config.actor_rollout_ref.rollout.max_num_seqs
+        return min(most, self._of_score) * self.longest_row
 
     def setup(self) -> Setup:
         section = self._config.actor_rollout_ref
@@ -185,101 +199,138 @@ class Loads:
         update = self.trained * (prompt + 8 * response + 2 * 4 * response)
         return generation + scoring + update
 
-    def _full_rows(self, limit: tuple[int | None, int | None]) -> int:
+    def _full_rows(self, limit: MicroBatchLimit) -> int:
         """Rows of full length in a micro-batch."""
         tokens, rows = limit
         return max(1, tokens // self.longest_row if tokens else rows or 1)
 
-    def _fill(self, own: int, limit: tuple[int | None, int | None], micro_batches: int) -> tuple[Row, ...]:
+    def _fill(self, own: int, limit: MicroBatchLimit, micro_batches: int) -> tuple[Row, ...]:
         """The rows of one micro-batch that is as full as can be, or of two: the second meets the first's gradients."""
         count, length = min(own, self._full_rows(limit)), self.longest_row
-        if micro_batches > 1 and limit[0] and limit[0] > length:
-            count = ceil(limit[0] / length)
-            length = limit[0] // count
+        if micro_batches > 1 and limit.max_tokens and limit.max_tokens > length:
+            count = ceil(limit.max_tokens / length)
+            length = limit.max_tokens // count
         response = max(1, length * self._config.data.max_response_length // self.longest_row)
         rows = [Row(max(1, length - response), response, group) for group in range(count * min(2, micro_batches))]
         return tuple(rows)
 
 
+class _Engine:
+    """The rollout engine, by formulas."""
+
+    def __init__(self, config: RunConfig, machines: Machines, trace: Trace, text_config: Any, loads: Loads) -> None:
+        rollout = config.actor_rollout_ref.rollout
+        dtype: torch.dtype = getattr(torch, rollout.dtype)
+        a_token = cache_bytes(text_config, dtype) / rollout.ranks_per_engine
+        weights = dtype.itemsize * trace.parameters // rollout.ranks_per_engine
+        is_vllm = rollout.name == "vllm"
+        if is_vllm:
+            cache = max(0, int(rollout.gpu_memory_utilization * machines.gpu_bytes) - weights)
+        else:
+            cache = int(a_token * loads.decoded_tokens)
+        self.cached_tokens = int(cache / a_token)
+        alone: Parts = {"engine weights": weights}
+        self.generating: Parts = {**alone, "KV cache": cache}
+        # hf keeps its weights and frees the cache. vllm keeps both, or frees both and wakes the cache after the sync.
+        keeps_cache = is_vllm and not rollout.free_cache_engine
+        self.in_sync = self.generating if keeps_cache else alone
+        self.asleep: Parts = {} if is_vllm and rollout.free_cache_engine else self.in_sync
+
+
+class _Reference:
+    """The model that the run started from, beside the policy: always there for a KL term, or loaded for a diagnosis."""
+
+    def __init__(self, config: RunConfig, shards: int, pinned: int) -> None:
+        section = config.actor_rollout_ref
+        fsdp = section.ref.fsdp_config
+        by_torch = section.actor.uses_offload_policy(fsdp)
+        moves = fsdp.param_offload and not by_torch
+        self.scores = has_second_model(config)
+        self.stays = self.scores and config.needs_reference
+        self.scoring: Parts = {} if by_torch else {"reference": shards}
+        """On the GPU while it scores."""
+        self.waiting: Parts = self.scoring if self.stays and not moves else {}
+        """On the GPU in other stages."""
+        self.on_host = self.scores * (pinned if by_torch else shards * moves)
+        self.moved = 2 * shards * (self.stays and moves)
+
+
 class _DeviceUse:
     """Who has the memory in which stage."""
 
-    def __init__(self, config: RunConfig, machines: Machines, trace: Trace, lm: Any) -> None:
-        section = config.actor_rollout_ref
-        self._config, self._machines, self._trace, self._rollout = config, machines, trace, section.rollout
+    def __init__(self, config: RunConfig, machines: Machines, trace: Trace, lm: Any, engine: _Engine) -> None:
+        self._machines, self._trace, self._engine = machines, trace, engine
         self._folder = folder_size(config, trace.trained, trace.parameters, lm.dtype)
-        self.engine_dtype: torch.dtype = getattr(torch, section.rollout.dtype)
         self._start = _Start(config, machines, trace, lm)
         self._shards = trace.stages["score"].peak["shards"]
         self._optimizer = max(parts.get("optimizer", 0) for parts in trace.stages["update"].peaks.values())
-        own, reference = section.actor.fsdp_config, section.ref.fsdp_config
-        self._by_torch = self._uses_policy(own)
-        self._params_move = own.param_offload and not self._by_torch
-        self._optimizer_moves = own.optimizer_offload and not self._by_torch
-        # A policy with adapters is its own reference, with these off.
-        self._adapts = section.model.trains_adapter
-        self._has_reference = config.needs_reference and not self._adapts
-        self._reference_moves = reference.param_offload or self._uses_policy(reference)
-        self.engine = self._engine()
-
-    def _uses_policy(self, fsdp: FsdpConfig) -> bool:
-        return fsdp.offload_policy and self._config.actor_rollout_ref.actor.strategy == "fsdp2"
-
-    def _engine(self) -> Parts:
-        """The engine when it generates."""
-        weights = self.engine_dtype.itemsize * self._trace.parameters // self._rollout.ranks_per_engine
-        if self._rollout.name != "vllm":
-            return {"engine weights": weights}
-        share = int(self._rollout.gpu_memory_utilization * self._machines.gpu_bytes)
-        return {"engine weights": weights, "KV cache": max(0, share - weights)}
+        actor = config.actor_rollout_ref.actor
+        fsdp = actor.fsdp_config
+        self._by_torch = actor.uses_offload_policy(fsdp)
+        self._params_move = fsdp.param_offload and not self._by_torch
+        self._optimizer_moves = fsdp.optimizer_offload and not self._by_torch
+        self._reference = _Reference(config, self._shards, trace.pinned["shards"])
 
     def stages(self) -> dict[str, Parts]:
         """By stage, in the order of a run."""
-        sleeps = self._rollout.name == "vllm" and self._rollout.free_cache_engine
-        asleep: Parts = {} if sleeps else self.engine
-        weights = {"engine weights": self.engine["engine weights"]} if sleeps else self.engine
+        engine, reference = self._engine, self._reference
         optimizer: Parts = {} if self._by_torch or self._optimizer_moves else {"optimizer": self._optimizer}
         shards: Parts = {} if self._by_torch or self._params_move else {"shards": self._shards}
-        reference: Parts = {"reference": self._shards} if self._has_reference and not self._reference_moves else {}
         sync = self._traced("sync")
-        gathered = {"gathered layers": sync.pop("activations", 0) + sync.get("gathered layers", 0)}
+        gathered = {"gathered layers": sync.pop("activations", 0) + sync.pop("gathered layers", 0)}
         stages = {
-            "start": _sum(self._start.on_device(self._shards), asleep),
-            "sync": _sum(sync, gathered, weights, optimizer, reference),
-            "generation": _sum(self.engine, shards, optimizer, reference),
-            "score": _sum(self._traced("score"), asleep, optimizer, reference),
-            "update": _sum(self._traced("update"), asleep, reference),
+            "start": self._loading(),
+            "sync": _sum(sync, gathered, engine.in_sync, optimizer, reference.waiting),
+            "generation": _sum(engine.generating, shards, optimizer, reference.waiting),
+            "score": _sum(self._traced("score"), engine.asleep, optimizer, reference.waiting),
+            "update": _sum(self._traced("update"), engine.asleep, reference.waiting),
         }
-        if self._config.scores_by_untrained and not self._adapts:
-            own = {
-                "reference": 0 if self._uses_policy(self._config.actor_rollout_ref.ref.fsdp_config) else self._shards
-            }
+        if reference.scores:
             forward = {name: size for name, size in self._traced("score").items() if name != "shards"}
-            stages["reference"] = _sum(forward, own, shards, asleep, optimizer)
+            stages["reference"] = _sum(forward, reference.scoring, shards, engine.asleep, optimizer)
         return stages
 
+    def _loading(self) -> Parts:
+        """Shards are made on the GPU unless torch keeps them in host memory; those of a KL term's reference first."""
+        own: Parts = {} if self._by_torch else {"shards": self._shards}
+        policy = _sum(self._start.on_device(own), self._engine.asleep, self._reference.waiting)
+        if not self._reference.stays:
+            return policy
+        first = _sum(self._start.on_device(self._reference.scoring), self._engine.asleep)
+        return max(policy, first, key=lambda parts: sum(parts.values()))
+
     def _traced(self, stage: str) -> Parts:
-        parts = self._trace.stages[stage].peak
-        return {name: size for name, size in parts.items() if size and not (self._by_torch and name in _KEPT_ON_HOST)}
+        """The parts on the GPU when they take most together."""
+        kept = _KEPT_ON_HOST if self._by_torch else ()
+        found = [
+            {name: size for name, size in parts.items() if size and name not in kept}
+            for parts in self._trace.stages[stage].peaks.values()
+        ]
+        return max(found, key=lambda parts: sum(parts.values()), default={})
 
     def host(self) -> dict[str, int]:
-        """Bytes of a machine, of weights alone."""
-        ranks = self._machines.gpus
-        kept = self._shards * (self._params_move or self._by_torch)
-        kept += self._optimizer * (self._optimizer_moves or self._by_torch)
-        kept += self._shards * (self._has_reference and self._reference_moves)
-        if self._rollout.name == "vllm" and self._rollout.free_cache_engine:
-            kept += self.engine["engine weights"]  # of an engine that sleeps
+        """Bytes of a machine, of weights alone. A sleeping engine's are not needed: they stay where there is room."""
+        ranks, reference = self._machines.gpus, self._reference
+        kept = ranks * (self._kept_on_host() + reference.on_host)
         return {
-            "start": ranks * self._start.on_host(),
-            "steps": ranks * kept,
-            "checkpoint": ranks * kept + self._folder,
+            "start": ranks * self._start.on_host(models=1 + reference.stays),
+            "steps": kept,
+            "checkpoint": kept + self._folder,
         }
+
+    def _kept_on_host(self) -> int:
+        """Bytes of a rank's policy."""
+        pinned = self._trace.pinned
+        if self._by_torch:
+            # torch's policy pins weights and gradients; the moments that AdamW makes beside them are not pinned.
+            return pinned["shards"] + pinned["gradient shards"] + self._optimizer
+        # Moments are copied to the host without waiting, for which torch pins them; weights are not.
+        return self._shards * self._params_move + pinned["optimizer"] * self._optimizer_moves
 
     def moved(self) -> int:
         """Bytes between host and GPU: the weights there and back for sync, score and update, the optimizer once."""
         moved = 2 * 3 * self._shards * self._params_move + 2 * self._optimizer * self._optimizer_moves
-        return moved + 2 * self._shards * (self._has_reference and self._reference_moves)
+        return moved + self._reference.moved
 
 
 class _Start:
@@ -289,21 +340,28 @@ class _Start:
         self._loaded_whole = why_loaded_whole(lm, config.actor_rollout_ref.model.trust_remote_code) is not None
         self._trace, self._machines, self._lm = trace, machines, lm
 
-    def on_device(self, shards: int) -> Parts:
-        """Shards are filled one weight after the other. Those of a whole model are cut layer by layer."""
+    def on_device(self, held: Parts) -> Parts:
+        """Shards are filled one weight after the other. Those of a whole model are cut layer by layer.
+
+        Args:
+            held: the shards.
+        """
         if not self._loaded_whole:
-            return {"shards": shards}
+            return held
         layer = self._trace.parameters // self._lm.get_text_config().num_hidden_layers
         # The root has the embedding and the LM head.
-        return {"shards": shards, "whole layer": 4 * max(layer, 2 * self._trace.largest_weight)}
+        return {**held, "whole layer": 4 * max(layer, 2 * self._trace.largest_weight)}
 
-    def on_host(self) -> int:
+    def on_host(self, models: int) -> int:
         """Bytes of a rank: the small model of the proof, or later its part of the largest weight as it is stored.
 
         Not the mapped pages of the files, which the ranks of a machine share and the kernel can drop.
+
+        Args:
+            models: the policy, and a KL term's reference; whole ones are in memory together.
         """
         if self._loaded_whole:
-            return 4 * self._trace.parameters
+            return 4 * self._trace.parameters * models
         small = sum(weight.numel() * weight.itemsize for weight in empty_lm(small_config(self._lm)).parameters())
         part = self._trace.largest_weight * (self._lm.dtype or torch.float32).itemsize // self._machines.ranks
         return max(small, part)
@@ -325,9 +383,8 @@ def lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
         verdict = "" if sum(parts.values()) <= plan.usable else "  DOES NOT FIT"
         yield f"  {stage}", f"{_gib(sum(parts.values()))} GiB = {named or '0'}{verdict}"
     yield "  logits", f"{_gib(plan.logits, 2)} GiB of a chunk at a time, when the LM head runs"
-    if plan.cached_tokens is not None:
-        rows = plan.cached_tokens / plan.longest_row
-        yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
+    rows = plan.cached_tokens / plan.longest_row
+    yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
     yield (
         "host memory",
         ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items()) + " GiB a machine (formula)",

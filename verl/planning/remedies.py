@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config import RunConfig
-from verl.planning.plan import Machines, MemoryPlan, Work, make_plan
+from verl.planning.plan import Machines, MemoryPlan, Work, has_second_model, make_plan
 
-_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{section}" for section in ("actor", "ref", "rollout"))
 _TOKENS, _RESPONSE = f"{_ACTOR}.ppo_max_token_len_per_gpu", "data.max_response_length"
 _MOST_GPUS = 64
 
@@ -66,15 +66,19 @@ def _changes(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Iterato
     section = config.actor_rollout_ref
     if not section.model.enable_gradient_checkpointing:
         yield _set("actor_rollout_ref.model.enable_gradient_checkpointing", True)
-    by_torch = section.actor.fsdp_config.offload_policy
+    by_torch = section.actor.uses_offload_policy(section.actor.fsdp_config)
     if not by_torch:
         yield from _offloads(config)
     if section.rollout.name == "vllm":
         yield from _engine_changes(config, machines, plan.misfits())
+    elif "generation" in plan.misfits():
+        yield from _fewer_sequences(plan)
+    if has_second_model(config):
+        yield from _reference_changes(config, plan.misfits())
     if {"score", "update", "reference"} & set(plan.misfits()):
         yield from _smaller_forwards(config)
         if not by_torch:
-            yield Change(((f"{_ACTOR}.strategy", "fsdp2"), (f"{_ACTOR}.fsdp_config.offload_policy", True)))
+            yield _kept_on_host(_ACTOR)
     gpus = 2 * machines.ranks
     while gpus <= _MOST_GPUS:
         yield Change(gpus=gpus)
@@ -107,6 +111,27 @@ def _engine_changes(config: RunConfig, machines: Machines, misfits: list[str]) -
         yield from (_set(f"{_ROLLOUT}.tensor_model_parallel_size", wider) for wider in sizes)
 
 
+def _fewer_sequences(plan: MemoryPlan) -> Iterator[Change]:
+    """For the cache of an hf engine, which is as large as the rows that are decoded together."""
+    rows = plan.cached_tokens // plan.longest_row
+    while rows > 1:
+        rows //= 2
+        yield _set(f"{_ROLLOUT}.max_num_seqs", rows)
+
+
+def _reference_changes(config: RunConfig, misfits: list[str]) -> Iterator[Change]:
+    """For the model that the run started from, beside the policy."""
+    section = config.actor_rollout_ref
+    fsdp = section.ref.fsdp_config
+    by_torch, scores = section.actor.uses_offload_policy(fsdp), "reference" in misfits
+    if config.needs_reference and not fsdp.param_offload and not by_torch:
+        yield _set(f"{_REF}.fsdp_config.param_offload", True)
+    if scores and not config.needs_reference:
+        yield _set("trainer.diag_log_likelihood", False)
+    if (scores or config.needs_reference) and not by_torch:
+        yield _kept_on_host(_REF)
+
+
 def _smaller_forwards(config: RunConfig) -> Iterator[Change]:
     actor, data = config.actor_rollout_ref.actor, config.data
     longest = data.max_prompt_length + data.max_response_length
@@ -121,7 +146,7 @@ def _smaller_forwards(config: RunConfig) -> Iterator[Change]:
     while response > 64:
         response //= 2
         settings: list[tuple[str, Any]] = [(_RESPONSE, response)]
-        if actor.update_limit[0]:
+        if actor.update_limit.max_tokens:
             settings.append((_TOKENS, data.max_prompt_length + response))
         yield Change(tuple(settings))
 
@@ -141,6 +166,11 @@ def _strongest(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Itera
 
 def _set(key: str, value: Any) -> Change:
     return Change(((key, value),))
+
+
+def _kept_on_host(section: str) -> Change:
+    """By torch's policy, which only one strategy has."""
+    return Change(((f"{_ACTOR}.strategy", "fsdp2"), (f"{section}.fsdp_config.offload_policy", True)))
 
 
 def _joined(changes: list[Change]) -> Change:

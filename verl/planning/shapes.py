@@ -78,7 +78,7 @@ class PlannedPolicy(PolicyModel):
         return not self.on_gpu
 
     def to(self, *args: Any, **kwargs: Any) -> "PlannedPolicy":
-        """Nothing: shapes are nowhere."""
+        """Does nothing: fake tensors are on no device."""
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> PolicyOutput:

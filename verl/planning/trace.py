@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,14 +32,16 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from verl.config import ActorConfig, ModelConfig
+from verl.config import ActorConfig, MicroBatchLimit, ModelConfig
 from verl.errors import UserError
 from verl.models import log_probs
 from verl.models.attention import ATTENTIONS, grace_attention
 from verl.models.fsdp import full_weights, shard
+from verl.models.load import read_model_config
 from verl.models.lora import add_adapter, count_parameters
 from verl.models.onednn import product, replace_linears
 from verl.models.packing import Segment
@@ -47,7 +49,6 @@ from verl.models.probe import dropout_of, set_dropout
 from verl.planning.shapes import Parts, PlannedPolicy, count
 from verl.protocol import DataProto
 from verl.workers.actor import Actor
-from verl.workers.micro_batches import MicroBatchLimit
 
 # Models of these many layers are traced; a model of more is the straight line through them.
 DEPTHS = (3, 4)
@@ -82,8 +83,8 @@ class Setup:
     """One rank's rows of one update, or as many of them as tell the peak."""
     score_rows: tuple[Row, ...]
     """Likewise of one call that scores."""
-    score_limit: tuple[int | None, int | None]
-    """See `RolloutConfig`: tokens or rows of a forward that scores."""
+    score_limit: MicroBatchLimit
+    """Of a forward that scores."""
     embeds: bool
     """Rewards need embeddings."""
     trains_embeddings: bool
@@ -134,6 +135,8 @@ class Trace:
     """Parameters that are trained."""
     largest_weight: int
     """Elements of the largest weight."""
+    pinned: Parts
+    """Bytes that the rank's shards, gradient shards and optimizer take in pinned host memory; see `pinned_bytes`."""
 
 
 def traced(setup: Setup, num_layers: int) -> Trace:
@@ -176,7 +179,7 @@ def extended(depths: tuple[int, int], traces: Sequence[Trace], num_layers: int) 
         for name, stage in more.stages.items()
     }
     parameters, trained = (round(line(*both)) for both in zip(_counts(few), _counts(more), strict=True))
-    return Trace(stages, parameters, trained, more.largest_weight)
+    return Trace(stages, parameters, trained, more.largest_weight, lines(few.pinned, more.pinned))
 
 
 def _counts(trace: Trace) -> tuple[int, int]:
@@ -219,21 +222,20 @@ def _key(setup: Setup) -> str:
         code.update(file.read_bytes())
     values = vars(setup) | {"model": setup.model.model_copy(update={"path": None})}
     versions = [torch.__version__, transformers.__version__, code.hexdigest()]
-    parts = [repr(values), model_config(setup.model).to_json_string(), *versions]
+    parts = [repr(values), planned_config(setup.model).to_json_string(), *versions]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def model_config(model: ModelConfig) -> Any:
-    """The model's config.json with its overrides.
+def planned_config(model: ModelConfig) -> Any:
+    """As `read_model_config`.
 
     Raises:
-        UserError: it has none.
+        UserError: there is none, or the model is an adapter.
     """
-    assert model.path is not None
     try:
-        return transformers.AutoConfig.from_pretrained(
-            model.path, trust_remote_code=model.trust_remote_code, **model.override_config
-        )
+        return read_model_config(model)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]
         raise UserError(
@@ -271,7 +273,38 @@ def trace(setup: Setup, rows: DataProto, score_rows: DataProto) -> Trace:
         actor = Actor(policy, config, 1.0, longest, total_steps=1, one_mini_batch=setup.keeps_forward)
         stages = {name: Stage(dict(c.peaks), dict(c.wire)) for name, c in _stages(setup, actor, rows, score_rows)}
     trained, parameters = count_parameters(policy.lm)
-    return Trace(stages, parameters, trained, max(parameter.numel() for parameter in policy.parameters()))
+    largest_weight = max(parameter.numel() for parameter in policy.parameters())
+    return Trace(stages, parameters, trained, largest_weight, _pinned_parts(actor, stages["update"]))
+
+
+def _pinned_parts(actor: Actor, update: Stage) -> Parts:
+    """See `Trace.pinned`."""
+    weights = list(actor.policy.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    # Its step counters stay where they are; see `models.fsdp.move_optimizer`.
+    moments = [value for state in actor.optimizer.state.values() for name, value in state.items() if name != "step"]
+    # An update that measures two gradients holds both.
+    most = max(parts.get("gradient shards", 0) for parts in update.peaks.values())
+    gradients = round(most / sum(_own_part(weight).nbytes for weight in trained))
+    return {
+        "shards": pinned_bytes(weights),
+        "gradient shards": gradients * pinned_bytes(trained),
+        "optimizer": pinned_bytes(moments),
+    }
+
+
+def pinned_bytes(tensors: Iterable[Tensor]) -> int:
+    """Host memory that the rank's parts of tensors take where torch pins each: the next power of two of its bytes.
+
+    torch's CachingHostAllocator rounds so, and keeps for reuse what is freed.
+    """
+    sizes = [_own_part(tensor).nbytes for tensor in tensors]
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
+@torch.no_grad()
+def _own_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _stages(setup: Setup, actor: Actor, rows: DataProto, score_rows: DataProto) -> Iterator[tuple[str, Any]]:
@@ -282,22 +315,22 @@ def _stages(setup: Setup, actor: Actor, rows: DataProto, score_rows: DataProto) 
             pass
         yield "sync", counted
         counted.begin()
-        limit = MicroBatchLimit(*setup.score_limit)
-        actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
+        scoring = (score_rows, setup.score_limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
+        actor.score(*scoring)
         yield "score", counted
         # The first update makes the optimizer's state, which all others begin with; its rows do not matter, but a kept
         # forward must be used.
         actor.update(rows if setup.keeps_forward else planned_rows([Row(1, 1, 0)], setup), 1)
         counted.begin()
         if setup.keeps_forward:
-            actor.score(score_rows, limit, setup.embeds, setup.actor.trains_policy, setup.trains_embeddings)
+            actor.score(*scoring)
         actor.update(rows, 1)
         yield "update", counted
 
 
 def _policy(setup: Setup, fake: FakeTensorMode) -> PlannedPolicy:
     """The policy as a worker has it, of fake weights."""
-    config = copy.deepcopy(model_config(setup.model))
+    config = copy.deepcopy(planned_config(setup.model))
     text = config.get_text_config()
     if setup.num_layers is not None:
         text.num_hidden_layers = setup.num_layers
@@ -344,7 +377,9 @@ def planned_rows(rows: Sequence[Row], setup: Setup) -> DataProto:
         "response_length": torch.tensor([row.response for row in rows]),
         "trained": torch.tensor([row.trained for row in rows]),
         "mini_batch": torch.zeros(len(rows), dtype=torch.int64),
-        **{name: torch.zeros(len(rows), length) for name in ("old_log_probs", "advantages", "ref_log_prob")},
+        **{name: torch.zeros(len(rows), length) for name in ("old_log_probs", "ref_log_prob")},
+        # Not 0: without advantages an update does not measure both gradients.
+        "advantages": torch.ones(len(rows), length),
     }
     if setup.trains_embeddings:
         # Broadcasts over the dimensions of the embeddings.

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from verl.config import RunConfig
-from verl.config_checks import build_reward_kwargs
-from verl.errors import UserError
+from verl.errors import UserError, as_user_error
 from verl.planning.plan import GIB, USABLE, Machines, MemoryPlan, Work, lines, make_plan
 from verl.planning.remedies import Change, remedies
 from verl.planning.trace import PlanError
@@ -81,17 +80,13 @@ def find_work(config: RunConfig) -> Work:
     Raises:
         UserError: there is no such manager, or it takes other arguments.
     """
-    try:
+    with as_user_error(ValueError):
         manager = load_reward_manager(config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     roles = sample_roles(config.train_mode, manager.needs_embeddings, config.data.trained_text)
-    reward = config.reward_model
-    contrastive = reward.reward_manager == "hidden" and build_reward_kwargs(reward.reward_kwargs).contrastive
     return Work(
         num_anchors=anchors_per_sample(roles, config.data.negatives_per_query),
         embeds=manager.needs_embeddings,
-        trains_embeddings=contrastive
+        trains_embeddings=config.reward_model.contrastive
         or manager.trains_anchors
         or config.actor_rollout_ref.actor.embedding_grad_share is not None,
         trains_anchors=manager.trains_anchors,
