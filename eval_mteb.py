@@ -68,7 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument(
         "--vllm_gpu_memory_utilization", type=float,
-        default=float(os.environ.get("VLLM_GPU_MEMORY_UTILIZATION", "0.8")), help="share of a GPU's memory for vllm",
+        default=os.environ.get("VLLM_GPU_MEMORY_UTILIZATION"),
+        help="vllm: share of a GPU's memory; default: what the model that embeds and its forwards leave, at most 0.8",
     )  # fmt: skip
     where = parser.add_argument_group("output")
     where.add_argument("--output_dir", type=Path, default=Path("results"))

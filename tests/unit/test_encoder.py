@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,14 +19,16 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from verl import GraceEncoder
+from verl.config import MicroBatchLimit
 from verl.data.collator import PromptCollator
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.backend import Backend, _group_of_one
+from verl.encoder.backend import Backend, ModelSpec, _group_of_one
 from verl.encoder.store import EmbeddingStore
 from verl.errors import UserError
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.load import load_causal_lm
+from verl.models.packing import Row
+from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.rollout.base import RolloutError, finish
 from verl.workers.rollout.decoding import rows_that_fit
 from verl.workers.scoring import score
@@ -533,3 +538,92 @@ def test_while_vllm_starts_it_finds_a_group_of_one_and_then_the_environment_is_a
     monkeypatch.setenv("RANK", "3")  # a launcher has set it
     with _group_of_one():
         assert os.environ["RANK"] == "3" and os.environ["MASTER_PORT"] == "1"
+
+
+@contextmanager
+def lengths_of_forwards(policy):
+    """The tokens of each forward meanwhile."""
+    lengths = []
+    hook = policy.register_forward_pre_hook(lambda _, args: lengths.append(args[0].input_ids.shape[1]))
+    try:
+        yield lengths
+    finally:
+        hook.remove()
+
+
+def test_a_prompt_that_is_computed_for_every_row_counts_for_every_row(encoder, monkeypatch):
+    monkeypatch.setattr(PolicyModel, "shares_prompts", False)  # as on a GPU
+    rows = [Row(tuple(range(100, 200)) * 5, (), 0, False)] * 9
+    with lengths_of_forwards(encoder.backend.policy) as lengths:
+        vectors = encoder.backend.embed(rows, None)
+    assert max(lengths) <= 2048 and sum(lengths) == 9 * 500
+    np.testing.assert_allclose(vectors, vectors[:1].repeat(9, axis=0), atol=1e-5)
+
+
+class TestVllmsShare:
+    """What vllm is started with; in place of a GPU one of 80 GiB, of which torch keeps 1 MiB for a forward's token."""
+
+    @pytest.fixture
+    def backend(self, tiny_folder, monkeypatch):
+        backend = Backend(ModelSpec(str(tiny_folder), "vllm", "cpu", max_model_len=300))
+        monkeypatch.setattr(PolicyModel, "shares_prompts", False)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (self.free_mib * 2**20, 80 * 2**30))
+        hook = backend.policy.register_forward_hook(self.keep)
+        self.kept = 0
+        yield backend
+        hook.remove()
+
+    def keep(self, policy, args, output):
+        self.kept = max(self.kept, args[0].input_ids.shape[1])
+
+    @property
+    def free_mib(self) -> int:
+        return self.without_forward - self.kept
+
+    @pytest.mark.parametrize(
+        ("free", "batch_size", "share"),
+        [
+            (66 * 1024, None, 0.9 * (66 * 1024 - 109 * 300) / (80 * 1024)),
+            (66 * 1024, 2, 0.9 * (66 * 1024 - 600) / (80 * 1024)),
+            (80 * 1024, 2, 0.8),
+        ],
+    )
+    def test_the_policy_and_its_largest_forward_have_room(self, backend, free, batch_size, share):
+        self.without_forward = free
+        backend.spec = replace(backend.spec, device="cuda")
+        assert backend._vllm_share(batch_size) == pytest.approx(share)
+        backend.spec = replace(backend.spec, gpu_memory_utilization=0.3)
+        assert backend._vllm_share(batch_size) == 0.3
+
+    @pytest.mark.parametrize(("processes", "group", "engines"), [(1, 1, 1), (4, 1, 4), (4, 2, 2)])
+    def test_engines_of_one_machine_share_it_and_one_that_does_not_start_names_the_encoders_settings(
+        self, tiny_folder, monkeypatch, processes, group, engines
+    ):
+        def start(model, rollout, *_, engines_per_node, **__):
+            assert (rollout.gpu_memory_utilization, engines_per_node) == (0.8, engines)
+            raise RolloutError("Change actor_rollout_ref.rollout.*") from ValueError("no kernel for this shape")
+
+        monkeypatch.setattr("verl.encoder.backend.load_vllm_adapter", lambda: SimpleNamespace(VLLMRollout=start))
+        backend = Backend(
+            ModelSpec(str(tiny_folder), "vllm", "cpu", max_model_len=300, tensor_parallel_size=group), processes
+        )
+        with pytest.raises(RolloutError, match="no kernel for this shape\nGive engine=hf.* which was 0.80") as caught:
+            backend.generate([[1, 2]], 0.0, 2, [0], None)
+        assert "actor_rollout_ref" not in str(caught.value)
+
+
+def test_a_gpu_whose_memory_runs_out_is_an_error_that_names_settings(tiny_folder, monkeypatch):
+    def fill(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    encoder = GraceEncoder(tiny_folder, device="cpu")
+    monkeypatch.setattr(encoder.backend.policy, "forward", fill)
+    with pytest.raises(RolloutError, match=r"a smaller batch_size .* lower gpu_memory_utilization.*2\.00 GiB"):
+        encoder.encode(TEXTS, **PLAIN)
+
+
+@pytest.mark.parametrize("more", [1, 2])
+def test_fewer_gpus_than_processes_are_told_before_a_process_starts(tiny_folder, more):
+    there = torch.cuda.device_count()
+    with pytest.raises(UserError, match=f"num_processes={there + more} needs as many GPUs, and torch finds {there} "):
+        GraceEncoder(tiny_folder, device="cuda", engine="hf", num_processes=there + more)

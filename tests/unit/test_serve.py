@@ -23,10 +23,12 @@ from tiny import save_tiny
 
 from verl import GraceEncoder
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder import backend
 from verl.serve.__main__ import main, parse_args
 from verl.serve.access import choose_access
 from verl.serve.batching import Job, Options
 from verl.serve.messages import EmbeddingsRequest
+from verl.workers.rollout.hf import HFRollout
 
 TEXTS = ["a card", "where is my parcel?", "a card", "naïve café", "one two three"]
 SHORT = {"max_new_tokens": 6}
@@ -173,6 +175,22 @@ def test_requests_that_come_together_share_batches_and_get_their_own_vectors(ser
     assert after["grace_vectors_total", "made"] - before["grace_vectors_total", "made"] == texts
     assert after["grace_requests_total", "200"] - before["grace_requests_total", "200"] == len(asked)
     assert len(service.worker.queue) == 0 and service.bodies.held == 0
+
+
+def test_no_more_rationales_are_written_at_once_than_the_memory_is_enough_for(tiny_folder, encoder, monkeypatch):
+    at_once = []
+
+    class Recorded(HFRollout):
+        def __init__(self, lm, stop_ids, max_rows, *more):
+            at_once.append(max_rows)
+            super().__init__(lm, stop_ids, max_rows, *more)
+
+    monkeypatch.setattr(backend, "HFRollout", Recorded)
+    monkeypatch.setattr(backend, "usable_memory", lambda: 2**20)  # a row of a prompt of 200 tokens takes 150 kB
+    with served(tiny_folder, "--max_batch", "8") as (address, _):
+        found = vectors_of(ask(address, input=TEXTS))
+    assert at_once and max(at_once) < len(set(TEXTS))
+    np.testing.assert_allclose(found, encoder.encode(TEXTS), atol=2e-6)
 
 
 def test_a_text_that_several_requests_share_is_embedded_once(server):
@@ -460,7 +478,7 @@ def test_a_server_for_other_machines_needs_a_key_or_words(host):
         (["--max_queue", "100"], "--max_queue 100 must be 2048 or more"),
         (["--max_batch", "0"], "--max_batch 0"),
         (["--max_new_tokens", "0"], "max_new_tokens=0"),
-        (["--port", "70000"], "--port 70000"),
+        (["--port", "70000"], "give an address of this machine, and a port that is free"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_loaded(tiny_folder, capsys, wrong, message):

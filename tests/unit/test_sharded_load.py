@@ -6,21 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import SETTINGS, tiny
+from measured import peak_of
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
+from tiny import save_tiny, tiny_config, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from verl.errors import UserError
 from verl.models import attention
 from verl.models.fsdp import full_weights, shard_over
-from verl.models.policy import PolicyModel, load_causal_lm
-from verl.models.sharded_load import load_to_shard, small_config
+from verl.models.load import load_causal_lm, round_weights
+from verl.models.policy import PolicyModel
+from verl.models.sharded_load import load_rounded, load_to_shard, small_config
 
 # A type of device on which one process shards too; nothing is moved there.
 CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
 CONVERTED = {
     "qwen2_moe", "qwen3_moe", "mixtral", "granitemoe", "olmoe", "deepseek_v3", "gpt_neox",
 }  # fmt: skip
@@ -28,6 +31,10 @@ CONVERTED = {
 
 def load(folder: Path, **override):
     return load_to_shard(str(folder), False, override, "auto", CUDA)
+
+
+def rounded(folder: Path):
+    return load_rounded(str(folder), False, torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -93,7 +100,8 @@ def test_no_weight_is_made_up_where_the_whole_model_is_loaded_either(folder):
         load_causal_lm(str(folder))
 
 
-def test_a_damaged_file_is_an_error_that_names_the_model(folder):
+@pytest.mark.parametrize("load", [load, rounded])
+def test_a_damaged_file_is_an_error_that_names_the_model(folder, load):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"a file of weights of '.*model' is damaged: .*"):
@@ -172,3 +180,53 @@ def test_the_proof_on_the_small_model_finds_what_is_not_computed(tmp_path, monke
     monkeypatch.setattr(attention, part, lambda tensor, *_: tensor)
     with pytest.raises(UserError, match="the packed forward differs from the model's own by"):
         load(tmp_path)
+
+
+def rounded_whole(folder: Path):
+    lm = load_causal_lm(str(folder))
+    round_weights(lm, torch.bfloat16)
+    return lm
+
+
+def assert_same(found, expected) -> None:
+    """Two models of the same numbers, also where one weight has two names."""
+    for kind in ("named_parameters", "named_buffers"):
+        own, others = (dict(getattr(lm, kind)(remove_duplicate=False)) for lm in (found, expected))
+        assert own.keys() == others.keys()
+        for name, values in others.items():
+            assert own[name].dtype == values.dtype and torch.equal(own[name], values), name
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    assert found.config.to_dict() == expected.config.to_dict() and not found.training
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_a_family_is_read_in_bfloat16_as_it_is_rounded(tmp_path, family):
+    tiny(tmp_path, family)
+    found, expected = rounded(tmp_path), rounded_whole(tmp_path)
+    assert_same(found, expected)
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("prepare", [other_names, both_of_a_tie, no_safetensors])
+def test_what_only_transformers_can_load_is_loaded_whole_and_rounded(folder, prepare):
+    prepare(folder)
+    assert_same(rounded(folder), rounded_whole(folder))
+
+
+def test_weights_that_the_model_has_not_are_let_pass_by_an_encoder_and_missing_ones_are_not(folder):
+    expected = rounded_whole(folder)
+    change(folder, {"v_head.weight": torch.ones(2)})
+    assert_same(rounded(folder), expected)
+    change(folder, {BIAS: None})
+    with pytest.raises(UserError, match=f"lack {BIAS};"):
+        rounded(folder)
+
+
+def test_the_host_never_holds_a_model_that_is_read_in_bfloat16(tmp_path):
+    config = tiny_config(False, hidden_size=128, llama=True)
+    config.num_hidden_layers, config.intermediate_size = 12, 1024
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="2MB")
+    size = sum(weight.numel() * 4 for file in tmp_path.glob("*.safetensors") for weight in load_file(file).values())
+    by_reading, whole = (peak_of(lambda load=load: lambda: load(tmp_path)) for load in (rounded, rounded_whole))
+    # Half of it is kept, on a GPU not here. One file is mapped at a time, which counts as allocated here.
+    assert by_reading < 0.7 * size < size <= whole

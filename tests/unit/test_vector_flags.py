@@ -72,7 +72,7 @@ class NoModel:
 
 
 DEFAULT_BACKEND = {
-    "engine": "auto", "device": "auto", "tensor_parallel_size": 1, "gpu_memory_utilization": 0.8, "num_processes": 1,
+    "engine": "auto", "device": "auto", "tensor_parallel_size": 1, "gpu_memory_utilization": None, "num_processes": 1,
 }  # fmt: skip
 
 

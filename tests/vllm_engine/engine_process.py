@@ -12,7 +12,8 @@ from steps import build_actor, trained_rows, with_log_probs
 
 from verl.config import FsdpConfig, ModelConfig, RolloutConfig
 from verl.models.fsdp import full_weights, shard
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.load import load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import RolloutError, finish, row_seeds
 from verl.workers.rollout.choose import load_vllm_adapter

@@ -45,15 +45,28 @@ def test_two_processes_generate_what_transformers_generates(folder, expected, te
             encoder.encode(TEXTS, max_new_tokens=9)
 
 
-def test_a_program_with_vllm_in_its_own_process(folder, expected, tmp_path):
+def embed(folder, tmp_path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the program on TEXTS, into out.parquet."""
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     command = [
         sys.executable, "-m", "verl.encoder", "--model", str(folder), "--input", str(tmp_path / "texts.txt"),
-        "--output", str(tmp_path / "out.parquet"), "--engine", "vllm", "--device", "cpu", "--temperature", "0",
+        "--output", str(tmp_path / "out.parquet"), "--engine", "vllm", "--device", "cpu", *more,
         *(part for name, value in LENGTHS.items() for part in (f"--{name}", str(value))),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_a_program_with_vllm_in_its_own_process(folder, expected, tmp_path):
+    done = embed(folder, tmp_path, "--temperature", "0")
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["rationale"].to_pylist() == expected[1]
     np.testing.assert_allclose(np.stack(table["vector"].to_numpy()), expected[0], atol=1e-4)
+
+
+def test_a_model_that_vllm_cannot_run_is_told_with_the_encoders_settings(tiny_folder, tmp_path):
+    done = embed(tiny_folder, tmp_path)  # its attention heads have the size 16
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("encode: "))
+    assert done.returncode == 1
+    assert said.startswith("encode: vllm cannot write the rationales of") and "Give engine=hf" in said
+    assert "actor_rollout_ref" not in said

@@ -18,16 +18,19 @@ import torch
 from verl.config import ModelConfig, RolloutConfig
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Mix
 from verl.encoder.record import Rationale, Sampling, TextRecord
+from verl.errors import UserError
+from verl.models.load import load_causal_lm
 from verl.models.lora import whole_model_of
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm, round_weights
+from verl.models.policy import PolicyModel
+from verl.models.sharded_load import load_rounded
 from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.meeting_place import MeetingPlace
 from verl.utils.memory import usable_memory
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
-from verl.workers.rollout.base import Responses, Rollout
+from verl.workers.rollout.base import Responses, Rollout, RolloutError
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.decoding import rows_that_fit
 from verl.workers.rollout.hf import HFRollout
@@ -37,6 +40,10 @@ _FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 # Texts are embedded as soon as this many have their rationale.
 _EMBED_ROWS = 256
+# vllm: the most of a memory that it is given by itself, and how much of what is free on a GPU: the rest is for what it
+# does not count, and for gaps between allocations.
+_MOST_OF_MEMORY = 0.8
+_OF_WHAT_IS_FREE = 0.9
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class ModelSpec:
     """vllm: tokens of the longest prompt and rationale together."""
     trust_remote_code: bool = False
     tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
+    gpu_memory_utilization: float | None = None
+    """vllm: share of the memory; None = `Backend._vllm_share` chooses."""
     ignore_eos: bool = False
     """Generate every rationale to its full length (a control for measurements)."""
 
@@ -93,15 +101,16 @@ class Backend:
     """
 
     def __init__(self, spec: ModelSpec, processes: int = 1) -> None:
+        if spec.device == "cuda":
+            require_gpus(1)
         self.spec = spec
+        self._engines_here = max(1, processes // spec.tensor_parallel_size)
         # Each process has a GPU of its own; the memory of a CPU is everyone's.
         self._memory = torch.cuda.mem_get_info()[1] if spec.device == "cuda" else usable_memory() // processes
         if spec.device == "cpu" and threads_wanted() is None:
             # By itself torch takes all CPUs of the machine, also where a container may use a few of them.
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-        lm = load_causal_lm(spec.folder, spec.trust_remote_code)
-        round_weights(lm, getattr(torch, spec.dtype_name))
-        lm = lm.to(spec.device).eval().requires_grad_(False)
+        lm = _load(spec).eval().requires_grad_(False)
         pack_linears(lm)
         self.policy = PolicyModel(lm)
         tokenizer = load_tokenizer(spec.folder, spec.trust_remote_code)
@@ -133,22 +142,26 @@ class Backend:
                 `rows_that_fit`.
             rank, group: number of this process among the `group` processes that share an engine. All of them generate
                 together, the first one yields the rationales, and each embeds every `group`-th text.
+
+        Raises:
+            RolloutError: the engine cannot generate, or the memory of the GPU ran out.
         """
         own = {text.index for text in texts[rank::group] if text.vector is None}
         ready = [text for text in texts if text.rationale is not None and text.index in own]
         without_rationale = [text for text in texts if text.rationale is None]
-        for batch in self._generate_rationales(without_rationale, settings, sampling, batch_size):
-            if rank == 0:
-                yield batch
-            written = [text for text in batch.texts if text.index in own]
-            if pooled := [text for text in written if text.vector is not None]:
-                yield Batch("vector", pooled, 0.0, 0)
-            ready += [text for text in written if text.vector is None]
-            if len(ready) >= _EMBED_ROWS:
-                yield self._embed_texts(ready, settings, batch_size)
-                ready = []
-        for start in range(0, len(ready), _EMBED_ROWS):
-            yield self._embed_texts(ready[start : start + _EMBED_ROWS], settings, batch_size)
+        with _explained_memory():
+            for batch in self._generate_rationales(without_rationale, settings, sampling, batch_size):
+                if rank == 0:
+                    yield batch
+                written = [text for text in batch.texts if text.index in own]
+                if pooled := [text for text in written if text.vector is not None]:
+                    yield Batch("vector", pooled, 0.0, 0)
+                ready += [text for text in written if text.vector is None]
+                if len(ready) >= _EMBED_ROWS:
+                    yield self._embed_texts(ready, settings, batch_size)
+                    ready = []
+            for start in range(0, len(ready), _EMBED_ROWS):
+                yield self._embed_texts(ready[start : start + _EMBED_ROWS], settings, batch_size)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, seeds: Sequence[int],
@@ -175,8 +188,10 @@ class Backend:
             batch_size: most rows of one forward; None = as many as have its number of tokens.
         """
         vectors = np.zeros((len(rows), self.size.hidden), np.float32)
+        # A prompt that is computed for every row counts for every row.
+        prompts = [row.prompt for row in rows] if self.policy.shares_prompts else range(len(rows))
         for part in pack_rows(
-            [row.prompt for row in rows],
+            prompts,
             [len(row.prompt) for row in rows],
             [len(row.response) for row in rows],
             _FORWARD_TOKENS[self.spec.device],
@@ -229,10 +244,29 @@ class Backend:
             rows = batch_size or rows_that_fit(self.policy.lm, longest, self._memory)
             return HFRollout(self.policy.lm, self._stop_ids, rows, self.spec.ignore_eos)
         if self._vllm is None:
-            self._vllm = self._start_vllm()
+            self._vllm = self._start_vllm(self._vllm_share(batch_size))
         return self._vllm
 
-    def _start_vllm(self) -> Rollout:
+    def _vllm_share(self, batch_size: int | None) -> float:
+        """The share of the memory that vllm gets: on a GPU it leaves room for the policy and its largest forward."""
+        if self.spec.gpu_memory_utilization is not None:
+            return self.spec.gpu_memory_utilization
+        if self.spec.device == "cpu":
+            return _MOST_OF_MEMORY
+        # The share is what vllm takes itself, beside what is taken. torch keeps the memory of a forward that was run:
+        # what is free then is needed neither by the policy nor by its forwards.
+        length = min(self.spec.max_model_len, self.size.context or self.spec.max_model_len)
+        rows = [Row((0,) * length, (), 0, False)] * max(1, _FORWARD_TOKENS["cuda"] // length)
+        self.embed(rows, batch_size)
+        free, total = torch.cuda.mem_get_info()
+        return min(_MOST_OF_MEMORY, _OF_WHAT_IS_FREE * free / total)
+
+    def _start_vllm(self, share: float) -> Rollout:
+        """Start vllm with a share of the memory.
+
+        Raises:
+            RolloutError: it cannot run this model here; the message names what to give to the encoder.
+        """
         whole_model = whole_model_of(self.spec.folder)
         is_adapter = whole_model != self.spec.folder
         rollout = RolloutConfig(
@@ -241,25 +275,70 @@ class Backend:
             dtype=self.spec.dtype_name,
             ignore_eos=self.spec.ignore_eos,
             tensor_model_parallel_size=self.spec.tensor_parallel_size,
-            gpu_memory_utilization=self.spec.gpu_memory_utilization,
+            gpu_memory_utilization=share,
             free_cache_engine=False,
         )
         with _group_of_one():
-            engine: Rollout = load_vllm_adapter().VLLMRollout(
-                ModelConfig(path=whole_model, trust_remote_code=self.spec.trust_remote_code),
-                rollout,
-                torch.device(self.spec.device),
-                self._stop_ids,
-                weight_names=[name for name, _ in self.policy.lm.named_parameters()],
-                max_model_len=self.spec.max_model_len,
-                max_num_seqs=_MAX_NUM_SEQS[self.spec.device],
-                engines_per_node=1,
-            )
+            try:
+                engine: Rollout = load_vllm_adapter().VLLMRollout(
+                    ModelConfig(path=whole_model, trust_remote_code=self.spec.trust_remote_code),
+                    rollout,
+                    torch.device(self.spec.device),
+                    self._stop_ids,
+                    weight_names=[name for name, _ in self.policy.lm.named_parameters()],
+                    max_model_len=self.spec.max_model_len,
+                    max_num_seqs=_MAX_NUM_SEQS[self.spec.device],
+                    engines_per_node=self._engines_here,
+                )
+            except RolloutError as error:
+                # Its own message names settings of training.
+                raise RolloutError(
+                    f"vllm cannot write the rationales of {self.spec.folder!r} here: {error.__cause__ or error}\n"
+                    "Give engine=hf, which writes them with the weights that embed; or another "
+                    f"gpu_memory_utilization, which was {share:.2f}, or a larger tensor_parallel_size."
+                ) from error.__cause__
         if is_adapter:
             # The policy's own may be packed already.
             engine.update_weights(load_causal_lm(self.spec.folder, self.spec.trust_remote_code).named_parameters())
             engine.wake_up()
         return engine
+
+
+def require_gpus(processes: int) -> None:
+    """Check that there is a GPU for each of as many processes.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if processes > (found := torch.cuda.device_count()):
+        raise UserError(
+            f"device=cuda with num_processes={processes} needs as many GPUs, and torch finds {found} here; give "
+            f"{'device=cpu' if found == 0 else 'fewer processes, or device=cpu'}"
+        )
+
+
+def _load(spec: ModelSpec) -> Any:
+    """The model on its device, in the dtype of its forwards."""
+    if spec.device == "cpu":
+        return load_causal_lm(spec.folder, spec.trust_remote_code)
+    dtype, device = getattr(torch, spec.dtype_name), torch.device(spec.device)
+    return load_rounded(spec.folder, spec.trust_remote_code, dtype, device)
+
+
+@contextmanager
+def _explained_memory() -> Iterator[None]:
+    """Name the settings that decide how much of a GPU's memory embedding takes, where it runs out.
+
+    Raises:
+        RolloutError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RolloutError(
+            "the GPU's memory ran out; give a smaller batch_size or max_new_tokens, with vllm a lower "
+            f"gpu_memory_utilization, or a larger GPU ({error})"
+        ) from error
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 from verl.checkpoint.model_card import put_settings
 from verl.checkpoint.model_folder import model_folder
+from verl.data.parquet import open_parquet
 from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS
 from verl.data.readers import read_samples
-from verl.data.rows import open_parquet, read_rows
+from verl.data.rows import read_rows
 from verl.data.samples import Mode
 from verl.embedding.centre import FILE_NAME, Centre
 from verl.embedding.chat_template import last_user_turn

@@ -69,8 +69,9 @@ class GraceEncoder:
         num_processes: processes that share the work, one per GPU; on a CPU they share its cores. A program that
             asks for more than one must guard its main code with `if __name__ == "__main__":`.
         tensor_parallel_size: vllm: neighbouring processes that share one engine.
-        gpu_memory_utilization: vllm: share of the GPU's memory that vllm may use; leave enough for the policy, which
-            embeds on the same GPU. On a CPU: share of the free host memory for the KV cache.
+        gpu_memory_utilization: vllm: share of the GPU's memory that vllm takes, beside the policy, which embeds on the
+            same GPU; None = what the policy and its largest forward leave, at most 0.8. On a CPU: share of the free
+            host memory for the KV cache; None = 0.8.
         ignore_eos: generate every rationale to its full length (a control for measurements).
 
     Raises:
@@ -98,13 +99,13 @@ class GraceEncoder:
         store: Path | str | None = None,
         num_processes: int = 1,
         tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.8,
+        gpu_memory_utilization: float | None = None,
         trust_remote_code: bool = False,
         ignore_eos: bool = False,
     ) -> None:
         num_processes = whole_number("num_processes", num_processes, 1)
         tensor_parallel_size = whole_number("tensor_parallel_size", tensor_parallel_size, 1)
-        if not 0 < gpu_memory_utilization <= 1:
+        if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
             raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be above 0 and at most 1")
         self.folder = model_folder(str(path))
         self.settings = (settings or EmbedderSettings.read(self.folder)).changed(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec
+from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec, require_gpus
 from verl.encoder.record import Sampling, TextRecord
 from verl.utils.cpus import let_waiting_threads_sleep, share_of_cpus, threads_wanted
 from verl.utils.logging import quiet_libraries
@@ -46,6 +46,7 @@ class ProcessesBackend:
 
     Raises:
         ValueError: it does not.
+        UserError: there are fewer GPUs than processes.
         RolloutError: a process could not start; the message ends with its own traceback.
     """
 
@@ -54,6 +55,8 @@ class ProcessesBackend:
             raise ValueError(
                 f"tensor_parallel_size={spec.tensor_parallel_size} does not divide the {num_processes} processes"
             )
+        if spec.device == "cuda":
+            require_gpus(num_processes)
         self.spec = spec
         self._group = spec.tensor_parallel_size if spec.engine == "vllm" else 1
         context = get_context("spawn")

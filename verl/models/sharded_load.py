@@ -4,10 +4,13 @@ The model is built without numbers, on torch's meta device, and sharded; then to
 shards, converting from the files' dtype to float32 on the way. The proof of the packed forward needs numbers, so it
 runs on a small model of the same config. A model whose files are not simply its weights under its own names is loaded
 whole by `load_causal_lm`, which can convert them.
+
+An encoder, which shards nothing, has its model read onto its GPU in the same way.
 """
 
 import copy
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,16 +33,10 @@ from verl.errors import UserError
 from verl.models.attention import ATTENTIONS, Kernel
 from verl.models.families import FAMILIES
 from verl.models.fsdp import LM_PREFIX, is_sharded
+from verl.models.load import explained_load, load_causal_lm, prove, read_blueprint, refuse_names, round_weights
 from verl.models.lora import base_of_adapter, is_part, plain_name
 from verl.models.onednn import replace_linears
-from verl.models.policy import (
-    PolicyModel,
-    explained_load,
-    load_causal_lm,
-    prove,
-    read_blueprint,
-    refuse_names,
-)
+from verl.models.policy import PolicyModel
 
 # Sizes of the small model of the proof. Both are free: no family derives another size from them.
 _SMALL = {"vocab_size": 256, "intermediate_size": 64}
@@ -66,12 +63,13 @@ class Source:
     names: dict[str, str]
     """By name of a parameter or buffer in the model without adapters, the name in the files."""
 
-    def fill(self, policy: PolicyModel, device: torch.device) -> None:
+    def fill(self, policy: PolicyModel, device: torch.device, alone: bool = False) -> None:
         """Read this rank's shards. All ranks call it.
 
         Args:
             policy: sharded, with weights on the meta device, and adapters with numbers.
             device: of the shards.
+            alone: the policy is not sharded, and no other rank calls it.
         """
         # What `to_empty` does, which would empty the adapters and the computed buffers too.
         policy._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
@@ -80,7 +78,9 @@ class Source:
             name = plain_name(own_name.removeprefix(LM_PREFIX))
             if not is_part(name) and name in self.names:
                 state[self.names[name]] = tensor.detach()
-        dcp.load(state, storage_reader=_Reader(self.files))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be, alone
+            dcp.load(state, storage_reader=_Reader(self.files), no_dist=alone)
 
 
 class _Reader(HuggingFaceStorageReader):
@@ -103,6 +103,10 @@ class _NotByShards(Exception):
     """The model cannot be read into its shards; the message says why."""
 
 
+class _UnexpectedWeights(UserError):
+    """The files have weights that the model has not."""
+
+
 def load_to_shard(
     path: str, trust_remote_code: bool, override_config: dict[str, Any], kernel: Kernel, device: torch.device
 ) -> Loaded:
@@ -120,6 +124,28 @@ def load_to_shard(
         except _NotByShards as reason:
             why_whole = str(reason)
     return Loaded(load_causal_lm(path, trust_remote_code, override_config, kernel), why_whole=why_whole)
+
+
+def load_rounded(path: str, trust_remote_code: bool, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model of `load_causal_lm` on a device, its weights rounded to another dtype; for forwards alone.
+
+    Its weights are read there one after the other, so that the host never holds the model. Where its files cannot be
+    read so, it is loaded whole, in float32, and rounded on the host.
+
+    Raises:
+        UserError, OSError: as `load_causal_lm`.
+    """
+    try:
+        loaded = _build_empty(path, trust_remote_code, {}, "auto")
+    # An encoder on a CPU takes files with weights that the model has not, so one on a GPU does too.
+    except (_NotByShards, _UnexpectedWeights):
+        loaded = Loaded(load_causal_lm(path, trust_remote_code))
+    round_weights(loaded.lm, dtype)
+    if loaded.source:
+        loaded.source.fill(PolicyModel(loaded.lm), device, alone=True)
+        # A weight of two names has got a tensor for each, and numbers for one.
+        loaded.lm.tie_weights()
+    return loaded.lm.to(device)
 
 
 def why_loaded_whole(config: Any, trust_remote_code: bool) -> str | None:
@@ -236,7 +262,7 @@ def _match(lm: Any, path: str, shapes: dict[str, torch.Size]) -> dict[str, str]:
     if missing:
         refuse_names(path, "lack", missing)
     if unexpected:
-        refuse_names(path, "have what the model of their config has not:", unexpected)
+        refuse_names(path, "have what the model of their config has not:", unexpected, _UnexpectedWeights)
     own = lm.state_dict()
     for name, key in stored.items():
         if own[name].shape != shapes[key]:

@@ -48,7 +48,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--num_processes", type=int, default=1, help="processes that share the work, one per GPU")
     add("--tensor_parallel_size", type=int, default=1, help="vllm: processes that share one engine")
-    add("--gpu_memory_utilization", type=float, default=0.8, help="vllm: share of the GPU's memory")
+    add(
+        "--gpu_memory_utilization", type=float,
+        help="vllm: share of a GPU's memory; default: what the model that embeds and its forwards leave, at most 0.8",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

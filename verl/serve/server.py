@@ -9,6 +9,7 @@ from functools import partial
 from types import FrameType
 
 import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
 
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.settings import EmbedderSettings
@@ -40,9 +41,11 @@ def run_program(args: argparse.Namespace) -> int:
         service, listener = prepare(args)
     except (UserError, ValueError, OSError) as error:
         return complain("serve", error)
+    server = Server(service)
+    server.take_signals()
     LOG.info("listening on %s; loading %s", _address(listener), args.model)
     service.worker.start()
-    Server(service).run([listener])
+    server.run([listener])
     service.worker.ended.wait()
     LOG.info("ended")
     return 1 if service.worker.state == "failed" else 0
@@ -70,7 +73,7 @@ def prepare(args: argparse.Namespace) -> tuple[Service, socket.socket]:
     queue = Queue(args.max_queue, args.max_batch)
     metrics = Metrics(queue)
     thinks = not args.no_thinking
-    worker = Worker(partial(load, args, settings), queue, metrics, thinks, args.max_batch)
+    worker = Worker(partial(load, args, settings), queue, metrics, thinks)
     return Service(args.name or args.model, thinks, worker, access, metrics), listen(args.host, args.port)
 
 
@@ -88,7 +91,10 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port} cannot be listened on: {error}; give another port") from error
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on: {error}; give an address of this "
+            "machine, and a port that is free"
+        ) from error
 
 
 class Server(uvicorn.Server):
@@ -105,6 +111,11 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self._worker = service.worker
+
+    def take_signals(self) -> None:
+        """Handle signals from now on; uvicorn does so only from when its loop runs."""
+        for sig in HANDLED_SIGNALS:
+            signal.signal(sig, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._worker.draining or self._worker.state == "loading":

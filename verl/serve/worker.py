@@ -34,12 +34,9 @@ class Worker:
     Args:
         load: makes the encoder.
         thinks: whether most requests will want rationales, so that the engine is started before the first one.
-        batch_size: of `GraceEncoder.encode`.
     """
 
-    def __init__(
-        self, load: Callable[[], GraceEncoder], queue: Queue, metrics: Metrics, thinks: bool, batch_size: int
-    ) -> None:
+    def __init__(self, load: Callable[[], GraceEncoder], queue: Queue, metrics: Metrics, thinks: bool) -> None:
         self.queue = queue
         self.state: State = "loading"
         self.draining = False
@@ -50,7 +47,6 @@ class Worker:
         self._load = load
         self._metrics = metrics
         self._thinks = thinks
-        self._batch_size = batch_size
         self._seconds_per_text = 0.0
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
 
@@ -123,7 +119,7 @@ class Worker:
 
     def _encode(self, encoder: GraceEncoder, texts: list[str], options: Options) -> dict[str, EncodedText]:
         before = replace(encoder.usage)
-        found = encoder.encode_in_full(texts, batch_size=self._batch_size, **options.arguments())
+        found = encoder.encode_in_full(texts, **options.arguments())
         self._metrics.encoded(encoder.usage - before)
         return dict(zip(texts, found, strict=True))
 
@@ -149,5 +145,5 @@ class Worker:
             LOG.error("the engine died: %s", error, exc_info=where)
             LOG.error(
                 "every request gets 503; end this server and start it again. If memory ran out: a smaller --max_batch, "
-                "--max_new_tokens or --num_processes"
+                "--max_new_tokens, --num_processes (on a CPU) or --gpu_memory_utilization (with vllm on a GPU)"
             )
