@@ -8,30 +8,39 @@ In a process of its own: the end of a cluster that a run starts ends all childre
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from verl.errors import UserError, WorkerError
 from verl.protocol import DataProto
 from verl.single_controller import ray_cluster
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.ray_group import RayWorkerGroup
-from verl.single_controller.worker import Worker
+from verl.single_controller.worker import Worker, WorkerPlace
 
 # Longer than it takes to start, and what a test can wait for.
 PATIENT_S, IMPATIENT_S = 120, 2
+# How long a rank waits for others by default, which is half an hour otherwise.
+TORCH_S = 1
 
 
 class Fragile(Worker):
+    def __init__(self, place: WorkerPlace) -> None:
+        super().__init__(place)
+        distributed_c10d.default_pg_timeout = timedelta(seconds=TORCH_S)
+
     @register(Dispatch.ONE_TO_ALL)
     def fail(self) -> None:
         if self.rank == 1:
@@ -56,6 +65,13 @@ class Fragile(Worker):
         total = torch.ones(1)
         dist.all_reduce(total)
         return total.item()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def count_ranks_late(self) -> float:
+        """All ranks together; rank 1 comes when rank 0 has waited longer than torch lets it by default."""
+        if self.rank == 1:
+            time.sleep(3 * TORCH_S)
+        return self.count_ranks()
 
     @register(Dispatch.ONE_TO_ALL)
     def limit(self, stack_folder: Path, seconds: float) -> None:
@@ -91,8 +107,11 @@ def errors_and_a_kill(stacks: Path) -> dict[str, Any]:
         "count": told(group, "gen", group.stream_rows, Fragile.count, numbers, [[0], [1]], progress.append),
         "progress": progress,
         "well": group.call(Fragile.count_ranks),
+        "late": told(group, "update", group.call, Fragile.count_ranks_late),
         "killed": told(group, "update", group.call, Fragile.count_ranks, 1),
     }
+    shutil.rmtree(stacks)
+    found["gone"] = told(group, "gen", group.call, Fragile.count_ranks)
     group.shutdown()
     return found
 

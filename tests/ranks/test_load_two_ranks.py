@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from verl.config import FsdpConfig, ModelConfig
 from verl.models.fsdp import adapter_weights, full_weights, shard
+from verl.models.load import load_causal_lm
 from verl.models.lora import add_adapter, file_name, is_part, write_adapter_config
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.models.sharded_load import load_to_shard
 
 CPU = torch.device("cpu")

@@ -57,6 +57,10 @@ def test_an_error_in_the_middle_of_a_stream_is_told_after_its_progress(first):
     assert first["count"].rstrip().endswith("ZeroDivisionError: in the middle")
 
 
+def test_a_rank_waits_for_another_one_longer_than_torch_lets_it(first):
+    assert first["late"] == "nothing failed"
+
+
 def test_a_killed_worker_is_told_with_its_memory_and_not_the_one_that_failed_because_of_it(first):
     text = first["killed"]
     found = re.match(
@@ -72,6 +76,11 @@ def test_a_killed_worker_is_told_with_its_memory_and_not_the_one_that_failed_bec
     assert 0.1 <= peak < total and least < total
     assert "If it was memory: lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu" in text
     assert "rank 0" not in text
+
+
+def test_a_death_is_told_where_the_file_of_stacks_is_gone(first):
+    assert re.match(rf"WorkerError: {name(first, 1)} died in phase gen; its memory peaked at ", first["gone"])
+    assert "It had no time to say why, as with SIGKILL" in first["gone"]
 
 
 def test_a_hanging_worker_is_told_with_its_stacks_and_is_ended_with_the_group(second):

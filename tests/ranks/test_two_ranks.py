@@ -10,13 +10,12 @@ import torch.multiprocessing as mp
 from steps import TEMPERATURE, build_actor, tiny_policy, trained_rows, whole_step, with_log_probs
 
 from verl.checkpoint.training_state import load_training_state, save_training_state
-from verl.config import FsdpConfig, ModelConfig
+from verl.config import FsdpConfig, MicroBatchLimit, ModelConfig
 from verl.models.fsdp import full_weights, shard
 from verl.models.lora import adapters_off, add_adapter
 from verl.models.policy import PolicyModel
 from verl.trainer.ppo.step_rows import without_rationales
 from verl.utils.seqlen_balancing import partition_rows
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
 # Ranks get rows by tokens; in the second split, rank 1 gets no row of mini-batch 1 and runs dummy rows.

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from family_models import SETTINGS, tiny
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
 from tiny import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from verl.config import MicroBatchLimit
 from verl.embedding.settings import Mix
 from verl.models.fsdp import CUDA_PRECISION, full_weights, move_optimizer, shard_over
+from verl.models.load import load_causal_lm, round_weights
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, round_weights
+from verl.models.policy import PolicyModel
 from verl.workers import actor as actor_module
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -75,6 +77,20 @@ def test_what_the_encoder_rounds_is_what_training_does():
     for name, values in buffers.items():
         found = rounded.get_buffer(name)
         assert found.dtype == values.dtype and torch.equal(found, values), name
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_the_layers_of_training_get_what_those_of_the_encoder_get(tmp_path, family):
+    """OLMo gives its layers cosines and sines in float32, whatever the dtype of the weights; no other family does."""
+    folder = tmp_path / "model"
+    tiny(folder, family)
+    trained, encoded = (PolicyModel(load_causal_lm(str(folder))) for _ in range(2))
+    shard_over(trained, init_device_mesh("cpu", (1,)), CUDA_PRECISION)
+    round_weights(encoded.lm, torch.bfloat16)
+    packed = pack([Row(tuple(range(3, 40)), tuple(range(50, 60)), 7, True)], share_prompts=True)
+    one, two = (policy(packed, embeddings=True) for policy in (trained, encoded))
+    torch.testing.assert_close(one.embeddings, two.embeddings, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.log_probs, two.log_probs, atol=1e-6, rtol=0)
 
 
 def test_an_update_in_bfloat16_is_near_the_one_in_float32():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl.checkpoint import resume
-from verl.checkpoint.resume import find_resume
+from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import RunFolder
 from verl.checkpoint.training_state import load_training_state, save_training_state
 from verl.config import OptimConfig, RunConfig
@@ -107,13 +107,17 @@ STATE = {
 }  # fmt: skip
 
 
-def resumed_state(tmp_path, before: dict, now: dict, num_samples: int = 40) -> dict:
+def resume_point(tmp_path, before: dict, now: dict, num_samples: int = 40) -> ResumePoint:
     run = RunFolder(tmp_path)
     run.begin(5)
     run.publish(5, {**STATE, "config": RunConfig.model_validate(before).model_dump(mode="json")})
     point = find_resume(RunConfig.model_validate(now), run, "ab", num_samples)
     assert point is not None
-    return point.state
+    return point
+
+
+def resumed_state(tmp_path, before: dict, now: dict, num_samples: int = 40) -> dict:
+    return resume_point(tmp_path, before, now, num_samples).state
 
 
 ADAPTIVE = {"algorithm": {"kl_ctrl": {"type": "adaptive", "kl_coef": 0.1}}}
@@ -211,3 +215,33 @@ def test_another_run_is_refused_with_both_values_unless_it_is_forced(tmp_path, k
 def test_an_entry_that_only_one_of_two_mappings_has_makes_another_run_too(tmp_path, key, before, now):
     with pytest.raises(UserError, match=rf"is of another run:\n  {re.escape(key)}"):
         resumed_state(tmp_path, nested({key: before}), nested({key: now}))
+
+
+OWN = {"data.template": "Text: {text}"}
+
+
+@pytest.mark.parametrize(
+    ("null", "spelled_out", "other"),
+    [
+        ({}, {"data.train_mode": "supervised"}, {"data.train_mode": "unsupervised"}),
+        ({}, {"data.contrastive_batch_size": 64}, {"data.contrastive_batch_size": 32}),
+        ({}, {"data.query.template": "{text}"}, {"data.query.template": "Query: {text}"}),
+        (OWN, {**OWN, "data.query.template": "Text: {text}"}, {**OWN, "data.query.template": "{text}"}),
+        (OWN, {**OWN, "data.document.template": "Text: {text}"}, {**OWN, "data.document.template": "{text}"}),
+    ],
+)
+def test_what_null_stands_for_may_be_spelled_out_or_left_out_again(tmp_path, null, spelled_out, other):
+    assert resume_point(tmp_path / "spelled out", nested(null), nested(spelled_out)).notes == []
+    assert resume_point(tmp_path / "left out", nested(spelled_out), nested(null)).notes == []
+    for i, (before, now) in enumerate([(null, other), (other, null)]):
+        with pytest.raises(UserError, match="is of another run"):
+            resume_point(tmp_path / f"other {i}", nested(before), nested(now))
+
+
+@pytest.mark.parametrize(("contrastive", "changes"), [(64, 1), (32, 2)])
+def test_what_is_spelled_out_is_compared_with_what_null_stood_for_before(tmp_path, contrastive, changes):
+    now = {"data.train_batch_size": 32, "data.contrastive_batch_size": contrastive}
+    with pytest.raises(UserError) as caught:
+        resume_point(tmp_path, nested({"data.train_batch_size": 64}), nested(now))
+    assert "data.train_batch_size: 64 before, 32 now" in str(caught.value)
+    assert str(caught.value).count(" before, ") == changes

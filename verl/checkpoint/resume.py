@@ -37,6 +37,13 @@ _SAME_RUN = (
     "data.shuffle",
     "data.seed",
 )
+# What null stands for in some of these: always the same, or the value of another setting.
+_NULL_IS = {"data.train_mode": RunConfig().train_mode}
+_NULL_IS_AS = {
+    "data.contrastive_batch_size": "data.train_batch_size",
+    "data.query.template": "data.template",
+    "data.document.template": "data.template",
+}
 # These say how and from where to resume, not what is trained.
 _NOT_COMPARED = (
     "trainer.resume_mode",
@@ -100,14 +107,14 @@ def _given_folder(config: RunConfig) -> Path:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """A line for each setting with another value than before, by its dotted key; a mapping is one value."""
+    """A line for each setting that means another value than before, by its dotted key; a mapping is one value."""
     lines = {}
     for key, _ in walk_fields(RunConfig):
         # A key that an earlier version did not have was not changed by anybody.
         if key in _NOT_COMPARED or not (old := _find(before, key)):
             continue
         (was,), (value,) = old, _find(now, key)
-        if was != value:
+        if was != value and _meaning(before, key) != _meaning(now, key):
             lines[key] = f"{key}: {was!r} before, {value!r} now"
     return lines
 
@@ -119,6 +126,14 @@ def _find(values: Any, key: str) -> tuple[Any, ...]:
             return ()
         values = values[part]
     return (values,)
+
+
+def _meaning(values: dict[str, Any], key: str) -> tuple[Any, ...]:
+    """As `_find`, with what null stands for in place of null."""
+    found = _find(values, key)
+    if found != (None,):
+        return found
+    return _find(values, _NULL_IS_AS[key]) if key in _NULL_IS_AS else (_NULL_IS.get(key),)
 
 
 def _data_changes(state: dict[str, Any], data_sha256: str, num_samples: int) -> list[str]:

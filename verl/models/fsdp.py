@@ -6,7 +6,7 @@ Ray, rollout engines or rewards.
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,45 @@ from verl.models.policy import PolicyModel
 
 LM_PREFIX = "lm."
 
-CUDA_PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-"""Forwards and backwards in bfloat16; shards, gradients and their sums over ranks in float32."""
+CUDA_PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+"""Forwards and backwards in bfloat16; shards, gradients and their sums over ranks in float32.
+
+Weights alone are rounded, as by an encoder, which shards nothing. Inputs in float32 stay so: the weights of means, and
+the cosines and sines that OLMo gives its layers."""
+
+
+class Meshes:
+    """How the ranks are grouped to shard over; each grouping is made once.
+
+    Its process groups, with their connections, are there until the worker ends, whoever used them.
+
+    Args:
+        limit: longest wait of a rank for the others of its group; None = torch's own.
+    """
+
+    def __init__(self, limit: timedelta | None = None) -> None:
+        self._limit = limit
+        self._made: dict[tuple[str, int], DeviceMesh] = {}
+
+    def of(self, device_type: str, size: int) -> DeviceMesh:
+        """Groups of `size` ranks; each group holds all weights."""
+        if (device_type, size) not in self._made:
+            self._made[device_type, size] = self._make(device_type, size)
+        return self._made[device_type, size]
+
+    def _make(self, device_type: str, size: int) -> DeviceMesh:
+        replicas = dist.get_world_size() // size
+        shape, names = ((size,), ("fsdp",)) if replicas == 1 else ((replicas, size), ("ddp", "fsdp"))
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        if self._limit is not None:
+            for group in mesh.get_all_groups():
+                group.set_timeout(self._limit)
+        return mesh
 
 
 def shard(
     policy: PolicyModel, device: torch.device, config: FsdpConfig, offload_policy: bool, section: str = "actor",
-    compute_as: str | None = None,
+    compute_as: str | None = None, meshes: Meshes | None = None,
 ) -> PolicyModel:  # fmt: skip
     """Shard the decoder layers and the root over all ranks: float32 master weights, bfloat16 compute on CUDA.
 
@@ -40,6 +72,7 @@ def shard(
         offload_policy: keep the shards in host memory by torch's CPUOffloadPolicy.
         section: of the config, for messages: actor or ref.
         compute_as: the type of device whose precision is used; None = the device's own.
+        meshes: where the groups of ranks are kept; None = they are made for this policy.
 
     Raises:
         UserError: config.fsdp_size does not divide the number of workers, or the model names no decoder layers.
@@ -56,10 +89,7 @@ def shard(
             f"actor_rollout_ref.{section}.fsdp_config.fsdp_size={group} does not divide the {world_size} workers; "
             "use a divisor, or -1 for all"
         )
-    shape, names = (
-        ((world_size,), ("fsdp",)) if group == world_size else ((world_size // group, group), ("ddp", "fsdp"))
-    )
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = (meshes or Meshes()).of(device.type, group)
     precision = CUDA_PRECISION if compute_as == "cuda" else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
     shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
@@ -85,9 +115,7 @@ def shard_over(
         fully_shard(
             layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard_after_forward
         )
-    # The root's inputs are ids, and the weights of means, which stay float32.
-    root = replace(precision, cast_forward_inputs=False)
-    fully_shard(policy, mesh=mesh, mp_policy=root, offload_policy=offload)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def reshard(policy: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.errors import UserError, WorkerError
 from verl.single_controller.host_memory import HostMemory
-from verl.single_controller.stacks import stack_file
+from verl.single_controller.stacks import read_stacks, stack_file
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.cpus import threads_wanted, waiting_environment
@@ -219,7 +219,7 @@ class RayWorkerGroup(WorkerGroup):
         memory = self._memory.describe(self._pids[rank]) if here else "its memory was not watched from here"
         text = f"{self._name(rank)} died in phase {self.phase}; {memory}.\n"
         file = stack_file(self._stack_folder, rank)
-        if here and "Fatal Python error" in (stacks := file.read_text()):
+        if here and "Fatal Python error" in (stacks := read_stacks(self._stack_folder, rank)):
             return f"{text}It crashed in native code ({file}):\n{stacks.split('Extension modules:')[0]}"
         if here and self._memory.was_out_of_memory():
             return f"{text}The kernel's out-of-memory killer was at work (oom_kill of the cgroup). {more}"
@@ -243,7 +243,7 @@ class RayWorkerGroup(WorkerGroup):
                 lines.append(f"{self._name(rank)}: finished")
             elif not node.here and not file.is_file():
                 lines.append(f"{self._name(rank)}: still running; its stacks are in {file} on that machine")
-            elif stacks := file.read_text().strip() if file.is_file() else "":
+            elif stacks := read_stacks(self._stack_folder, rank):
                 lines.append(f"{self._name(rank)}: still running; its stacks:\n{stacks}")
             else:
                 lines.append(f"{self._name(rank)}: no answer and no stacks; it is stopped, or its machine is gone")

@@ -14,6 +14,14 @@ def stack_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.txt"
 
 
+def read_stacks(folder: Path, rank: int) -> str:
+    """What a worker wrote; empty where this machine does not have its file, or cannot read it."""
+    try:
+        return stack_file(folder, rank).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 class StackDump:
     """Writes all threads' stacks when a call takes too long, and at a fatal signal such as SIGSEGV.
 

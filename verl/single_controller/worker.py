@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,11 @@ import torch.distributed as dist
 
 from verl.single_controller.stacks import StackDump
 from verl.utils.cpus import share_of_cpus
+
+# A rank may wait for another one for as long as the run lets that one work. What hangs is ended by the driver, which
+# says more (`ray_group`, trainer.phase_timeout_s); torch by itself would end the wait after 5 to 30 minutes. This is
+# about the longest wait that torch can count, in milliseconds of 32 bits.
+NO_LIMIT = timedelta(days=24)
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ class Worker:
         if interface := _interface_of(own_address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=self.rank, world_size=self.world_size, store=self._meet(master_address, port)
-        )
+        store = self._meet(master_address, port)
+        # Only now: a rank that cannot be reached is still told within torch's own limit, with the address.
+        store.set_timeout(NO_LIMIT)
+        dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, store=store, timeout=NO_LIMIT)
 
     def _set_threads(self) -> None:
         """Ray has set OMP_NUM_THREADS to the CPUs of the worker's slot, which is 1."""
