@@ -38,7 +38,7 @@ if [[ ! "$GPUS" =~ ^[0-9]+$ ]]; then
     echo "train.sh: GPUS=$GPUS; use a number, or leave it out to count those of this machine" >&2
     exit 2
 fi
-# On a CPU a policy gradient alone moves little in the minutes that people wait.
+# On a CPU the joint recipe scores higher in equal time: docs/experiments.md.
 RECIPE=${RECIPE:-$( (( GPUS == 0 )) && [[ "$MODE" == supervised ]] && echo joint || echo paper)}
 case "$RECIPE" in
     paper)

@@ -131,10 +131,7 @@ def main() -> None:
     draw(comparisons())
     here = machine()
     versions = ", ".join(f"{package} {number}" for package, number in here["versions"].items())
-    replace(
-        "machine",
-        f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, Python {here['python']}, {versions}.",
-    )
+    replace("machine", f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, {versions}.")
 
 
 if __name__ == "__main__":

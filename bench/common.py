@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -30,7 +31,6 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": usable_cpus(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
         "versions": installed_versions(),
     }
 
@@ -88,6 +88,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in GitHub's markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def seconds(work: Any) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from common import (
     get_model,
     installed_engines,
     markdown,
+    seconds,
     write_json,
 )
 from floor import distinct_tokens, flop_of_a_token, peak_rate
@@ -46,12 +46,6 @@ GENERATE = "transformers' generate, then a forward"
 # What encoding without rationales may take of sentence-transformers' time, and with them of generate's and of what it
 # took before the engine pooled while it decodes.
 BARS = {SAME_PROMPTS: 1 / 0.9, GENERATE: 1 / 5, "before": 1 / 1.7}
-
-
-def seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measure_plain(rounds: int) -> dict[str, list[float]]:

@@ -12,12 +12,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import common
-from common import REPO, example_texts, get_model, installed_engines, markdown, write_json
+from common import REPO, example_texts, get_model, installed_engines, markdown, seconds, write_json
 
 from verl.utils.cpus import usable_cpus
 
@@ -32,7 +31,8 @@ def measure(name: str) -> dict[str, float]:
 
     from verl.config import ActorConfig
     from verl.embedding.prompts import PromptRenderer, rationale_messages
-    from verl.models.policy import PolicyModel, load_causal_lm
+    from verl.models.load import load_causal_lm
+    from verl.models.policy import PolicyModel
     from verl.utils.tokenizer import load_tokenizer
     from verl.workers.actor import Actor
     from verl.workers.device_stages import DeviceStages
@@ -83,7 +83,7 @@ def build_engine(name: str, lm: Any) -> Any:
     import torch
 
     from verl.config import ModelConfig, RolloutConfig
-    from verl.models.policy import build_twin
+    from verl.models.load import build_twin
     from verl.workers.rollout.choose import load_vllm_adapter
     from verl.workers.rollout.hf import HFRollout
 
@@ -119,12 +119,6 @@ def trained_rows(prompts: list[list[int]], responses: list[Any]) -> Any:
 def resident_gib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def seconds(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def main() -> None:

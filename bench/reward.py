@@ -6,15 +6,14 @@ the same rewards row by row as the original computes them: rows grouped by compa
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Comparison, markdown, write_json
+from common import Comparison, markdown, seconds, write_json
 from torch import Tensor
 
 from verl.protocol import DataProto
@@ -74,15 +73,6 @@ def row_by_row(rows: DataProto) -> Tensor:
     return rewards
 
 
-def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    spent = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - start)
-    return spent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
@@ -91,9 +81,9 @@ def main() -> None:
     rows = paper_rows()
     managers = {name: HiddenRewardManager(objective=name, temperature=TEMPERATURE) for name in ("grace", "infonce")}
     torch.testing.assert_close(managers["grace"](rows).scores, row_by_row(rows), atol=1e-4, rtol=1e-4)
-    spent = {name: seconds(partial(manager, rows), args.repeats) for name, manager in managers.items()}
+    spent = {name: [seconds(partial(manager, rows)) for _ in range(args.repeats)] for name, manager in managers.items()}
     # Once: it takes seconds, in tens of thousands of equal calls. The check above was its warm-up.
-    spent["row by row"] = seconds(partial(row_by_row, rows), 1)
+    spent["row by row"] = [seconds(partial(row_by_row, rows))]
     medians = {name: statistics.median(values) for name, values in spent.items()}
     table = [[name, f"{1000 * s:.1f}", f"1/{medians['row by row'] / s:.0f}"] for name, s in medians.items()]
     print(markdown(["rewards of 512 rows, H = 1536", "median ms", "share of row by row"], table))

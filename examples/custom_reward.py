@@ -1,6 +1,7 @@
 """Rewards of your own: how far the query is nearer to the rationale than to the hard negative.
 
-    bash train.sh reward_model.reward_manager=examples/custom_reward.py:MarginReward \\
+    RECIPE=paper bash train.sh trainer.experiment_name=margin \\
+        reward_model.reward_manager=examples/custom_reward.py:MarginReward \\
         '~reward_model.reward_kwargs' '+reward_model.reward_kwargs={margin: 0.2}'
 
 A reward manager gets every row of the step: trained rows and their anchors, each with `role`, `uid`, `text`,

@@ -1,4 +1,4 @@
-"""The former name of `python3 -m verl.merge_model`."""
+"""The name under which the original GRACE's eval.sh calls `python3 -m verl.merge_model`."""
 
 import runpy
 

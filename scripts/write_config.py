@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from verl.config import RunConfig
 from verl.config_fields import limits_of, walk_fields
-from verl.verl_keys import ABSENT, DIFFERENCES, ONLY_VALUE, find_absent, verl_defaults
+from verl.verl_keys import ABSENT, DIFFERENCES, find_absent, verl_defaults
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "verl/trainer/config/ppo_trainer.yaml"
@@ -76,6 +76,8 @@ def verl_lines() -> Iterator[str]:
 def _became(key: str, fields: dict[str, FieldInfo]) -> str:
     """What became of a key of verl, in words."""
     if absent := find_absent(key):
+        if absent.only is not None:
+            return f"must be {_code(absent.only)}: {absent.why}"
         passing = "; any value passes" if absent.passes else ""
         off = f"; passes while `{absent.switch}` is off" if absent.switch and absent.switch != key else ""
         return f"no such key: {absent.why}{passing}{off}"
@@ -83,8 +85,7 @@ def _became(key: str, fields: dict[str, FieldInfo]) -> str:
         return "an argument of vllm.LLM; null is not passed on"
     default = fields[key].default
     words = "the same" if default == verl_defaults()[key] else f"default {_code(default)}"
-    only = f"; must be {_code(ONLY_VALUE[key][0])}: {ONLY_VALUE[key][1]}" if key in ONLY_VALUE else ""
-    return words + only + (f"; {DIFFERENCES[key]}" if key in DIFFERENCES else "")
+    return words + (f"; {DIFFERENCES[key]}" if key in DIFFERENCES else "")
 
 
 def _code(value: Any) -> str:

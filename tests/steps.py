@@ -3,12 +3,11 @@
 import torch
 from tiny import tiny_model
 
-from verl.config import ActorConfig
+from verl.config import ActorConfig, MicroBatchLimit
 from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
 from verl.workers.actor import Actor
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
 TEMPERATURE = 0.9

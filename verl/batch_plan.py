@@ -56,10 +56,7 @@ class BatchPlan:
                 f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
                 f"{-(-world_size // n)} or more."
             )
-        schedule = StepSchedule(
-            num_samples, data.train_batch_size, data.contrastive_size, config.trainer.contrastive_warmup_steps,
-            config.trainer.contrastive_steps_between,
-        )  # fmt: skip
+        schedule = config.schedule(num_samples)
         tokens, rows = actor.update_limit
         steps, epochs = config.trainer.total_training_steps, config.trainer.total_epochs
         return cls(

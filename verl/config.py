@@ -2,15 +2,15 @@
 
 The composed hydra config is validated by the frozen models below once, at start (`config_checks.build_config`).
 `trainer/config/ppo_trainer.yaml` is generated from here (`make config`): a key's documentation is its docstring, and
-its range is the constraint of its type. Combinations of keys are checked in `config_checks`; keys that can have one
-value only are in `verl_keys`.
+its range is the constraint of its type. Combinations of keys are checked in `config_checks`; keys of verl that set
+nothing here are in `verl_keys`.
 
 Key names follow verl 0.4. Imports neither torch, ray nor transformers.
 """
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace
+from verl.step_schedule import StepSchedule
 from verl.text_roles import TEXT, RoleSettings, Template
 
 PROJECT = Path(__file__).parents[1]
@@ -141,8 +142,6 @@ class ModelConfig(_Section):
     """Run code that comes with the model."""
     override_config: dict[str, Any] = {}
     """Values that replace those in the model's config.json."""
-    use_remove_padding: bool = True
-    """Must be true: every forward is packed."""
     attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
     """Which of torch's functions computes the trainer's attention on CUDA: varlen = varlen_attn, an error where it does
     not work; sdpa = scaled_dot_product_attention; auto = varlen_attn where a trial call works."""
@@ -197,6 +196,13 @@ class FsdpConfig(_Section):
     """GPUs in one sharding group; -1 or 0 = all. Smaller groups hold replicas (HSDP)."""
 
 
+class MicroBatchLimit(NamedTuple):
+    """How many rows one forward takes: by tokens, or by rows; the other one is None."""
+
+    max_tokens: int | None
+    max_rows: int | None
+
+
 class ActorConfig(_Section):
     strategy: Literal["fsdp", "fsdp2"] = "fsdp"
     """Both run torch FSDP2; they differ in fsdp_config.offload_policy alone."""
@@ -216,11 +222,12 @@ class ActorConfig(_Section):
     grad_clip: Bound = 1.0
     """Largest norm of the gradient; inf = no clipping."""
     embedding_grad_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share that a reward manager's gradient on the embeddings gets in the sum of its norm and the policy gradient's;
-    null = both as they come, 1 = no policy gradient: rationales are written and embedded, and none of its work done."""
+    """Fraction s: the reward manager's gradient on the embeddings is scaled so that its norm is s of the sum of its own
+    and the policy gradient's; null = no scaling, 1 = no policy gradient is computed, while rationales are still written
+    and embedded."""
     embedding_grad_every: PositiveInt = 10
-    """Fewest updates from one measurement of these norms to the next, which is in a step with rationales; it costs a
-    second forward and backward (without the LM head)."""
+    """Measure both norms at most every this many updates, in steps with rationales; a measurement costs a second
+    forward and backward (without the LM head)."""
     clip_ratio: Bound = 0.2
     """PPO clip range of the probability ratio."""
     clip_ratio_low: Bound | None = None
@@ -257,21 +264,25 @@ class ActorConfig(_Section):
         """Whether the loss has a KL term."""
         return self.use_kl_loss and self.kl_loss_coef != 0
 
+    def uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
+        """Whether torch's CPUOffloadPolicy keeps a model with these settings in host memory, where there is a GPU."""
+        return self.strategy == "fsdp2" and fsdp.offload_policy
+
     @property
-    def update_limit(self) -> tuple[int | None, int | None]:
-        """Most tokens, or most rows, of a micro-batch in the update; the other one is None."""
+    def update_limit(self) -> MicroBatchLimit:
+        """Of a forward in the update."""
         rows = self.ppo_micro_batch_size_per_gpu
         by_tokens = rows is None if self.use_dynamic_bsz is None else self.use_dynamic_bsz
-        return (self.ppo_max_token_len_per_gpu, None) if by_tokens else (None, rows)
+        return MicroBatchLimit(self.ppo_max_token_len_per_gpu, None) if by_tokens else MicroBatchLimit(None, rows)
 
-    def score_limit(self, section: "RefConfig | RolloutConfig") -> tuple[int | None, int | None]:
+    def score_limit(self, section: "RefConfig | RolloutConfig") -> MicroBatchLimit:
         """As `update_limit`, of a forward that only scores; what the section leaves open is the update's."""
         rows, by_tokens = section.log_prob_micro_batch_size_per_gpu, section.log_prob_use_dynamic_bsz
         if by_tokens is None:
-            by_tokens = rows is None and self.update_limit[0] is not None
+            by_tokens = rows is None and self.update_limit.max_tokens is not None
         if by_tokens:
-            return section.log_prob_max_token_len_per_gpu or self.ppo_max_token_len_per_gpu, None
-        return None, rows or self.ppo_micro_batch_size_per_gpu
+            return MicroBatchLimit(section.log_prob_max_token_len_per_gpu or self.ppo_max_token_len_per_gpu, None)
+        return MicroBatchLimit(None, rows or self.ppo_micro_batch_size_per_gpu)
 
 
 class RefConfig(_Section):
@@ -294,26 +305,16 @@ class ValKwargs(_Section):
 class RolloutConfig(_Section):
     name: Literal["auto", "vllm", "hf"] = "auto"
     """Engine that writes the rationales: hf = transformers, vllm; auto = vllm where it imports, else hf."""
-    mode: str = "sync"
-    """Must be sync: generation and training take turns."""
     n: PositiveInt = 8
     """Rationales per trained text (group size); GRPO needs 2 or more."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of the trained rationales."""
     anchor_temperature: PositiveFloat = 0.5
     """Sampling temperature of the query's and the negative's single rationale."""
-    top_p: float = 1.0
-    """Must be 1: training needs the full distribution."""
-    top_k: int = -1
-    """Must be -1: training needs the full distribution."""
-    do_sample: bool = True
-    """Must be true: a greedy group has no spread to learn from."""
     ignore_eos: bool = False
     """Continue after an end token, up to max_response_length (for measurements)."""
     seed: Seed = 0
     """Base seed; each row of a step draws from a seed of its own."""
-    calculate_log_probs: bool = True
-    """Must be true: the engine's log-probs are always compared with the trainer's (rollout/probs_diff_*)."""
     max_num_seqs: PositiveInt = 1024
     """Most sequences decoded at once."""
     log_prob_use_dynamic_bsz: bool | None = None
@@ -360,8 +361,6 @@ class RolloutConfig(_Section):
 
 
 class ActorRolloutRefConfig(_Section):
-    hybrid_engine: bool = True
-    """Must be true: generation and training share the devices."""
     model: ModelConfig = ModelConfig()
     actor: ActorConfig = ActorConfig()
     ref: RefConfig = RefConfig()
@@ -369,14 +368,17 @@ class ActorRolloutRefConfig(_Section):
 
 
 class RewardModelConfig(_Section):
-    enable: bool = False
-    """Must be false: rewards come from embeddings or rules, not from a reward model."""
     reward_manager: str = "hidden"
     """hidden, naive, or path/to/file.py:ClassName."""
     reward_kwargs: dict[str, Any] = {}
     """Arguments of the reward manager; those of `hidden` are in HiddenRewardConfig."""
-    launch_reward_fn_async: bool = False
-    """Must be false: rewards are computed in the step."""
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether `hidden` is asked for its contrastive loss, by arguments that need not be valid."""
+        names = HiddenRewardConfig.model_fields
+        given = {name: value for name, value in self.reward_kwargs.items() if name in names}
+        return self.reward_manager == "hidden" and HiddenRewardConfig.model_construct(**given).contrastive
 
 
 class HiddenRewardConfig(_Section):
@@ -425,7 +427,7 @@ class HiddenRewardConfig(_Section):
     @property
     def contrastive(self) -> bool:
         """Whether the contrastive loss has weight in any step."""
-        return self.contrastive_weight > 0 or bool(self.contrastive_first_weight)
+        return bool(self.contrastive_weight or self.contrastive_first_weight)
 
 
 class CustomRewardFunctionConfig(_Section):
@@ -448,9 +450,15 @@ class KlCtrlConfig(_Section):
     """adaptive: KL to hold."""
 
 
+GROUP_ESTIMATORS = frozenset({"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"})
+"""Advantage estimators that compare the rows of a group. None of them reads gamma; `reinforce_plus_plus` does, and one
+of the user's own may."""
+
+
 class AlgorithmConfig(_Section):
     adv_estimator: str = "grpo"
-    """grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, opo or grpo_passk."""
+    """grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, opo or grpo_passk; or one that a file of yours
+    registers, see docs/from-verl.md."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide the advantages of a group by its standard deviation."""
     gamma: Share = 1.0
@@ -460,6 +468,11 @@ class AlgorithmConfig(_Section):
     kl_penalty: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "kl"
     """KL estimator in the reward."""
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
+
+    @property
+    def has_kl_in_reward(self) -> bool:
+        """Whether the rewards have a KL term."""
+        return self.use_kl_in_reward and self.kl_ctrl.kl_coef != 0
 
 
 class TrainerConfig(_Section):
@@ -528,10 +541,6 @@ class TrainerConfig(_Section):
     phase_timeout_s: NonNegativeInt = 3600
     """Seconds without a result or progress, from any worker or in the driver's own phases, after which the run ends
     with the stacks; 0 = no limit."""
-    critic_warmup: int = 0
-    """Must be 0: there is no critic."""
-    balance_batch: bool = True
-    """Must be true: rows are spread over ranks by their tokens."""
 
 
 class RayInitConfig(_Section):
@@ -564,6 +573,18 @@ class RunConfig(_Section):
         """Of every step."""
         return self.data.train_batch_size // self.actor_rollout_ref.actor.ppo_mini_batch_size
 
+    def schedule(self, num_samples: int) -> StepSchedule:
+        """Which steps write rationales, and which samples a step takes.
+
+        Args:
+            num_samples: in the training file.
+        """
+        data, trainer = self.data, self.trainer
+        return StepSchedule(
+            num_samples, data.train_batch_size, data.contrastive_size, trainer.contrastive_warmup_steps,
+            trainer.contrastive_steps_between,
+        )  # fmt: skip
+
     def with_engine(self, name: str) -> "RunConfig":
         """This config with `rollout.name` resolved."""
         section = self.actor_rollout_ref
@@ -581,13 +602,9 @@ class RunConfig(_Section):
         return cap if cap > 0 else None
 
     @property
-    def has_kl_in_reward(self) -> bool:
-        return self.algorithm.use_kl_in_reward and self.algorithm.kl_ctrl.kl_coef != 0
-
-    @property
     def needs_reference(self) -> bool:
         """Whether any KL term has weight: only then is a reference model built."""
-        return self.actor_rollout_ref.actor.has_kl_loss or self.has_kl_in_reward
+        return self.actor_rollout_ref.actor.has_kl_loss or self.algorithm.has_kl_in_reward
 
     @property
     def validates(self) -> bool:

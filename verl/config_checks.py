@@ -7,31 +7,21 @@ transformers.
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from verl.config import HiddenRewardConfig, RunConfig, file_list
+from verl.config import GROUP_ESTIMATORS, HiddenRewardConfig, RunConfig, file_list
 from verl.config_fields import closest_key, nested, walk_fields, wrong_values
 from verl.errors import UserError
 from verl.text_roles import DEFAULT_TASK, INSTRUCTION
 from verl.unread_settings import unread_reward_kwargs, unread_settings
-from verl.verl_keys import (
-    ABSENT_REWARD_KWARGS,
-    ABSENT_VALUES,
-    ONLY_VALUE,
-    changes_nothing,
-    find_absent,
-    leaves,
-)
+from verl.verl_keys import ABSENT_REWARD_KWARGS, ABSENT_VALUES, changes_nothing, find_absent, leaves
 
 # What validation reports as val/<name> of embeddings: the first set for triplets only.
 _TRIPLET_METRICS = {"triplet_accuracy", "recall_at_1", "mrr", "alignment"}
 _METRICS = {"mean_cosine", "uniformity", "effective_rank", "sts_spearman"}
-
-_GROUP_ESTIMATORS = {"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"}
 
 _FIELDS = dict(walk_fields(RunConfig))
 
@@ -76,7 +66,7 @@ def _known_part(
                 known[name] = part
         elif absent := find_absent(key):
             if not changes_nothing(key, value, given):
-                problems.append(f"{key}={value} is a key of verl that has no counterpart here: {absent.why}.")
+                problems.append(absent.refusal(key, value))
         elif problem := _unknown(key, value):
             problems.append(problem)
         else:
@@ -105,11 +95,6 @@ def _validate(known: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
         wrong = wrong_values(error, RunConfig)
     right = {key: value for key, value in leaves(known) if not any(f"{key}.".startswith(f"{bad}.") for bad in wrong)}
     return RunConfig.model_validate(nested(right)), wrong
-
-
-def all_keys() -> Iterator[str]:
-    """Every leaf key, dotted."""
-    yield from _FIELDS
 
 
 def build_reward_kwargs(kwargs: Mapping[str, Any]) -> HiddenRewardConfig:
@@ -171,13 +156,6 @@ def _missing_files(key: str, files: str | list[str] | None) -> Iterator[str]:
         if not Path(name).is_file():
             several = f" For several files: {key}=['a.parquet','b.parquet']." if "," in name else ""
             yield f"{key}: the file {name!r} does not exist; make it with process_data.py.{several}"
-
-
-def _check_only_values(config: RunConfig) -> Iterator[str]:
-    for key, (only, why) in ONLY_VALUE.items():
-        value = reduce(getattr, key.split("."), config)
-        if value != only:
-            yield (f"{key}={value} is not supported: {why}. Set it to {only} or leave it out.")
 
 
 def _check_batch_sizes(config: RunConfig) -> Iterator[str]:
@@ -308,12 +286,12 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
     if why := ABSENT_VALUES["algorithm.adv_estimator"].get(estimator):
         yield (
             f"algorithm.adv_estimator={estimator} is not supported: {why}. "
-            f"Use one of {', '.join(sorted(_GROUP_ESTIMATORS | {'reinforce_plus_plus'}))}."
+            f"Use one of {', '.join(sorted(GROUP_ESTIMATORS | {'reinforce_plus_plus'}))}."
         )
     manager = config.reward_model.reward_manager
     if why := ABSENT_VALUES["reward_model.reward_manager"].get(manager):
         yield f"reward_model.reward_manager={manager} is not supported: {why}."
-    if estimator in _GROUP_ESTIMATORS and n < 2 and config.actor_rollout_ref.actor.trains_policy:
+    if estimator in GROUP_ESTIMATORS and n < 2 and config.actor_rollout_ref.actor.trains_policy:
         yield (
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
@@ -369,16 +347,16 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
 
 def step_without_policy(config: RunConfig, begin: int = 1) -> tuple[int, str] | None:
     """The first step from `begin` on that follows no policy gradient, and the setting that makes it one."""
-    trainer = config.trainer
-    warm_up, between = trainer.contrastive_warmup_steps, trainer.contrastive_steps_between
     if not config.actor_rollout_ref.actor.trains_policy:
         return begin, "actor_rollout_ref.actor.embedding_grad_share=1"
-    if begin <= warm_up:
-        return begin, f"trainer.contrastive_warmup_steps={warm_up}"
-    if not between:
+    trainer = config.trainer
+    # Which steps write rationales does not depend on the number of samples. No two in a row do, unless all later do.
+    schedule = config.schedule(num_samples=0)
+    step = next((step for step in (begin, begin + 1) if not schedule.writes_rationales(step)), None)
+    if step is None:
         return None
-    writes = (begin - warm_up - 1) % (1 + between) == 0
-    return begin + writes, f"trainer.contrastive_steps_between={between}"
+    name = "contrastive_warmup_steps" if step <= trainer.contrastive_warmup_steps else "contrastive_steps_between"
+    return step, f"trainer.{name}={getattr(trainer, name)}"
 
 
 def _check_kl_loss(config: RunConfig) -> Iterator[str]:
@@ -395,7 +373,6 @@ def _check_kl_loss(config: RunConfig) -> Iterator[str]:
 
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_required,
-    _check_only_values,
     _check_batch_sizes,
     _check_roles,
     _check_micro_batches,

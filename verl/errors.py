@@ -1,5 +1,8 @@
 """The error of everything that the person who runs a program can put right."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A setting, a file or an argument that cannot work; programs show it without a traceback and exit with code 2.
@@ -13,3 +16,14 @@ class WorkerError(RuntimeError):
 
     The message names the worker and the phase, and ends with the worker's own traceback where it has one.
     """
+
+
+@contextmanager
+def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Re-raise these exceptions as UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(str(error)) from error

@@ -28,11 +28,10 @@ Shape letters, here and everywhere: N rows, P longest prompt, R longest response
 | mini_batch | [N] int64 | step_rows.assign_mini_batches | update |
 
 Object columns: `uid`, `role` (positive, query or negative), `text` (the user's text), `rationale`
-(decoded response), `data_source`, `reward_model`, `extra_info`, `other_positives` (texts that are as right for the
-sample as the trained one, and have no rows). A sample has up to `data.negatives_per_query` rows of the role negative.
-A step that trains no policy has no `old_log_probs`,
-`entropy` and `advantages`. Padding is never recognised by its
-token id: lengths say where a row ends.
+(decoded response), `data_source`, `reward_model`, `extra_info`, `other_positives` (texts of the sample's other known
+positives, which have no rows; a contrast never counts them as negatives). A sample has up to `data.negatives_per_query`
+rows of the role negative. A step that trains no policy has no `old_log_probs`, `entropy` and `advantages`. Padding is
+never recognised by its token id: lengths say where a row ends.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,16 +1,16 @@
 """Settings that nothing reads in the combination at hand.
 
-One that was given to change a result is an error. One that only moves memory or time about, and that command lines
-carry from machine to machine, is told at start.
+One that would change results is an error (`unread_settings`). One that only changes memory or time, which people keep
+in a command line for several machines, is a line at the start of the run (`start_notes`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import reduce
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from verl.config import HiddenRewardConfig, RunConfig
+from verl.config import GROUP_ESTIMATORS, HiddenRewardConfig, MicroBatchLimit, RunConfig
 from verl.config_fields import walk_fields
 
 
@@ -27,6 +27,10 @@ class Reader(NamedTuple):
 
 _ACTOR, _ROLLOUT, _REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 _MODEL = "actor_rollout_ref.model"
+_BY_HAND = ("param_offload", "optimizer_offload")
+_FLAGS = (*_BY_HAND, "offload_policy")
+_OFFLOAD = tuple(f"{section}.fsdp_config.{flag}" for section in (_ACTOR, _REF) for flag in _FLAGS)
+_OF_REFERENCE = tuple(key for key, _ in walk_fields(RunConfig) if key.startswith(f"{_REF}."))
 _VLLM_ONLY = tuple(
     f"{_ROLLOUT}.{name}"
     for name in (
@@ -40,7 +44,7 @@ def _actor(config: RunConfig) -> Any:
     return config.actor_rollout_ref.actor
 
 
-def _limits(config: RunConfig) -> list[tuple[int | None, int | None]]:
+def _limits(config: RunConfig) -> list[MicroBatchLimit]:
     """The limits of micro-batches: of the update, of scoring, and of the reference."""
     section = config.actor_rollout_ref
     actor = section.actor
@@ -60,8 +64,8 @@ _POLICY_ONLY = (
 )  # fmt: skip
 
 
-# Advantage estimators that read norm_adv_by_std_in_grpo.
-_BY_STD = ("grpo", "grpo_passk")
+# Advantage estimators that do not read norm_adv_by_std_in_grpo.
+_NOT_BY_STD = ("rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _VALIDATION_ONLY = (
     "data.val_batch_size", "data.val_max_samples", "data.val_sts_file", f"{_ROLLOUT}.val_kwargs.do_sample",
 )  # fmt: skip
@@ -69,10 +73,7 @@ _VALIDATION_ONLY = (
 
 def _may_train_embeddings(config: RunConfig) -> bool:
     """Whether the reward manager can give a gradient on the embeddings; one of the user's own may."""
-    rewards = config.reward_model
-    if rewards.reward_manager != "hidden":
-        return rewards.reward_manager != "naive"
-    return any(rewards.reward_kwargs.get(name) for name in ("contrastive_weight", "contrastive_first_weight"))
+    return config.reward_model.reward_manager not in ("hidden", "naive") or config.reward_model.contrastive
 
 
 READERS = (
@@ -106,27 +107,27 @@ READERS = (
     ),
     Reader(
         (f"{_ACTOR}.ppo_max_token_len_per_gpu",), f"{_ACTOR}.use_dynamic_bsz=True",
-        lambda c: any(tokens for tokens, _ in _limits(c)),
+        lambda c: any(limit.max_tokens for limit in _limits(c)),
     ),
     Reader(
         (f"{_ACTOR}.ppo_micro_batch_size_per_gpu",), f"{_ACTOR}.use_dynamic_bsz=False",
-        lambda c: any(rows for _, rows in _limits(c)),
+        lambda c: any(limit.max_rows for limit in _limits(c)),
     ),
     Reader(
         (f"{_ROLLOUT}.log_prob_max_token_len_per_gpu",), f"{_ROLLOUT}.log_prob_use_dynamic_bsz=True",
-        lambda c: _limits(c)[1][0] is not None or _has_the_actors_budget(c, c.actor_rollout_ref.rollout),
+        lambda c: _limits(c)[1].max_tokens is not None or _has_the_actors_budget(c, c.actor_rollout_ref.rollout),
     ),
     Reader(
         (f"{_ROLLOUT}.log_prob_micro_batch_size_per_gpu",), f"{_ROLLOUT}.log_prob_use_dynamic_bsz=False",
-        lambda c: _limits(c)[1][1] is not None,
+        lambda c: _limits(c)[1].max_rows is not None,
     ),
     Reader(
         (f"{_REF}.log_prob_max_token_len_per_gpu",), f"{_REF}.log_prob_use_dynamic_bsz=True",
-        lambda c: _limits(c)[2][0] is not None or _has_the_actors_budget(c, c.actor_rollout_ref.ref),
+        lambda c: _limits(c)[2].max_tokens is not None or _has_the_actors_budget(c, c.actor_rollout_ref.ref),
     ),
     Reader(
         (f"{_REF}.log_prob_micro_batch_size_per_gpu",), f"{_REF}.log_prob_use_dynamic_bsz=False",
-        lambda c: _limits(c)[2][1] is not None,
+        lambda c: _limits(c)[2].max_rows is not None,
     ),
     Reader(
         (f"{_ACTOR}.kl_loss_coef", f"{_ACTOR}.kl_loss_type"), f"{_ACTOR}.use_kl_loss=True",
@@ -145,8 +146,8 @@ READERS = (
         lambda c: c.algorithm.kl_ctrl.type == "adaptive",
     ),
     Reader(
-        ("algorithm.gamma",), "algorithm.adv_estimator=reinforce_plus_plus",
-        lambda c: c.algorithm.adv_estimator == "reinforce_plus_plus",
+        ("algorithm.gamma",), "algorithm.adv_estimator=reinforce_plus_plus, or an estimator of your own",
+        lambda c: c.algorithm.adv_estimator not in GROUP_ESTIMATORS,
     ),
     Reader(
         (f"{_ROLLOUT}.val_kwargs.temperature",), f"{_ROLLOUT}.val_kwargs.do_sample=True",
@@ -184,7 +185,7 @@ READERS = (
     ),
     Reader(
         ("algorithm.use_kl_in_reward",), f"{_ACTOR}.embedding_grad_share below 1",
-        lambda c: _actor(c).trains_policy or not c.has_kl_in_reward,
+        lambda c: _actor(c).trains_policy or not c.algorithm.has_kl_in_reward,
     ),
     Reader(
         (f"{_ACTOR}.entropy_coeff",), f"{_ACTOR}.embedding_grad_share below 1", lambda c: _actor(c).trains_policy
@@ -252,7 +253,7 @@ def start_notes(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
         config: with the engine's name resolved.
         device: cuda or cpu.
     """
-    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
     if rollout.name == "vllm" and device == "cuda" and not rollout.free_cache_engine:
         yield (
             "free_cache_engine=False",
@@ -262,39 +263,47 @@ def start_notes(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
     if rollout.name == "vllm" and device == "cpu":
         yield "", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"
         yield "", "(enable_chunked_prefill); these settings have no effect"
+    # Keys have dots and names of reward arguments have none, so both can stand in one list.
+    given = [*_changed(config), *config.reward_model.reward_kwargs]
     for keys, why in _unread_here(config, device):
-        if keys:
-            yield f"no effect {why}", ", ".join(keys)
-    if actor.strategy == "fsdp2" and actor.fsdp_config.offload_policy and actor.fsdp_config.param_offload:
-        yield "no effect", "fsdp_config.param_offload, optimizer_offload: offload_policy does it"
+        if told := [key for key in given if key in keys]:
+            yield f"no effect {why}", ", ".join(told)
 
 
-def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[list[str], str]]:
+def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[Collection[str], str]]:
     """Keys that this machine, or what the run found on it, leaves without effect; and in which case."""
-    section, changed = config.actor_rollout_ref, _changed(config)
-    offload = [key for key in changed if key.endswith(("param_offload", "optimizer_offload", "offload_policy"))]
+    section = config.actor_rollout_ref
     if device == "cpu":
-        yield [*offload, *(key for key in changed if key == f"{_ROLLOUT}.dtype")], "on a CPU"
+        yield (*_OFFLOAD, f"{_ROLLOUT}.dtype"), "on a CPU"
     elif section.actor.strategy == "fsdp":
-        yield [key for key in offload if key.endswith("offload_policy")], "with actor.strategy=fsdp"
+        yield [key for key in _OFFLOAD if key.endswith("offload_policy")], "with actor.strategy=fsdp"
+    else:
+        yield list(_left_to_torch(config)), "with fsdp_config.offload_policy=True"
     if section.rollout.name == "hf":
-        yield [key for key in changed if key in _VLLM_ONLY], "with the engine hf"
+        yield _VLLM_ONLY, "with the engine hf"
     if not config.scores_by_untrained:
-        yield [key for key in changed if key.startswith("actor_rollout_ref.ref.")], "without a reference model"
+        yield _OF_REFERENCE, "without a reference model"
     rewards = config.reward_model.reward_kwargs
     if rewards.get("with_scale") is False and rewards.get("objective", "grace") == "grace":
         # A recipe may bring a temperature, and with_scale=False is how to be rid of it.
-        yield [key for key in rewards if key == "temperature"], "with with_scale=False"
+        yield ["temperature"], "with with_scale=False"
     if not section.actor.trains_policy:
         # A KL term weighs its tokens too.
         without = _POLICY_ONLY if section.actor.has_kl_loss else (*_POLICY_ONLY, f"{_ACTOR}.loss_agg_mode")
-        yield [key for key in changed if key in without], "without a policy gradient"
-    elif config.algorithm.adv_estimator not in _BY_STD:
-        by_std = [key for key in changed if key == "algorithm.norm_adv_by_std_in_grpo"]
-        yield by_std, f"with adv_estimator={config.algorithm.adv_estimator}"
+        yield without, "without a policy gradient"
+    elif config.algorithm.adv_estimator in _NOT_BY_STD:
+        yield ["algorithm.norm_adv_by_std_in_grpo"], f"with adv_estimator={config.algorithm.adv_estimator}"
     if not config.validates:
-        yield [key for key in changed if key in _VALIDATION_ONLY], "without validation"
+        yield _VALIDATION_ONLY, "without validation"
     if not config.trainer.use_ray:
-        yield [key for key in changed if key in ("trainer.phase_timeout_s", "ray_init.num_cpus")], "without Ray"
+        yield ["trainer.phase_timeout_s", "ray_init.num_cpus"], "without Ray"
     if config.num_mini_batches == 1:
-        yield [key for key in changed if key == f"{_ACTOR}.shuffle"], "with one mini-batch a step"
+        yield [f"{_ACTOR}.shuffle"], "with one mini-batch a step"
+
+
+def _left_to_torch(config: RunConfig) -> Iterator[str]:
+    """The flags of what torch's offload policy keeps in host memory anyway."""
+    sections = {_ACTOR: _actor(config).fsdp_config, _REF: config.actor_rollout_ref.ref.fsdp_config}
+    for name, fsdp in sections.items():
+        if _actor(config).uses_offload_policy(fsdp):
+            yield from (f"{name}.fsdp_config.{flag}" for flag in _BY_HAND)

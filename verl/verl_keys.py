@@ -1,4 +1,4 @@
-"""Keys of verl 0.4: those that do not exist here with the reason, and keys that can have one value only.
+"""Keys of verl 0.4 that set nothing here: the reason, and the one value that some of them can have.
 
 All keys of verl 0.4.0 and 0.4.1 with their defaults are in `verl_defaults.yaml`. docs/from-verl.md is made of both.
 """
@@ -18,7 +18,8 @@ _DEFAULTS = Path(__file__).parent / "verl_defaults.yaml"
 class Absent:
     """A key or section of verl that does not exist here.
 
-    null, False and verl's own default pass: with them verl does what happens here anyway.
+    null, False and verl's own default pass: with them verl does what happens here anyway. Of a key with `only`, that
+    value alone passes.
     """
 
     why: str
@@ -26,7 +27,15 @@ class Absent:
     passes: bool = False
     """Every value passes, because none would change a result: the work is done in another way."""
     switch: str | None = None
-    """The key that verl reads this one with; while that is off, every value passes."""
+    """verl ignores this key unless that one is on: while it is off, any value passes."""
+    only: Any = None
+    """The one value that passes; None = several do."""
+
+    def refusal(self, key: str, value: Any) -> str:
+        """What is wrong with a value that does not pass."""
+        if self.only is not None:
+            return f"{key}={value} is not supported: {self.why}. Set it to {self.only} or leave it out."
+        return f"{key}={value} is a key of verl that has no counterpart here: {self.why}."
 
 
 _TEXT_ONLY = Absent("only text is embedded", passes=True)
@@ -42,6 +51,9 @@ _ONE_TURN = Absent("a rationale is one turn", switch="actor_rollout_ref.rollout.
 _NOT_GRACE = Absent("not part of GRACE")
 _OVERLONG = "use reward_model.reward_kwargs.enable_length_penalty"
 _VALIDATION = Absent("validation writes one rationale per text, greedily or at val_kwargs.temperature")
+_FULL_DISTRIBUTION = (
+    "training sampling must keep the full distribution, or the importance ratio is biased; use temperature"
+)
 
 # The longest entry that a key begins with counts.
 ABSENT: dict[str, Absent] = {
@@ -64,6 +76,8 @@ ABSENT: dict[str, Absent] = {
     "data.filter_prompts": Absent("use data.filter_overlong_prompts"),
     "data.chat_template_func": Absent("edit chat_template.jinja in the model's folder"),
     "data.trust_remote_code": Absent("set actor_rollout_ref.model.trust_remote_code"),
+    "actor_rollout_ref.hybrid_engine": Absent("generation and training share the devices", only=True),
+    "actor_rollout_ref.model.use_remove_padding": Absent("every forward is packed", only=True),
     "actor_rollout_ref.model.use_liger": _KERNELS,
     "actor_rollout_ref.model.use_fused_kernels": _KERNELS,
     "actor_rollout_ref.model.fused_kernel_options": _KERNELS,
@@ -98,6 +112,11 @@ ABSENT: dict[str, Absent] = {
     "actor_rollout_ref.ref.profiler": _PROFILE,
     "actor_rollout_ref.ref.log_prob_micro_batch_size": Absent("use log_prob_micro_batch_size_per_gpu"),
     "actor_rollout_ref.rollout.multi_turn": _ONE_TURN,
+    "actor_rollout_ref.rollout.mode": Absent("generation and training take turns", only="sync"),
+    "actor_rollout_ref.rollout.top_p": Absent(_FULL_DISTRIBUTION, only=1.0),
+    "actor_rollout_ref.rollout.top_k": Absent(_FULL_DISTRIBUTION, only=-1),
+    "actor_rollout_ref.rollout.do_sample": Absent("a greedy group has no spread to learn from", only=True),
+    "actor_rollout_ref.rollout.calculate_log_probs": Absent("engine and trainer are compared in every step", only=True),
     "actor_rollout_ref.rollout.agent": Absent("a rationale is one turn", passes=True),
     "actor_rollout_ref.rollout.chat_scheduler": Absent("a rationale is one turn"),
     "actor_rollout_ref.rollout.use_fire_sampling": Absent("the first token is drawn at rollout.temperature too"),
@@ -117,6 +136,8 @@ ABSENT: dict[str, Absent] = {
     "actor_rollout_ref.rollout.val_kwargs.n": _VALIDATION,
     "actor_rollout_ref.rollout.profiler": _PROFILE,
     "reward_model.strategy": _NO_REWARD_MODEL,
+    "reward_model.enable": Absent("rewards come from embeddings or rules", only=False),
+    "reward_model.launch_reward_fn_async": Absent("rewards are computed in the step", only=False),
     "reward_model.model": _NO_REWARD_MODEL,
     "reward_model.micro_batch_size": _NO_REWARD_MODEL,
     "reward_model.micro_batch_size_per_gpu": _NO_REWARD_MODEL,
@@ -136,6 +157,8 @@ ABSENT: dict[str, Absent] = {
         switch="algorithm.filter_groups.enable",
     ),
     "trainer.profile_steps": _PROFILE,
+    "trainer.critic_warmup": Absent("there is no critic", only=0),
+    "trainer.balance_batch": Absent("rows are spread over ranks by their tokens", only=True),
     "trainer.controller_nsight_options": Absent("use nsys around main_ppo", switch="trainer.profile_steps"),
     "trainer.worker_nsight_options": Absent("use nsys around main_ppo", switch="trainer.profile_steps"),
     "trainer.log_val_generations": _SAMPLES,
@@ -152,23 +175,8 @@ ABSENT: dict[str, Absent] = {
     "ray_init.timeline_json_file": Absent("use ray timeline"),
 }
 
-_FULL_DISTRIBUTION = (
-    "training sampling must keep the full distribution, or the importance ratio is biased; use temperature"
-)
-# Key: (value, reason).
-ONLY_VALUE: dict[str, tuple[Any, str]] = {
-    "actor_rollout_ref.hybrid_engine": (True, "generation and training share the devices"),
-    "actor_rollout_ref.model.use_remove_padding": (True, "every forward is packed"),
-    "actor_rollout_ref.rollout.mode": ("sync", "generation and training take turns"),
-    "actor_rollout_ref.rollout.top_p": (1.0, _FULL_DISTRIBUTION),
-    "actor_rollout_ref.rollout.top_k": (-1, _FULL_DISTRIBUTION),
-    "actor_rollout_ref.rollout.do_sample": (True, "a greedy group has no spread to learn from"),
-    "actor_rollout_ref.rollout.calculate_log_probs": (True, "engine and trainer are compared in every step"),
-    "reward_model.enable": (False, "rewards come from embeddings or rules"),
-    "reward_model.launch_reward_fn_async": (False, "rewards are computed in the step"),
-    "trainer.critic_warmup": (0, "there is no critic"),
-    "trainer.balance_batch": (True, "rows are spread over ranks by their tokens"),
-}
+ONLY_VALUES = {key: absent.only for key, absent in ABSENT.items() if absent.only is not None}
+"""The keys that pass at one value alone, which is that of every run."""
 
 _MEGATRON = "models are sharded by torch FSDP2; use fsdp or fsdp2"
 _VERL_REWARDS = "use naive with custom_reward_function.path, or hidden"
@@ -240,6 +248,8 @@ def changes_nothing(key: str, value: Any, given: Mapping[str, Any]) -> bool:
     """
     absent, default = find_absent(key), verl_defaults().get(key)
     assert absent is not None
+    if absent.only is not None:
+        return bool(value == absent.only)
     if absent.passes or value in (None, {}) or value is False or value == default:
         return True
     if isinstance(default, str) and default.startswith("${"):

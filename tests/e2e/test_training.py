@@ -26,6 +26,7 @@ from runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl import GraceEncoder
+from verl.algorithm import advantage
 from verl.embedding.prompts import rationale_messages
 from verl.embedding.settings import EmbedderSettings
 
@@ -323,6 +324,34 @@ def test_a_reward_of_the_users_own_gets_the_whole_step(tmp_path, tiny_folder, tr
     assert "reward/margin_met" in step
     assert step["reward/mean"] <= 0.3 + 1e-6
     assert ("actor/embedding_grad_norm" in step) == (manager == "MarginLoss")
+
+
+def test_an_advantage_estimator_of_the_users_own_comes_with_the_file_of_the_reward(
+    tmp_path, tiny_folder, triplets, monkeypatch
+):
+    monkeypatch.setattr(advantage, "_ADVANTAGE_ESTIMATORS", dict(advantage._ADVANTAGE_ESTIMATORS))
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from verl.trainer.ppo.core_algos import register_adv_est\n"
+        "from verl.workers.reward_manager.base import RewardOutput\n"
+        "class Mine:\n"
+        "    needs_embeddings = False\n"
+        "    exclude_system_prompt = True\n"
+        "    def __call__(self, rows): return RewardOutput(torch.arange(len(rows)).float())\n"
+        "@register_adv_est('scaled')\n"
+        "def scaled(rewards, mask, group, norm_by_std, gamma):\n"
+        "    return gamma * (rewards * mask).sum(1, keepdim=True) * mask\n"
+    )
+    run_dir = tmp_path / "run"
+    overrides = [o for o in recipe(tiny_folder, triplets, run_dir) if "reward_kwargs" not in o]
+    done = train_here(
+        *overrides, f"reward_model.reward_manager={tmp_path}/mine.py:Mine", "trainer.total_training_steps=1",
+        "algorithm.adv_estimator=scaled", "algorithm.gamma=0.5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    samples = read_samples(run_dir, 1)
+    assert sorted(s["reward"] for s in samples) == list(range(12))
+    assert all(s["advantage"] == s["reward"] / 2 for s in samples)
 
 
 def test_steps_that_train_by_embeddings_alone_need_a_reward_manager_that_asks_for_them(tmp_path, tiny_folder, triplets):

@@ -16,10 +16,9 @@ from steps import (
 )
 from tiny import tiny_model
 
-from verl.config import ActorConfig
+from verl.config import ActorConfig, MicroBatchLimit
 from verl.models.fsdp import full_weights
 from verl.protocol import DataProto
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.scoring import score
 
 pytestmark = pytest.mark.usefixtures("process_group")

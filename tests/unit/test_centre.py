@@ -1,6 +1,7 @@
 """The mean vector that is kept with a model, and its direction taken out of the vectors of encoder and programs."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -136,16 +137,16 @@ def test_a_mean_belongs_to_the_template_and_its_instruction(tmp_path):
             Centre.read(tmp_path, EmbedderSettings(**other))
 
 
-def test_a_mean_that_an_earlier_version_wrote_is_that_of_bare_texts(tmp_path):
+def test_a_mean_that_does_not_say_its_template_is_refused(tmp_path):
     Centre(np.ones(8, np.float32), None).write(tmp_path, EmbedderSettings())
     with safe_open(tmp_path / FILE_NAME, framework="np") as file:
         decided = json.loads(file.metadata()["settings"])
     assert decided.pop("template") == "{text}"
-    earlier = save({"with_rationale": np.ones(8, np.float32)}, {"settings": json.dumps(decided)})
-    (tmp_path / FILE_NAME).write_bytes(earlier)
-    assert len(Centre.read(tmp_path, EmbedderSettings()).with_rationale) == 8
-    with pytest.raises(UserError, match=r"by template='\{text\}', and it is 'Text: \{text\}' now"):
-        Centre.read(tmp_path, EmbedderSettings(template="Text: {text}"))
+    without = save({"with_rationale": np.ones(8, np.float32)}, {"settings": json.dumps(decided)})
+    (tmp_path / FILE_NAME).write_bytes(without)
+    for template in ("{text}", "Text: {text}"):
+        with pytest.raises(UserError, match=rf"by template=None, and it is '{re.escape(template)}' now; make it again"):
+            Centre.read(tmp_path, EmbedderSettings(template=template))
 
 
 def test_a_file_that_is_missing_damaged_or_of_another_model_is_an_error(pair, tmp_path):

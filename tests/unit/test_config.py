@@ -19,7 +19,6 @@ from verl.trainer.machine_checks import check_ray
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo.validation import read_pairs
 from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, start_ray
-from verl.verl_keys import ONLY_VALUE
 
 ORIGINAL = """
 algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False algorithm.use_kl_in_reward=False
@@ -503,7 +502,7 @@ def test_every_wrong_value_is_reported_at_once(files):
 def test_every_number_has_a_range():
     for section in (RunConfig, HiddenRewardConfig):
         for key, field in walk_fields(section):
-            if types_of(field.annotation) & {int, float} and key not in ONLY_VALUE:
+            if types_of(field.annotation) & {int, float}:
                 assert limits_of(field), key
     assert limits_of(dict(walk_fields(RunConfig))["actor_rollout_ref.actor.optim.betas"])
 

@@ -10,7 +10,7 @@ import torch
 
 from verl.algorithm import advantage
 from verl.algorithm.advantage import get_adv_estimator_fn, register_adv_est
-from verl.algorithm.groups import group_index
+from verl.algorithm.groups import first_rows, group_index, group_sum
 from verl.algorithm.loss import ClipRange, KlController, kl_penalty, policy_loss, token_weights
 from verl.config import OptimConfig
 from verl.models.fsdp import build_scheduler
@@ -197,6 +197,14 @@ def test_registered_estimator_is_found_by_its_name(monkeypatch: pytest.MonkeyPat
 
 def test_groups_are_numbered_by_first_appearance() -> None:
     assert group_index(["b", "a", "b", "c", "a", "c", "b"]).tolist() == [0, 1, 0, 2, 1, 2, 0]
+
+
+def test_first_rows_and_sums_of_groups_are_those_by_hand() -> None:
+    group = torch.tensor([0, 1, 0, 2, 1])
+    assert first_rows(group).tolist() == [0, 1, 3]
+    assert group_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), group).tolist() == [4, 7, 4]
+    pairs = torch.tensor([[1.0, -1.0], [2.0, 0.0], [3.0, 3.0], [4.0, 4.0], [5.0, 1.0]])
+    assert group_sum(pairs, group).tolist() == [[4, 2], [7, 1], [4, 4]]
 
 
 def slow_policy_loss(old: float, new: float, advantage: float, clip: ClipRange) -> tuple[float, bool, bool, float]:

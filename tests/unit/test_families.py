@@ -9,8 +9,9 @@ from family_models import EXPERTS, SETTINGS, VOCAB, tiny
 from verl.errors import UserError
 from verl.models import attention
 from verl.models.families import FAMILIES
+from verl.models.load import build_twin, load_causal_lm
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, build_twin, load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.models.probe import dropout_of
 from verl.workers.rollout.base import finish, row_seeds
 from verl.workers.rollout.hf import HFRollout

@@ -7,13 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from verl.config_checks import all_keys, build_config
-from verl.data.length_filter import FilterSettings, filter_file, open_parquet
+from verl.config import RunConfig
+from verl.config_checks import build_config
+from verl.config_fields import walk_fields
+from verl.data.length_filter import FilterSettings, filter_file, open_prompts
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.encoder.record import Rationale
 from verl.encoder.store import EmbeddingStore
 from verl.errors import UserError
 from verl.utils.tokenizer import load_tokenizer
+from verl.verl_keys import ONLY_VALUES
 
 MARKERS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "assistant\n", "\u202e", "\u200f", "🙂", "\0", "\ud800"]
 HOSTILE = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(MARKERS)), max_size=8).map("".join)
@@ -74,7 +77,7 @@ def test_the_length_filter_keeps_the_rows_that_transformers_finds_short_enough(
     chats = [rationale_messages(text, system_prompt=None) for text in texts]
     pq.write_table(pa.table({"prompt": chats, "row": list(range(len(texts)))}), folder / "in.parquet")
     chosen = FilterSettings(str(tiny_folder), limit, "prompt", trust_remote_code=False)
-    report = filter_file(open_parquet(folder / "in.parquet", "prompt"), folder / "out.parquet", chosen, map)
+    report = filter_file(open_prompts(folder / "in.parquet", "prompt"), folder / "out.parquet", chosen, map)
     # The saved one: transformers adds a normalizer to it that the one in memory lacks.
     tokenizer = load_tokenizer(str(tiny_folder))
     ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
@@ -91,7 +94,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(HOSTILE, inner, max_size=3),
     max_leaves=6,
 )
-KEYS = sorted(all_keys())
+KEYS = sorted(ONLY_VALUES | dict(walk_fields(RunConfig)))
 
 
 @SETTINGS

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from verl.algorithm.contrastive import Group, symmetric_infonce
 from verl.checkpoint.training_state import load_training_state, save_training_state
+from verl.config import MicroBatchLimit
 from verl.models.attention import ATTENTION
 from verl.models.fsdp import full_weights
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto, is_trained
 from verl.single_controller.dispatch import Dispatch, remote_call
+from verl.trainer.ppo.ray_trainer import check_has_embedding_grad
 from verl.trainer.ppo.step_rows import add_embedding_grad, without_rationales
 from verl.workers.actor import Actor
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
-from verl.workers.micro_batches import MicroBatchLimit
+from verl.workers.reward_manager.base import RewardOutput
+from verl.workers.reward_manager.checked import RewardError
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.scoring import score
 
@@ -456,3 +459,11 @@ def test_a_mini_batchs_part_of_the_gradient_stands_for_the_whole():
     assert whole.non_tensor_batch["role"].tolist() == rows.non_tensor_batch["role"].tolist()
     assert torch.equal(whole.batch["advantages"], rows.batch["advantages"])
     assert add_embedding_grad(rows[trained], rows, None, True, 2).batch.keys() == rows.batch.keys()
+
+
+def test_a_step_that_has_nothing_to_train_by_is_refused():
+    reward = RewardOutput(torch.zeros(4))
+    with pytest.raises(RewardError, match="step 3 trains nothing: .* gave no embedding_grad"):
+        check_has_embedding_grad(reward, step=3)
+    reward.embedding_grad = torch.zeros(8, 2)
+    check_has_embedding_grad(reward, step=3)

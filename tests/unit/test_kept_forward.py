@@ -4,12 +4,12 @@ import pytest
 import torch
 from steps import build_actor, tiny_policy, trained_rows, with_log_probs
 
+from verl.config import MicroBatchLimit
 from verl.models.fsdp import full_weights
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyOutput
 from verl.protocol import DataProto, is_trained
 from verl.workers.kept_forward import KeptForward
-from verl.workers.micro_batches import MicroBatchLimit
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

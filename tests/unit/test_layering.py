@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Run as `python3 -m`; nothing imports them.
 PROGRAMS = [
     "verl.trainer.main_ppo", "verl.encoder.__main__", "verl.doctor", "verl.merge_model", "verl.eval_generation",
-    "verl.export_sentence_transformer", "verl.get_demo_model", "verl.embedding.encode", "verl.centre",
+    "verl.export_sentence_transformer", "verl.get_demo_model", "verl.centre",
     "verl.report.__main__", "verl.serve.__main__", "verl.push_to_hub", "verl.mine_negatives", "verl.plan",
 ]  # fmt: skip
 # Lowest first. A module imports modules of lower layers and of its own package.

@@ -12,11 +12,15 @@ VOCAB, HIDDEN, TOKENS = 53, 12, 29
 TEMPERATURE = 0.7
 
 
-FORMS = {"plain": LogitForm(), "scaled": LogitForm(scale=2.5), "capped": LogitForm(scale=2.5, cap=1.5)}
+FORMS = {
+    "plain": LogitForm(temperature=TEMPERATURE),
+    "scaled": LogitForm(scale=2.5, temperature=TEMPERATURE),
+    "capped": LogitForm(scale=2.5, cap=1.5, temperature=TEMPERATURE),
+}
 
 
 def reference(
-    head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor, form: LogitForm = FORMS["plain"]
+    head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor, form: LogitForm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies token by token."""
     pairs = []
@@ -45,7 +49,7 @@ def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, 
     exact_hidden = hidden.detach().double().requires_grad_()
     target, weights = torch.randint(0, VOCAB, (TOKENS,)), torch.randn(2, TOKENS)
 
-    log_probs, entropies = token_log_probs(head, hidden, target, TEMPERATURE, entropy, FORMS[form])
+    log_probs, entropies = token_log_probs(head, hidden, target, FORMS[form], entropy)
     exact_log_probs, exact_entropies = reference(exact, exact_hidden, target, FORMS[form])
     torch.testing.assert_close(log_probs.double(), exact_log_probs, atol=1e-5, rtol=1e-5)
     loss, exact_loss = (log_probs * weights[0]).sum(), (exact_log_probs * weights[0]).sum()
@@ -62,7 +66,7 @@ def test_values_and_gradients_are_those_of_autograd(monkeypatch, bias, entropy, 
 
 def test_without_tokens_there_are_no_log_probs_and_gradients_are_zero():
     head, hidden = nn.Linear(HIDDEN, VOCAB, bias=False), torch.randn(0, HIDDEN, requires_grad=True)
-    log_probs, _ = token_log_probs(head, hidden, torch.empty(0, dtype=torch.int64), 1.0, entropy=False)
+    log_probs, _ = token_log_probs(head, hidden, torch.empty(0, dtype=torch.int64), LogitForm(), entropy=False)
     log_probs.sum().backward()
     assert log_probs.shape == (0,) and not head.weight.grad.any()
 
@@ -75,7 +79,7 @@ def test_in_bfloat16_the_heads_gradient_does_not_lose_precision_with_the_number_
     head = nn.Linear(size, vocab).bfloat16()
     hidden = torch.randn(tokens, size).bfloat16()
     target, weights = torch.randint(0, vocab, (tokens,)), torch.randn(tokens)
-    (token_log_probs(head, hidden, target, 1.0, entropy=False)[0] * weights).sum().backward()
+    (token_log_probs(head, hidden, target, LogitForm(), entropy=False)[0] * weights).sum().backward()
 
     exact = nn.Linear(size, vocab).double()
     exact.load_state_dict(head.state_dict())

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from verl.checkpoint.training_state import save_adapter_folder
-from verl.config import ModelConfig
+from verl.config import MicroBatchLimit, ModelConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.models.fsdp import adapter_weights, full_weights
+from verl.models.load import load_causal_lm
 from verl.models.lora import (
     WEIGHTS_NAME,
     adapter_line,
@@ -23,8 +24,7 @@ from verl.models.lora import (
     base_of_adapter,
     write_adapter_config,
 )
-from verl.models.policy import PolicyModel, load_causal_lm
-from verl.workers.micro_batches import MicroBatchLimit
+from verl.models.policy import PolicyModel
 from verl.workers.scoring import score
 
 pytestmark = pytest.mark.usefixtures("process_group")

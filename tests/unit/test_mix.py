@@ -10,18 +10,18 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from verl import GraceEncoder
-from verl.config import DataConfig, RunConfig
+from verl.config import DataConfig, MicroBatchLimit, RunConfig
 from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import NO_MIX, EmbedderSettings, Mix
 from verl.errors import UserError
+from verl.models.load import load_causal_lm
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, remote_call
 from verl.trainer.run import build_collate
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.reward_manager.checked import CheckedRewardManager
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.rollout.base import finish

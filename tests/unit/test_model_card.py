@@ -37,7 +37,7 @@ def test_it_tells_data_reward_settings_versions_and_the_command(card):
         assert part in text, part
 
 
-@pytest.mark.parametrize("base", ["models/a/b", "models/folder"])
+@pytest.mark.parametrize("base", ["models/a/b", "models/folder", "./gone"])
 def test_a_local_base_is_not_given_to_the_hub(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "folder").mkdir(parents=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from verl.algorithm import advantage
 from verl.config import RunConfig
 from verl.config_checks import build_config
 from verl.errors import UserError
@@ -343,6 +344,26 @@ def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Pa
     )
     manager = load_reward_manager(run_config(tmp_path, f"{file}:Constant", {"value": 2.5}))
     assert manager(make_rows(CASES)).scores.tolist() == [2.5] * 4
+
+
+def test_a_users_file_may_register_an_advantage_estimator_and_be_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on GPUs loads it for the memory plan too."""
+    monkeypatch.setattr(advantage, "_ADVANTAGE_ESTIMATORS", dict(advantage._ADVANTAGE_ESTIMATORS))
+
+    def load(name: str) -> None:
+        file = tmp_path / f"registers_{name}.py"
+        registering = f"from verl.trainer.ppo.core_algos import register_adv_est\nregister_adv_est('{name}')(shout)\n"
+        file.write_text(USER_FILE + registering)
+        load_reward_manager(run_config(tmp_path, f"{file}:LengthReward", {"target": 3}))
+
+    load("mine")
+    first = advantage.get_adv_estimator_fn("mine")
+    load("mine")
+    assert advantage.get_adv_estimator_fn("mine") is not first
+    with pytest.raises(ValueError, match="'grpo' exists already"):
+        load("grpo")
 
 
 def test_a_class_that_is_no_reward_manager_is_told_what_it_lacks(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from torch import nn
 
 from verl.models import onednn
 from verl.models.attention import ATTENTION
+from verl.models.load import build_twin, load_causal_lm
 from verl.models.log_probs import token_log_probs
+from verl.models.logits import LogitForm
 from verl.models.onednn import PackedLinear, TrainedLinear, pack_linears, replace_linears
-from verl.models.policy import PolicyModel, build_twin, load_causal_lm
+from verl.models.policy import PolicyModel
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -121,7 +123,7 @@ ROWS = torch.arange(20, 60).view(2, 20)
 
 def head_log_probs(lm, hidden: torch.Tensor) -> torch.Tensor:
     target = torch.arange(hidden.shape[1])
-    return token_log_probs(lm.get_output_embeddings(), hidden[0], target, 1.0, entropy=False)[0]
+    return token_log_probs(lm.get_output_embeddings(), hidden[0], target, LogitForm(), entropy=False)[0]
 
 
 def outputs_and_gradients(folder: str) -> dict[str, torch.Tensor]:

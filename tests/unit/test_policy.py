@@ -7,9 +7,10 @@ from transformers import Qwen2ForCausalLM
 
 from verl.embedding.pooling import unit
 from verl.models.attention import ATTENTION
+from verl.models.load import load_causal_lm
 from verl.models.onednn import replace_linears
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.policy import PolicyModel
 
 TEMPERATURE = 0.7
 

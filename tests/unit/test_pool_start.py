@@ -10,12 +10,12 @@ from steps import TEMPERATURE
 from tiny import tiny_tokenizer
 
 from verl import GraceEncoder
-from verl.config import DataConfig, RunConfig
+from verl.config import DataConfig, MicroBatchLimit, RunConfig
 from verl.data.dataset import PromptDataset
 from verl.embedding.prompts import PromptRenderer, rationale_messages
-from verl.models.policy import PolicyModel, load_causal_lm
+from verl.models.load import load_causal_lm
+from verl.models.policy import PolicyModel
 from verl.trainer.run import build_collate
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.reward_manager.hidden import HiddenRewardManager
 from verl.workers.scoring import score
 

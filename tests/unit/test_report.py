@@ -179,6 +179,16 @@ def test_settings_that_an_earlier_version_did_not_have_are_not_shown_as_changed(
     assert "trainer.save_freq" not in {row["name"] for row in what_was_run(runs)["settings"]}
 
 
+def test_keys_of_one_value_that_an_earlier_version_recorded_are_not_shown_as_changed(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2, texts=6)
+    record = json.loads((folder / RECORD).read_text())
+    record["config"]["trainer"] |= {"critic_warmup": 0, "balance_batch": True}
+    (folder / RECORD).write_text(json.dumps(record))
+    assert "trainer.balance_batch" in flat_settings(run := read_run(folder))
+    shown = {row["name"] for row in what_was_run([run])["settings"]}
+    assert not shown & {"trainer.critic_warmup", "trainer.balance_batch"}
+
+
 def test_the_record_of_a_run_without_its_own_is_the_newest_checkpoints(tmp_path):
     write_lines(tmp_path / METRICS, [{"step": 1, "reward/mean": 0.5}])
     for step in (5, 10):
@@ -237,7 +247,7 @@ def test_time_by_phase_adds_up(run_folder):
 def test_scores_of_a_step_stand_beside_those_before_training(tmp_path, run_folder):
     run = read_run(run_folder)
     write_summary(tmp_path / "middle", f"elsewhere/{run.name}/global_step_20/huggingface", 48.0)
-    write_summary(tmp_path / "plain", f"merge_models/{run.name}-global_step_20", 40.0, think=False)
+    write_summary(tmp_path / "plain", f"merge_models/runs/{run.name}/global_step_20/huggingface", 40.0, think=False)
     write_summary(tmp_path / "stranger", "models/another", 99.0)
     table = score_table([run], [tmp_path])
     assert [column["label"] for column in table["columns"]] == [

@@ -1,13 +1,16 @@
 """What a step reports: rewards, groups, lengths, entropy, times, and that nothing was learned."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from verl.config import RunConfig
 from verl.protocol import DataProto, is_trained, object_array
+from verl.step_schedule import StepSchedule
 from verl.trainer.display import step_line
+from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.metrics import (
     duplicate_share,
     length_metrics,
@@ -17,6 +20,7 @@ from verl.trainer.ppo.metrics import (
     text_metrics,
     time_metrics,
 )
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.workers.reward_manager.base import RewardOutput
 
 
@@ -198,3 +202,35 @@ def test_times_are_summed_and_tokens_counted_by_what_made_them():
             "perf/tokens_per_s": 54 / 2, "perf/ray_mb": 0,
         }
     )  # fmt: skip
+
+
+class Workers:
+    """Count what is sent, as the workers' group does."""
+
+    sent = 0
+
+    def enter_phase(self, name: str) -> None: ...
+
+    def take_bytes_moved(self) -> int:
+        sent, self.sent = self.sent, 0
+        return sent
+
+
+def test_what_is_done_and_sent_between_two_steps_counts_for_neither(monkeypatch):
+    monkeypatch.setattr(ray_trainer, "prompt_batches", lambda *_: iter([whole_step(), whole_step()]))
+    trainer, workers, found = RayPPOTrainer.__new__(RayPPOTrainer), Workers(), []
+    vars(trainer).update(
+        config=RunConfig.model_validate({"trainer": {"use_ray": False}}), workers=workers, first_step=0, seconds={},
+        train_seconds=0.0, signals=SimpleNamespace(check=lambda: None), run=SimpleNamespace(dataset=None, collate=None),
+        plan=SimpleNamespace(schedule=StepSchedule(num_samples=4, samples=2, contrastive_samples=2), total_steps=2),
+    )  # fmt: skip
+    for _, rows in trainer.steps():
+        with trainer.phase("score"):
+            workers.sent += 3 * 2**20
+        found.append(trainer.step_timing(rows))
+        with trainer.phase("val"):
+            workers.sent += 5 * 2**20
+    assert [timing["perf/ray_mb"] for timing in found] == [3, 3]
+    times = [{name for name in timing if name.startswith("time/")} for timing in found]
+    assert times == [{"time/data_s", "time/score_s", "time/step_s"}] * 2
+    assert trainer.train_seconds == pytest.approx(sum(timing["time/step_s"] for timing in found))

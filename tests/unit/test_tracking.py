@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from verl.checkpoint.run_folder import RunFolder
 from verl.trainer import trackers
 from verl.trainer.tracking import LOGGED, METRICS, Tracking
+from verl.utils.run_files import files_of_steps
 
 pytestmark = pytest.mark.usefixtures("nobody")
 
@@ -98,6 +99,15 @@ def test_a_new_run_in_a_folder_joins_no_curve_of_the_old_one(tmp_path):
     assert record(aside) == tensorboard_curve(aside) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     # Once more: nothing is overwritten.
     assert RunFolder(tmp_path).set_aside_after(0, also=LOGGED) == tmp_path / "set_aside_2"
+
+
+def test_files_of_steps_are_found_in_the_order_of_their_steps(tmp_path):
+    others = ["probe.json", "step_x.jsonl", "step_4_old.jsonl", ".step_11.jsonl.writing"]
+    for name in ("step_10.jsonl", "step_9.jsonl", "vectors_step_10.npz", *others):
+        (tmp_path / name).touch()
+    found = [(step, file.name) for step, file in files_of_steps(tmp_path, "*step_*.*")]
+    assert found == [(9, "step_9.jsonl"), (10, "step_10.jsonl"), (10, "vectors_step_10.npz")]
+    assert files_of_steps(tmp_path / "none", "*step_*.*") == []
 
 
 @pytest.mark.parametrize(("saved", "goes_on"), [(3, True), (2, False)])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from verl.checkpoint.training_state import checkpoint_size, save_transformers_folder
 from verl.config import RunConfig
 from verl.embedding.settings import EmbedderSettings
-from verl.models.policy import load_causal_lm
+from verl.models.load import load_causal_lm
 
 
 def write_base(folder: Path, dtype: torch.dtype) -> Path:

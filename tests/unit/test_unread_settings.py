@@ -184,6 +184,12 @@ def test_what_nothing_reads_in_this_run_is_told_at_its_start(given, reader, note
     assert note not in dict(start_notes(config_of({**given, **reader}), "cpu"))
 
 
+def test_an_estimator_of_the_users_own_may_read_whatever_it_is_called_with():
+    given = {"algorithm.adv_estimator": "mine", "algorithm.gamma": 0.9, "algorithm.norm_adv_by_std_in_grpo": False}
+    assert list(unread_settings(config_of(given))) == []
+    assert not [what for what in notes(given, "cpu") if "adv_estimator" in what]
+
+
 def test_without_a_policy_gradient_there_has_to_be_a_contrastive_loss():
     with pytest.raises(UserError) as caught:
         build_config(nested({**WITHOUT_POLICY, "reward_model.reward_kwargs": {}}))
@@ -309,6 +315,17 @@ def test_what_the_machine_leaves_without_effect_is_told_at_start():
     assert notes({f"{ROLLOUT}.name": "hf"}, "cuda") == {}
     unscaled = {"reward_model.reward_kwargs": {"with_scale": False, "temperature": 0.1}}
     assert notes(unscaled, "cuda") == {"no effect with with_scale=False": "temperature"}
+
+
+@pytest.mark.parametrize("flag", ["param_offload", "optimizer_offload"])
+@pytest.mark.parametrize("section", [ACTOR, REF])
+def test_what_torchs_offload_policy_does_anyway_is_told(section, flag):
+    settings = {f"{section}.fsdp_config.offload_policy": True, f"{section}.fsdp_config.{flag}": True}
+    note, key = "no effect with fsdp_config.offload_policy=True", f"{section}.fsdp_config.{flag}"
+    by_torch = {**settings, f"{ACTOR}.strategy": "fsdp2"}
+    assert notes(by_torch, "cuda")[note] == key
+    assert note not in notes(by_torch, "cpu") and note not in notes(settings, "cuda")
+    assert note not in notes({**by_torch, f"{section}.fsdp_config.offload_policy": False}, "cuda")
 
 
 def test_defaults_are_read_as_they_are():

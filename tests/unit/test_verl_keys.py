@@ -8,11 +8,11 @@ from omegaconf import OmegaConf
 from verl_scripts import SCRIPTS
 
 from verl.config import RunConfig
-from verl.config_checks import all_keys, build_config, split_keys
-from verl.config_fields import nested
+from verl.config_checks import build_config, split_keys
+from verl.config_fields import nested, walk_fields
 from verl.errors import UserError
 from verl.trainer.compose import compose_config
-from verl.verl_keys import ABSENT, DIFFERENCES, ONLY_VALUE, find_absent, leaves, verl_defaults
+from verl.verl_keys import ABSENT, DIFFERENCES, ONLY_VALUES, find_absent, leaves, verl_defaults
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_the_whole_configuration_of_verl_is_known_and_what_cannot_stay_is_told_a
 
 
 def test_a_key_of_verl_that_would_change_something_is_refused_with_its_reason():
-    refused = [key for key in verl_defaults() if (absent := find_absent(key)) and not absent.passes]
+    absent = {key: found for key in verl_defaults() if (found := find_absent(key))}
+    refused = [key for key, found in absent.items() if not found.passes and found.only is None]
     assert len(refused) > 100
     for key in refused:
         switches = {switch: 1 for switch in [find_absent(key).switch] if switch}
@@ -83,6 +84,20 @@ def test_a_key_of_verl_passes_where_it_changes_nothing(override, value):
     assert problems == [] and known == {"data": {"max_prompt_length": 1024}}
 
 
+@pytest.mark.parametrize(("key", "only"), ONLY_VALUES.items())
+def test_a_key_that_can_have_one_value_passes_with_that_one_alone(key, only):
+    assert split_keys(nested({key: only})) == ({}, [])
+    for other in (None, True, False, "else", {}, verl_defaults()[key]):
+        if other != only:
+            told = f"{key}={other} is not supported: {ABSENT[key].why}. Set it to {only} or leave it out."
+            assert split_keys(nested({key: other})) == ({}, [told])
+
+
+def test_a_command_line_may_spell_the_only_values(data):
+    base = [f"data.train_files={data}/train.parquet", "actor_rollout_ref.model.path=m"]
+    assert compose_config([*base, *(f"{key}={only}" for key, only in ONLY_VALUES.items())]) == compose_config(base)
+
+
 def test_an_interpolated_default_passes_only_while_it_is_the_other_keys_value():
     _, problems = split_keys(nested({"actor_rollout_ref.rollout.prompt_length": 512, "data.max_prompt_length": 1024}))
     assert problems == [
@@ -92,9 +107,10 @@ def test_an_interpolated_default_passes_only_while_it_is_the_other_keys_value():
 
 
 def test_the_tables_speak_of_keys_that_are_as_they_say():
-    keys = set(all_keys())
+    keys = dict(walk_fields(RunConfig)).keys()
     assert not keys & ABSENT.keys()
-    assert keys >= ONLY_VALUE.keys() | DIFFERENCES.keys()
+    assert keys >= DIFFERENCES.keys()
+    assert verl_defaults().keys() >= ONLY_VALUES.keys()
     answered = {key for key in verl_defaults() if find_absent(key) or key in keys}
     assert verl_defaults().keys() - answered == {"actor_rollout_ref.rollout.engine_kwargs.vllm.swap_space"}
 

@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from verl.config import ModelConfig
 from verl.models import fsdp
 from verl.models.attention import ATTENTION
+from verl.models.load import build_twin
 from verl.models.lora import adapters_off, add_adapter
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel, build_twin
+from verl.models.policy import PolicyModel
 from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import EngineState, finish, row_seeds
 from verl.workers.rollout.hf import HFRollout

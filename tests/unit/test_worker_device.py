@@ -85,6 +85,24 @@ def test_an_update_leaves_no_gradients_behind_and_none_travel(on_gpu):
     assert all(weight.grad is None for weight in worker.actor.policy.parameters())
 
 
+def test_the_reference_is_on_the_device_only_while_it_scores(on_gpu):
+    worker, events = on_gpu(**BY_HAND)
+    worker.compute_ref_log_prob(trained_rows())
+    assert events == ["reference to cuda", "reference to cpu", "cache emptied"]
+
+
+def test_after_an_error_nothing_is_moved_that_could_hide_it(on_gpu, monkeypatch):
+    worker, events = on_gpu(**BY_HAND)
+
+    def fail(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(worker.actor, "update", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        worker.update_actor(trained_rows(), 2)
+    assert events == ["policy to cuda", "optimizer to cuda"]
+
+
 @pytest.mark.parametrize("fsdp", [BY_HAND, {}], ids=["offload", "no offload"])
 def test_cached_memory_is_given_back_before_the_engine_takes_any(on_gpu, fsdp):
     worker, events = on_gpu(**fsdp)

@@ -20,15 +20,19 @@ _ADVANTAGE_ESTIMATORS: dict[str, AdvantageFn] = {}
 def register_adv_est(name: str) -> Callable[[AdvantageFn], AdvantageFn]:
     """Make an estimator available as `algorithm.adv_estimator=name`.
 
+    The file of a user's reward manager or reward function may do so: it is loaded before the name is looked up.
+
     It is called with `rewards` [N,R], `mask` [N,R] bool, `group` [N] int64 (0..G-1), `norm_by_std` and `gamma`,
     and returns advantages [N,R].
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: another module has taken the name.
     """
 
     def register(fn: AdvantageFn) -> AdvantageFn:
-        if name in _ADVANTAGE_ESTIMATORS:
+        taken = _ADVANTAGE_ESTIMATORS.get(name)
+        # A file is executed again whenever it is loaded.
+        if taken is not None and taken.__module__ != fn.__module__:
             raise ValueError(f"an advantage estimator named {name!r} exists already")
         _ADVANTAGE_ESTIMATORS[name] = fn
         return fn

@@ -24,8 +24,8 @@ class Group:
     """Those in the step."""
 
     @property
-    def right(self) -> frozenset[str]:
-        """The texts that are right for it, and so no negatives."""
+    def query_and_positives(self) -> frozenset[str]:
+        """Never counted as its negatives."""
         return frozenset((self.query, *self.positives))
 
 
@@ -36,8 +36,8 @@ def false_negatives(groups: Sequence[Group], candidates: Sequence[Collection[str
         candidates: the texts of each; the first G are those of the groups, and to its own group a candidate is no
             false negative.
     """
-    rights = [group.right for group in groups]
-    same = torch.tensor([[not right.isdisjoint(texts) for texts in candidates] for right in rights])
+    of_groups = [group.query_and_positives for group in groups]
+    same = torch.tensor([[not of_group.isdisjoint(texts) for texts in candidates] for of_group in of_groups])
     own = range(len(groups))
     same[own, own] = False
     return same
@@ -86,7 +86,7 @@ def symmetric_infonce(
     among the other groups' rows and all negatives for that query. A group that shares its query or a positive with
     another one is left out there, and so is a negative that equals the query or a positive.
     """
-    candidates: list[Collection[str]] = [*(group.right for group in groups), *negatives_of(groups)]
+    candidates: list[Collection[str]] = [*(group.query_and_positives for group in groups), *negatives_of(groups)]
     left_out = false_negatives(groups, candidates).to(m.device)
     to_queries = query_log_probs(m, q, n, g, left_out, temperature)
     to_rows = row_log_probs(m, q, n, g, left_out, temperature)

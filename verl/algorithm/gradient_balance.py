@@ -6,9 +6,9 @@ import math
 class GradientBalance:
     """Scales the embedding gradient to a share of the sum of the two norms.
 
-    The norms at the parameters are known where both gradients were computed apart. In between, the policy gradient
-    counts as it was, and the embedding gradient as in proportion to the gradient by the embeddings, which each update
-    knows: so a weight that changes meanwhile does not change the share.
+    The norms at the parameters are known where both gradients were computed apart. Between measurements the last policy
+    norm is reused, and the embedding norm is estimated as gain x the gradient norm at the vectors: so a weight that
+    changes meanwhile does not change the share.
 
     Args:
         share: s in |scaled embedding gradient| = s * (|scaled embedding gradient| + |policy gradient|); None, and 1,

@@ -6,6 +6,7 @@ Shapes: N rows, G groups.
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,14 @@ def group_index(uid: Iterable[Any]) -> Tensor:
     return torch.tensor([seen.setdefault(u, len(seen)) for u in uid], dtype=torch.int64)
 
 
+def first_rows(group: Tensor) -> Tensor:
+    """[G] int64: the first row of each group."""
+    return torch.from_numpy(np.unique(group.numpy(), return_index=True)[1])
+
+
 def group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """[G]: sum of `values` [N] over each group."""
-    return values.new_zeros(int(group.max()) + 1).index_add(0, group, values)
+    """[G,...]: sum of `values` [N,...] over each group."""
+    return values.new_zeros(int(group.max()) + 1, *values.shape[1:]).index_add(0, group, values)
 
 
 def group_size(group: Tensor) -> Tensor:

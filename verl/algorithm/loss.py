@@ -107,7 +107,14 @@ def token_weights(lengths: Tensor, mode: str, total_tokens: float, total_rows: f
 
 
 class KlController:
-    """The KL coefficient in the reward: fixed, or moved towards a target (arXiv 1909.08593, section 2.2)."""
+    """The KL coefficient in the reward: fixed, or moved towards a target (arXiv 1909.08593, section 2.2).
+
+    Args:
+        coef: the coefficient to begin with.
+        adaptive: False = it stays as it is.
+        target: KL that an adaptive one is to hold.
+        horizon: samples over which an adaptive one moves; the larger, the slower.
+    """
 
     def __init__(self, coef: float, adaptive: bool, target: float, horizon: int) -> None:
         self.coef = coef
@@ -116,6 +123,12 @@ class KlController:
         self.horizon = horizon
 
     def update(self, current_kl: float, num_samples: int) -> None:
+        """Raise an adaptive coefficient when the KL is above the target, and lower it when it is below.
+
+        Args:
+            current_kl: the KL of a step, a mean over its rows.
+            num_samples: trained rows of the step.
+        """
         if self.adaptive:
             error = max(-0.2, min(0.2, current_kl / self.target - 1))
             self.coef *= 1 + error * num_samples / self.horizon

@@ -110,15 +110,24 @@ def open_checkpoint(local_dir: Path, hf_model_path: str | None, dtype: str) -> C
     shards = find_weights(local_dir)
     model_folder = find_model_folder(shards, hf_model_path)
     say(f"{PROGRAM}: {shards.folder}: {shards}; config and tokenizer of {model_folder}")
-    try:
-        config = AutoConfig.from_pretrained(whole_model_of(str(model_folder)), trust_remote_code=False)
-        keys = model_keys(config)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"{model_folder / 'config.json'} does not describe a causal language model: {in_one_line(error)}"
-        ) from error
+    config, keys = read_config(model_folder)
     wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return Checkpoint(shards, model_folder, config, keys, wanted)
+
+
+def read_config(folder: Path) -> tuple[Any, ModelKeys]:
+    """The config of a model folder, of an adapter's folder that of its model, and the keys of what it describes.
+
+    Raises:
+        UserError: that is no causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(whole_model_of(str(folder)), trust_remote_code=False)
+        return config, model_keys(config)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a causal language model: {in_one_line(error)}"
+        ) from error
 
 
 @contextmanager

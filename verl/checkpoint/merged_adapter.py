@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from verl.models.load import load_causal_lm
 from verl.models.lora import CONFIG_NAME, whole_model_of
-from verl.models.policy import load_causal_lm
 
 
 def is_adapter(folder: Path) -> bool:

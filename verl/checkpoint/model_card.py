@@ -1,7 +1,6 @@
 """The model card, README.md of a model folder: how it was made, how to use it, and scores as they come in."""
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from verl.config import RunConfig, file_list
 from verl.embedding.settings import EmbedderSettings
 from verl.step_schedule import StepSchedule
 from verl.utils.files import replace_file
+from verl.utils.hub_names import is_hub_name
 
 FILE_NAME = "README.md"
 _SCORES = "## Scores"
@@ -70,11 +70,6 @@ def write_card(
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", "",
     ]  # fmt: skip
     (folder / FILE_NAME).write_text(with_front_matter(front, "\n".join(text)))
-
-
-def is_hub_name(model: str) -> bool:
-    """Whether a model that is given as a folder or a hub name is a hub name; a folder may look like one."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
 
 
 def with_front_matter(front: ModelCardData, text: str) -> str:

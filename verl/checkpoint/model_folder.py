@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from verl.models.lora import CONFIG_NAME, base_of_adapter
 from verl.utils.files import sha256_of_all
+from verl.utils.hub_names import is_hub_name
 
 _CONFIG = "config.json"
 # The files of a hub repository that are downloaded: of several weight formats only safetensors.
@@ -25,7 +26,7 @@ def model_folder(path: str) -> Path:
         if not any((folder / name).is_file() for name in (_CONFIG, CONFIG_NAME)):
             raise ValueError(f"{path!r} holds no {_CONFIG} (nor {CONFIG_NAME}); give a folder that transformers loads")
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_name(path):
         raise ValueError(f"model path {path!r} does not exist; give a folder that holds a model, or a hub name")
     try:
         return Path(snapshot_download(path, allow_patterns=_NEEDED))

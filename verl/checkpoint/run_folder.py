@@ -6,7 +6,8 @@
     <run>/.global_step_N.writing                 a step that is being written
     <run>/.global_step_N.removing                one that is being removed
     <run>/.lock                                  held by the run, and gone with it; names its process
-    <run>/set_aside_K/                           steps after the one that a run resumed from; all of a run before
+    <run>/set_aside_K/                           steps after the one that a run resumed from; where a run started
+                                                 over, all steps and logs of the run before it
 
 A process may be killed, or a machine lose power, between any two lines here: a folder that has a step's name is
 complete, and on the disk.

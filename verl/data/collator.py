@@ -1,6 +1,6 @@
 """Samples become prompt rows: their chats are rendered, with what their roles put around the texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from verl.embedding.chat_template import Message
-from verl.embedding.prompts import PromptRenderer
+from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.protocol import DataProto, left_padded
 from verl.text_roles import ROLES, Around, Role
@@ -77,6 +77,20 @@ class PromptCollator:
         }
         return DataProto.from_dict(tensors, columns, {"num_shortened": sum(p.shortened for p in prompts)})
 
+    def build_sample(self, uid: int, texts: Mapping[str, str], source: str, text_roles: Mapping[str, Role]) -> Sample:
+        """A sample of texts that no file of prompts holds; they get the settings' system prompt.
+
+        Args:
+            texts: by role.
+            source: its `data_source`.
+            text_roles: as what each text is embedded.
+        """
+        chats = {role: rationale_messages(text, self.settings.system_prompt) for role, text in texts.items()}
+        return {
+            "uid": uid, "chats": chats, "text_roles": text_roles, self.reward_fn_key: source, "reward_model": None,
+            "extra_info": None,
+        }  # fmt: skip
+
     def _around(self, sample: Sample, role: str) -> Around:
         return around_text(sample, sample["text_roles"].get(role), self.settings)
 
@@ -93,6 +107,12 @@ class PromptCollator:
         texts = iter([prompt.text for prompt in self.renderer.render([chat for _, chat in others], around)])
         of_samples = [tuple(next(texts) for _ in sample.get("other_positives", ())) for sample in samples]
         return [found for sample, found in zip(samples, of_samples, strict=True) for _ in rows_of(sample)]
+
+
+def without_repeats(sample: Sample) -> Sample:
+    """A sample with each of its texts once: the second role of a plain text is the same text."""
+    chats = sample["chats"]
+    return sample if "negative" in chats else {**sample, "chats": {"positive": chats["positive"]}}
 
 
 def rows_of(sample: Sample) -> list[tuple[str, list[Message]]]:

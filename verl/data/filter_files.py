@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pyarrow.parquet as pq
 
-from verl.data.length_filter import FilterReport, FilterSettings, filter_file, load_renderer, open_parquet
+from verl.data.length_filter import FilterReport, FilterSettings, filter_file, load_renderer, open_prompts
 from verl.data.parallel import build_mapper
 from verl.data.publish import move_into
 from verl.errors import UserError
@@ -37,7 +37,7 @@ def open_inputs(args: argparse.Namespace) -> dict[str, pq.ParquetFile]:
     for path in paths.values():
         if path.resolve() in {(args.out_dir / f"{split}.parquet").resolve() for split in ("train", "test")}:
             raise UserError(f"{path} would be overwritten or removed; give another --out_dir")
-    files = {split: open_parquet(path, args.prompt_key) for split, path in paths.items()}
+    files = {split: open_prompts(path, args.prompt_key) for split, path in paths.items()}
     if files["train"].metadata.num_rows == 0:
         raise UserError(f"{args.train_parquet} has no rows")
     return files

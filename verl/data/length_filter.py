@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from verl.data.alternatives import POSITIVES, kept_texts, with_positive
 from verl.data.parallel import Mapper
+from verl.data.parquet import open_parquet
 from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS, check_types, find_bad_row, list_columns
 from verl.data.writer import ParquetSink
 from verl.embedding.chat_template import Message, system_prompt_of
@@ -78,7 +79,7 @@ def load_renderer(settings: FilterSettings) -> PromptRenderer:
     return PromptRenderer(tokenizer, system_prompt_in=settings.system_prompt_in, template_date=settings.template_date)
 
 
-def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
+def open_prompts(path: Path, prompt_key: str) -> pq.ParquetFile:
     """Open the parquet file of prompts at `path`.
 
     Raises:
@@ -86,11 +87,7 @@ def open_parquet(path: Path, prompt_key: str) -> pq.ParquetFile:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file")
-    try:
-        # A read buffer instead of whole column chunks: memory then does not grow with a row group.
-        file = pq.ParquetFile(path, buffer_size=2**20)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+    file = open_parquet(path)
     schema = file.schema_arrow
     if prompt_key not in schema.names:
         raise UserError(

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from verl.data.lines import MAX_LINE_BYTES, Record
+from verl.data.parquet import is_list, is_text, open_parquet
 from verl.errors import UserError
 
 _BATCH_ROWS = 2_000
-_READ_BUFFER = 2**20
 
 
 class ParquetRows:
@@ -23,11 +22,7 @@ class ParquetRows:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._path = path
-        try:
-            # A read buffer instead of whole column chunks: memory then does not grow with a row group.
-            self._parquet = pq.ParquetFile(file, buffer_size=_READ_BUFFER)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from error
+        self._parquet = open_parquet(path, file)
         self.names: list[str] = self._parquet.schema_arrow.names
         self._num_read = 0
 
@@ -56,18 +51,11 @@ def _undecoded(column: pa.Array) -> pa.Array:
     """`column` with its strings as bytes: parquet does not promise that they are UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if _is_text(column.type):
+    if is_text(column.type):
         return column.cast(pa.large_binary())
-    if any(is_list(column.type) for is_list in _LISTS) and _is_text(column.type.value_type):
+    if is_list(column.type) and is_text(column.type.value_type):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
-
-
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _record(index: int, columns: list[str], row: tuple[Any, ...]) -> Record:

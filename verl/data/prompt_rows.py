@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from verl.data.parquet import is_list, is_text
 from verl.data.samples import LISTS
 from verl.errors import UserError
 
@@ -37,14 +38,14 @@ def check_types(schema: pa.Schema, file: str, prompt_key: str, has_triplets: boo
         UserError: a column cannot hold what it must.
     """
     type_ = schema.field(prompt_key).type
-    message = type_.value_type if _is_list(type_) else pa.null()
+    message = type_.value_type if is_list(type_) else pa.null()
     _check_texts(message, (_ROLE, _CONTENT), f"{file}: column {prompt_key!r} is {type_} instead of a list of messages")
     if has_triplets:
         type_ = schema.field(TRIPLET).type
         _check_texts(type_, tuple(TRIPLET_FIELDS.values()), f"{file}: column {TRIPLET!r} is {type_}")
         for name in list_columns(schema):
             type_ = schema.field(name).type
-            if not (pa.types.is_null(type_) or (_is_list(type_) and _is_text(type_.value_type))):
+            if not (pa.types.is_null(type_) or (is_list(type_) and is_text(type_.value_type))):
                 raise UserError(f"{file}: column {name!r} is {type_} instead of a list of texts; {_WAY_OUT}")
 
 
@@ -84,7 +85,7 @@ def first_of_each_form(prompts: pa.Array) -> list[int]:
 
 def _check_texts(type_: pa.DataType, names: tuple[str, ...], what: str) -> None:
     children = {child.name: child.type for child in type_} if pa.types.is_struct(type_) else {}
-    missing = [name for name in names if not _is_text(children.get(name, pa.null()))]
+    missing = [name for name in names if not is_text(children.get(name, pa.null()))]
     if missing:
         raise UserError(f"{what}, without the text {', '.join(map(repr, missing))}; {_WAY_OUT}")
 
@@ -153,11 +154,3 @@ def _decodes(text: bytes | None) -> bool:
 
 def _as_texts(texts: pa.Array) -> pa.Array:
     return texts.cast(pa.large_string())
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from verl.data.lines import read_objects
+from verl.data.parquet import open_parquet
 from verl.errors import UserError
 
 _BATCH_ROWS = 1_000
@@ -23,20 +23,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         OSError: the file cannot be opened.
     """
     return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
-
-
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a parquet file for reading with memory that does not grow with its row groups.
-
-    Raises:
-        UserError: it is not a parquet file.
-        OSError: it cannot be opened.
-    """
-    try:
-        # With a read buffer pyarrow streams; without one it loads the column chunks of a row group whole.
-        return pq.ParquetFile(path, buffer_size=2**20)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

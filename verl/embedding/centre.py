@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
-from verl.text_roles import INSTRUCTION, TEXT
+from verl.text_roles import INSTRUCTION
 from verl.utils.files import replace_file
 
 # In a folder of its own: every *.safetensors beside config.json is taken for weights, by vLLM among others.
@@ -73,8 +73,6 @@ class Centre:
             centre = cls(means[_WITH], means.get(_WITHOUT))
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{file} is damaged or no centre ({error!r}); {_WAY_OUT}") from error
-        # Earlier versions did not write it.
-        made_by.setdefault("template", TEXT)
         for name, value in _decided_by(settings).items():
             if made_by.get(name) != value:
                 raise UserError(

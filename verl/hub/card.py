@@ -8,9 +8,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from verl.checkpoint.hub import HUB_ERRORS, in_one_line
-from verl.checkpoint.model_card import FILE_NAME, is_hub_name
+from verl.checkpoint.model_card import FILE_NAME
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.utils.hub_names import is_hub_name
 
 _LICENCE = ("license", "license_name", "license_link")
 

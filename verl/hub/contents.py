@@ -3,22 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-
-from verl.checkpoint.hub import in_one_line
-from verl.checkpoint.merge import RECORD, SavedTensors
+from verl.checkpoint.merge import RECORD, SavedTensors, read_config
 from verl.checkpoint.merged_adapter import MergedAdapter, is_adapter
-from verl.checkpoint.model_card import is_hub_name
 from verl.checkpoint.run_folder import saved_steps
-from verl.checkpoint.shards import ModelKeys, model_keys
 from verl.embedding.centre import Centre
 from verl.embedding.settings import FILE_NAME as SETTINGS_FILE
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
 from verl.models.lora import base_of_adapter
+from verl.utils.hub_names import is_hub_name
 from verl.utils.tokenizer import load_tokenizer
 
 # Of a checkpoint's step.
@@ -101,23 +95,14 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    keys, saved = _model_keys(folder), SavedTensors(folder)
+    _, keys = read_config(folder)
+    saved = SavedTensors(folder)
     missing = sorted(keys.shapes.keys() - saved.keys())
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(keys.shapes)} tensors of a {keys.architecture}, such as "
             f"{missing[0]}; copy it again, or make it again with python3 -m verl.merge_model"
         )
-
-
-def _model_keys(folder: Path) -> ModelKeys:
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return model_keys(config)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} does not describe a causal language model: {in_one_line(error)}"
-        ) from error
 
 
 def _files_below(path: Path) -> Iterator[Path]:

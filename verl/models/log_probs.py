@@ -5,14 +5,13 @@ place: on a CPU a chunk fits the cache, so that all these passes cost little com
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from verl.models.logits import PLAIN, LogitForm
+from verl.models.logits import LogitForm
 from verl.models.onednn import TrainedLinear, plain_product, product
 
 # Bytes of a chunk's float32 logits: about half of a CPU's last-level cache; on CUDA enough to keep the device busy.
@@ -23,26 +22,23 @@ _Multiplier = Callable[[Tensor], _Product]
 
 
 def token_log_probs(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool, form: LogitForm = PLAIN
+    head: nn.Module, hidden: Tensor, target: Tensor, form: LogitForm, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `target` under softmax(logits / temperature), differentiable in hidden and the head.
+    """Log-probs of `target` under softmax(logits), differentiable in hidden and the head.
 
     Args:
         head: the model's output layer, `weight` [V,H] and `bias` [V] or None. A `TrainedLinear` multiplies by oneDNN
             where that helps.
         hidden: [S,H].
         target: [S] int64.
-        temperature: divides the logits.
+        form: how the head's numbers become logits.
         entropy: whether to compute the entropies of the distributions too.
-        form: how the head's numbers become logits; its temperature does not count.
 
     Returns:
         Log-probs [S] float32, and entropies [S] float32 or None.
     """
     multiplier = product if isinstance(head, TrainedLinear) else plain_product
-    log_probs, entropies = _TokenLogProbs.apply(
-        hidden, head.weight, head.bias, target, entropy, multiplier, replace(form, temperature=temperature)
-    )
+    log_probs, entropies = _TokenLogProbs.apply(hidden, head.weight, head.bias, target, entropy, multiplier, form)
     return log_probs, entropies if entropy else None
 
 

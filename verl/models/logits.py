@@ -28,10 +28,7 @@ class LogitForm:
         return (logits * (self.temperature / self.cap)).square_().neg_().add_(1).mul_(slope)
 
 
-PLAIN = LogitForm()
-
-
-def logit_form(config: Any) -> LogitForm:
+def logit_form(config: Any, temperature: float = 1.0) -> LogitForm:
     """The form that a model's config asks for: Cohere multiplies logits, Granite divides them, Gemma caps them.
 
     Whether the model's family means the same by these names is proved at load (`probe.py`).
@@ -41,4 +38,5 @@ def logit_form(config: Any) -> LogitForm:
     return LogitForm(
         scale=scale / (getattr(text, "logits_scaling", None) or 1.0),
         cap=getattr(text, "final_logit_softcapping", None),
+        temperature=temperature,
     )

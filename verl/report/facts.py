@@ -7,6 +7,7 @@ from typing import Any
 from verl.config import HiddenRewardConfig, RunConfig, file_list
 from verl.config_fields import walk_fields
 from verl.report.read import Run
+from verl.verl_keys import ONLY_VALUES
 
 UNKNOWN = "–"
 """Of what is not set, or not known."""
@@ -34,8 +35,11 @@ def what_was_run(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def default_settings() -> dict[str, Any]:
-    """Every key with its default; of the reward manager's arguments, those of `hidden`."""
-    defaults = {key: field.default for key, field in walk_fields(RunConfig)}
+    """Every key with its default; of the reward manager's arguments, those of `hidden`.
+
+    Earlier versions recorded keys that can have one value alone.
+    """
+    defaults = ONLY_VALUES | {key: field.default for key, field in walk_fields(RunConfig)}
     return defaults | {f"{REWARD_KWARGS}.{key}": field.default for key, field in walk_fields(HiddenRewardConfig)}
 
 

@@ -5,7 +5,6 @@ is worth more than none.
 """
 
 import json
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import orjson
 from verl.checkpoint.run_folder import STATE, saved_steps, step_folder
 from verl.errors import UserError
 from verl.evaluation.report import Summary
-from verl.utils.run_files import DIAGNOSTICS, METRICS, PROBE, RECORD, SAMPLES
+from verl.utils.run_files import DIAGNOSTICS, METRICS, PROBE, RECORD, SAMPLES, files_of_steps
 
 Json = Mapping[str, Any]
 
@@ -75,7 +74,7 @@ class Run:
 
     def sampled_steps(self) -> list[int]:
         """Steps whose samples are kept."""
-        return numbered(self.folder / SAMPLES, "step_", ".jsonl")
+        return [step for step, _ in files_of_steps(self.folder / SAMPLES, "step_*.jsonl")]
 
     def samples(self, step: int) -> list[Json]:
         """The rows of samples/step_N.jsonl."""
@@ -94,7 +93,7 @@ class Run:
         return texts
 
     def diagnosed_steps(self) -> list[int]:
-        return numbered(self.folder / DIAGNOSTICS, "step_", ".jsonl")
+        return [step for step, _ in files_of_steps(self.folder / DIAGNOSTICS, "step_*.jsonl")]
 
     def diagnosis(self, step: int) -> dict[int, Json]:
         """By text, the rows of diagnostics/step_N.jsonl."""
@@ -102,7 +101,7 @@ class Run:
         return {row["id"]: row for row in rows if has(row, ("id", "rationale"))}
 
     def vector_steps(self) -> list[int]:
-        return numbered(self.folder / DIAGNOSTICS, "vectors_step_", ".npz")
+        return [step for step, _ in files_of_steps(self.folder / DIAGNOSTICS, "vectors_step_*.npz")]
 
     def vectors(self, step: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Vectors [count,H] float32 of the probe texts with rationales and without; None where they cannot be read."""
@@ -216,13 +215,6 @@ def merge_alerts(rows: Sequence[Json]) -> list[Alert]:
             name, step = alert["name"], row["step"]
             found[name] = Alert(name, alert["text"], found[name].first if name in found else step, step)
     return sorted(found.values(), key=lambda alert: -alert.last)
-
-
-def numbered(folder: Path, before: str, after: str) -> list[int]:
-    """The numbers N of the files BEFORE_N_AFTER in a folder, ascending."""
-    names = [file.name for file in folder.glob(f"{before}*{after}")]
-    matches = (re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}", name) for name in names)
-    return sorted(int(match[1]) for match in matches if match)
 
 
 def _read_record(run: Run) -> Json:

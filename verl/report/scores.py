@@ -68,11 +68,10 @@ def scored(number: int, run: Run, folders: Sequence[Path]) -> list[Scored]:
 def step_of(run: Run, summary: Summary) -> int | None:
     """The step of this run that a summary is about, by the path of its model; None if it is about another model.
 
-    A checkpoint lies in RUN/global_step_N, and one that was merged of shards in such a folder below merge_models or, by
-    earlier versions, in merge_models/RUN-global_step_N.
+    A checkpoint lies in RUN/global_step_N, and one that was merged of shards in such a folder below merge_models.
     """
     path = Path(summary.model["path"]).as_posix()
-    match = re.search(rf"(?:^|/){re.escape(run.name)}[/-]global_step_(\d+)(?:/|$)", path)
+    match = re.search(rf"(?:^|/){re.escape(run.name)}/global_step_(\d+)(?:/|$)", path)
     return int(match[1]) if match else None
 
 

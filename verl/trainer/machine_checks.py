@@ -25,10 +25,10 @@ from verl.embedding.chat_template import Message, with_system_prompt
 from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.models.attention import kernel_in_use
+from verl.models.load import build_twin, load_causal_lm, read_model_config
 from verl.models.lora import count_parameters
-from verl.models.policy import build_twin, load_causal_lm
 from verl.single_controller.worker import Worker, WorkerPlace
-from verl.trainer.prepare import build_renderer, build_without_weights, find_devices, load_model_config, start_ray
+from verl.trainer.prepare import build_renderer, build_without_weights, find_devices, start_ray
 from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
@@ -129,7 +129,7 @@ def check_model(config: RunConfig) -> str:
     """The model has a config, a tokenizer and a chat template, and a prompt fits."""
     renderer = build_renderer(config)
     (prompt,) = renderer.render([_example(config)])
-    found = load_model_config(config)
+    found = read_model_config(config.actor_rollout_ref.model)
     stops = stop_token_ids(renderer.tokenizer, found)
     note = ""
     if renderer.tokenizer.pad_token_id in stops:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from verl.config import RunConfig
 from verl.config_checks import step_without_policy
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
-from verl.models.lora import add_adapter, base_of_adapter
+from verl.models.load import read_model_config
+from verl.models.lora import add_adapter
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
 from verl.utils.cpus import usable_cpus
@@ -110,24 +111,6 @@ def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
         )
 
 
-def load_model_config(config: RunConfig) -> Any:
-    """The model's config.json with `override_config`.
-
-    Raises:
-        OSError: the model has none.
-        UserError: it is an adapter.
-    """
-    model = config.actor_rollout_ref.model
-    assert model.path is not None
-    if base := base_of_adapter(model.path):
-        raise UserError(
-            f"actor_rollout_ref.model.path={model.path} is a LoRA adapter. To go on training it, set model.path={base} "
-            f"and model.lora_adapter_path={model.path}; to train all weights, make a whole model of it with "
-            "python3 -m verl.merge_model"
-        )
-    return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.override_config)
-
-
 def build_without_weights(config: RunConfig) -> Any:
     """The model that will be trained, with its adapters if it gets some, on the meta device.
 
@@ -135,7 +118,7 @@ def build_without_weights(config: RunConfig) -> Any:
         UserError: its adapters cannot be built.
     """
     model = config.actor_rollout_ref.model
-    found = load_model_config(config)
+    found = read_model_config(model)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
     lm.config.dtype = found.dtype
@@ -172,7 +155,7 @@ def check_matryoshka_dims(config: RunConfig, dims: list[int] | None) -> None:
     """Raise `UserError` unless the model's embeddings have as many dimensions as `dims` wants to compare."""
     if dims is None:
         return
-    hidden = load_model_config(config).get_text_config().hidden_size
+    hidden = read_model_config(config.actor_rollout_ref.model).get_text_config().hidden_size
     if max(dims) > hidden:
         raise UserError(
             f"reward_model.reward_kwargs.matryoshka_dims={dims}: {max(dims)} is more than the {hidden} dimensions of "
@@ -190,7 +173,7 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     model, data = config.actor_rollout_ref.model, config.data
     assert model.path is not None
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    context = getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
+    context = getattr(read_model_config(model).get_text_config(), "max_position_embeddings", None)
     wanted = data.max_prompt_length + data.max_response_length
     if context is not None and wanted > context:
         raise UserError(

@@ -10,12 +10,12 @@ from verl.batch_plan import BatchPlan
 from verl.checkpoint.resume import ResumePoint, find_resume
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.config import RunConfig, file_list
-from verl.data.collator import PromptCollator
+from verl.data.collator import PromptCollator, without_repeats
 from verl.data.dataset import PromptDataset, text_settings
 from verl.embedding.chat_template import system_prompt_of
 from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import EmbedderSettings
-from verl.errors import UserError
+from verl.errors import as_user_error
 from verl.trainer.ppo.probe import Probe, choose_probe, diagnosed_steps, wanted_texts
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.prepare import (
@@ -103,9 +103,10 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
     engine, engine_reason = choose_engine(config.actor_rollout_ref.rollout.name)
     config = config.with_engine(engine)
     check_engine_groups(config, workers_per_node)
-    with _for_the_user(ValueError):
-        get_adv_estimator_fn(config.algorithm.adv_estimator)
+    with as_user_error(ValueError):
         reward_manager = load_reward_manager(config)
+        # After the user's file, which may register one.
+        get_adv_estimator_fn(config.algorithm.adv_estimator)
         check_embeddings(config, reward_manager.needs_embeddings)
         check_save_best(config, reward_manager.needs_embeddings)
         renderer = build_renderer(config)
@@ -129,10 +130,10 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
     num_anchors = anchors_per_sample(roles, config.data.negatives_per_query)
     plan = BatchPlan.from_config(config, len(dataset), num_anchors, workers_per_node * config.trainer.nnodes)
     probe = draw_probe(config, plan, dataset, held_out) if reward_manager.needs_embeddings else None
-    with _for_the_user(CheckpointError):
+    with as_user_error(CheckpointError):
         folder = RunFolder(config.run_dir.absolute())
     with folder.owned() as warning:
-        with _for_the_user(CheckpointError):
+        with as_user_error(CheckpointError):
             resume = find_resume(config, folder, dataset.sha256, len(dataset))
         yield TrainingRun(
             config, plan, dataset, collate, validation, reward_manager, probe, folder, warning, resume, device,
@@ -152,11 +153,11 @@ def draw_probe(
         return None
     key = "data.train_files" if held_out is None else "data.val_files"
     files = config.data.train_files if held_out is None else config.data.val_files
-    per_sample = 3 if config.train_mode == "supervised" else 1
+    samples = held_out or dataset
+    num_texts = wanted_texts(config, plan, texts_per_sample=len(without_repeats(samples[0])["chats"]))
     return choose_probe(
-        held_out or dataset, f"{key}={','.join(file_list(files))}", wanted_texts(config, plan, per_sample),
-        config.actor_rollout_ref.rollout.seed,
-    )  # fmt: skip
+        samples, f"{key}={','.join(file_list(files))}", num_texts, config.actor_rollout_ref.rollout.seed
+    )
 
 
 def has_val_files(config: RunConfig) -> bool:
@@ -186,14 +187,3 @@ def build_collate(
         base_model=config.actor_rollout_ref.model.path,
     )
     return PromptCollator(renderer, settings, data.reward_fn_key, data.trained_text)
-
-
-@contextmanager
-def _for_the_user(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds come from what the user gave."""
-    try:
-        yield
-    except UserError:
-        raise
-    except kinds as error:
-        raise UserError(str(error)) from error

@@ -1,8 +1,7 @@
 """Where a run's numbers and samples go: always files in the run folder, and the trackers asked for.
 
-`metrics.jsonl` is the record; a tracker mirrors it. What the run forgets when it resumes, the record forgets, and a
-tracker that has logged it is started anew from the record. A tracker never ends a run: what fails is said once, and the
-record goes on.
+`metrics.jsonl` is the record; a tracker mirrors it. On resume, lines after the resumed step are deleted, and trackers
+that logged them restart from the file. A tracker never ends a run: what fails is said once, and the record goes on.
 """
 
 import math
@@ -17,7 +16,7 @@ import orjson
 from verl.trainer.ppo.alerts import Alert, AlertWatch
 from verl.trainer.trackers import TENSORBOARD, TRACKERS, TrackedRun, Tracker
 from verl.utils.files import replace_file
-from verl.utils.run_files import DIAGNOSTICS, METRICS, SAMPLES
+from verl.utils.run_files import DIAGNOSTICS, METRICS, SAMPLES, files_of_steps
 
 LOGGED = (METRICS, SAMPLES, DIAGNOSTICS, TENSORBOARD)
 """What is written into the run folder, except by trackers whose runs have folders of their own."""
@@ -30,6 +29,10 @@ class Tracking:
     """`metrics.jsonl` and `samples/step_N.jsonl` in the run folder, and any tracker of `trainer.logger`.
 
     Args:
+        run_dir: the run's folder.
+        backends: as `trainer.logger`; names that are no tracker's, such as console, are passed over.
+        project, name: of the run, in trackers.
+        config: the settings, nested, for trackers to show.
         say: prints a line.
     """
 
@@ -119,9 +122,8 @@ class Tracking:
     def _forget_after(self, step: int) -> tuple[list[dict[str, Any]], bool]:
         """Drop what was logged after a step; return the lines that are left, and whether any was dropped."""
         for folder in (SAMPLES, DIAGNOSTICS):
-            for file in (self.run_dir / folder).glob("*step_*.*"):
-                number = file.stem.rpartition("_")[2]
-                if number.isdecimal() and int(number) > step:
+            for number, file in files_of_steps(self.run_dir / folder, "*step_*.*"):
+                if number > step:
                     file.unlink()
         record = self.run_dir / METRICS
         if not record.is_file():

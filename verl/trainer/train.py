@@ -40,7 +40,15 @@ def run_program(config: RunConfig) -> int:
 
 
 def train(config: RunConfig) -> None:
-    """Train: prepare, cluster, workers, fit."""
+    """Train as the configuration says: check it and build the run, start the cluster and the workers, and fit.
+
+    However it ends, cluster, workers and the ownership of the run folder end with it.
+
+    Raises:
+        UserError: something given cannot work.
+        WorkerError: a worker did not start.
+        Also what `RayPPOTrainer.fit` raises.
+    """
     with (
         prepare_run(config) as prepared, StopSignals() as signals, cluster(prepared, signals),
         worker_group(prepared) as workers,

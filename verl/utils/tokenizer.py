@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from verl.utils.hub_names import is_hub_name
+
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model folder or hub name; its pad token falls back to eos.
@@ -12,8 +14,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).expanduser().exists():
+    if not is_hub_name(path) and not Path(path).expanduser().exists():
         raise ValueError(f"model path {path!r} does not exist; give a folder that holds a model, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from verl.algorithm.gradient_balance import GradientBalance
 from verl.algorithm.loss import ClipRange, kl_penalty, policy_loss, token_weights
-from verl.config import ActorConfig
+from verl.config import ActorConfig, MicroBatchLimit
 from verl.embedding.pooling import unit
 from verl.models.fsdp import build_optimizer, build_scheduler, clip_gradient, combine_gradient, take_gradient
 from verl.models.packing import PackedBatch
 from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto, is_trained, scored_length
 from verl.workers.kept_forward import KeptForward, only_micro_batch
-from verl.workers.micro_batches import MicroBatchLimit, micro_batches, sum_over_ranks
+from verl.workers.micro_batches import micro_batches, sum_over_ranks
 from verl.workers.scoring import score
 
 MAX_SKIPPED_STEPS = 3
@@ -40,8 +40,8 @@ class _Totals:
     vector_norm: float
     """Of the gradient by the embeddings; 0 = there is no such gradient."""
     has_advantages: bool
-    """Whether some row's advantage is not 0. Without, what a KL term leaves of the policy's gradient says nothing about
-    how strong it is."""
+    """Whether some row's advantage is not 0. If all are 0, the policy gradient is only the KL and entropy terms', and
+    must not be measured."""
 
 
 class Actor:
@@ -70,7 +70,7 @@ class Actor:
         self.config = config
         self.temperature = temperature
         self.max_response_length = max_response_length
-        self.limit = MicroBatchLimit(*config.update_limit)
+        self.limit = config.update_limit
         low, high = config.clip_ratio_low, config.clip_ratio_high
         self.clip = ClipRange(
             low=config.clip_ratio if low is None else low,
@@ -218,7 +218,8 @@ class Actor:
         loss, parts = self._token_loss(rows, packed, out, total) if with_token_loss else (torch.zeros(()), nothing)
         if embedding:
             assert out.embeddings is not None
-            # Its gradient at the weights of the scoring is that of the loss whose gradient by the vectors this is.
+            # Surrogate: its gradient by the weights equals the embedding loss's, as long as the weights are those of
+            # scoring.
             grad = rows.batch["embedding_grad"].to(out.embeddings.device)
             loss = loss + embedding * (unit(out.embeddings) * grad).sum()
         return loss, parts

@@ -7,6 +7,7 @@ use the device.
 import gc
 import resource
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,19 @@ from verl.checkpoint.training_state import (
 from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
-from verl.models.fsdp import adapter_weights, full_weights, move_optimizer, shard
+from verl.models.fsdp import Meshes, adapter_weights, full_weights, move_optimizer, shard
+from verl.models.load import build_twin
 from verl.models.lora import adapter_line, adapters_off, add_adapter, count_parameters
-from verl.models.policy import PolicyModel, build_twin, check_longest_row
+from verl.models.policy import PolicyModel, check_longest_row
 from verl.models.probe import dropout_of
 from verl.models.sharded_load import Loaded, Source, load_to_shard
 from verl.protocol import DataProto, prompt_ids
 from verl.single_controller.dispatch import Dispatch, register
-from verl.single_controller.worker import Worker, WorkerPlace
+from verl.single_controller.worker import NO_LIMIT, Worker, WorkerPlace
 from verl.utils.logging import quiet_libraries
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.actor import Actor
 from verl.workers.device_stages import DeviceStages
-from verl.workers.micro_batches import MicroBatchLimit
 from verl.workers.rollout.base import NO_RESPONSE, Response, Responses, Rollout, step_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
@@ -60,6 +61,7 @@ class ActorRolloutRefWorker(Worker):
         self.config = config.actor_rollout_ref
         self.plan = plan
         self.stages = DeviceStages(self.device)
+        self.meshes = Meshes(NO_LIMIT)
 
     @register(Dispatch.ONE_TO_ALL)
     def init_model(self) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class ActorRolloutRefWorker(Worker):
             self.run_config.data.max_response_length, self.plan.total_steps,
             one_mini_batch=self.run_config.num_mini_batches == 1,
         )  # fmt: skip
-        self._offload_params()
+        self._offload(policy, fsdp)
         trained, parameters = count_parameters(self.lm)
         return {
             "parameters": parameters,
@@ -115,9 +117,8 @@ class ActorRolloutRefWorker(Worker):
         """
         if not self.weight_sync.is_due():
             return self.weight_sync.wake_engine()
-        self._load_params()
-        found = self.weight_sync.send()
-        self._offload_params()
+        with self._policy_on_device():
+            found = self.weight_sync.send()
         proven = self.weight_sync.wake_engine()
         return {**found, **proven, "proof_s": found["proof_s"] + proven.get("proof_s", 0.0)}
 
@@ -161,17 +162,16 @@ class ActorRolloutRefWorker(Worker):
             for_update: the rows will be trained next; adds `entropy` to log-probs.
             train_anchors: anchors will be in that update too.
         """
-        self._load_params()
-        with self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."):
+        limit = self.config.actor.score_limit(self.config.rollout)
+        with (
+            self._policy_on_device(),
+            self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."),
+        ):
             if for_update:
-                columns = self.actor.score(rows, self._score_limit(), embed, log_probs, train_anchors)
-            else:
-                columns = score(
-                    self.actor.policy, rows, self._score_limit(), self.actor.temperature, embed, entropy=False,
-                    log_probs=log_probs,
-                )  # fmt: skip
-        self._offload_params()
-        return columns
+                return self.actor.score(rows, limit, embed, log_probs, train_anchors)
+            return score(
+                self.actor.policy, rows, limit, self.actor.temperature, embed, entropy=False, log_probs=log_probs
+            )
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=_ROW, optional_columns=("score_start",))
     def compute_ref_log_prob(self, rows: DataProto) -> DataProto:
@@ -180,11 +180,8 @@ class ActorRolloutRefWorker(Worker):
         With `score_start` there are `scored_width` columns.
         """
         if self.config.model.trains_adapter:
-            self._load_params()
-            with adapters_off(self.actor.policy):
-                columns = self._score_as_reference(self.actor.policy, rows)
-            self._offload_params()
-            return columns
+            with self._policy_on_device(), adapters_off(self.actor.policy):
+                return self._score_as_reference(self.actor.policy, rows)
         assert self.reference is not None
         return self._score_by(self.reference, rows)
 
@@ -208,14 +205,13 @@ class ActorRolloutRefWorker(Worker):
     )
     def update_actor(self, rows: DataProto, num_mini_batches: int) -> dict[str, float]:
         """The optimizer steps of one training step; the same metrics on every rank."""
-        self._load_params()
-        if self._offloads_optimizer:
-            move_optimizer(self.actor.optimizer, self.device)
-        with self.stages.stage("updating", "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."):
-            metrics = self.actor.update(rows, num_mini_batches)
-        self.rollout.mark_stale()
-        self._offload_optimizer()
-        self._offload_params()
+        with self._policy_on_device():
+            if self._offloads_optimizer:
+                move_optimizer(self.actor.optimizer, self.device)
+            with self.stages.stage("updating", "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."):
+                metrics = self.actor.update(rows, num_mini_batches)
+            self.rollout.mark_stale()
+            self._offload_optimizer()
         return metrics
 
     @register(Dispatch.ONE_TO_ALL)
@@ -233,30 +229,32 @@ class ActorRolloutRefWorker(Worker):
         """Write `actor/` and `huggingface/` under `folder`."""
         # A run that is stopped between a sync and the generation has an engine with a cache.
         self.rollout.sleep()
-        self._load_params()
         actor, model_folder = self.actor, folder / "huggingface"
-        save_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)
-        if self.run_config.saves_whole_model:
-            save_transformers_folder(
-                model_folder, full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
+        with self._policy_on_device():
+            save_training_state(
+                folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
             )
-        else:
-            save_adapter_folder(
-                model_folder, adapter_weights(actor.policy), self.lm, _model_path(self.config), self.tokenizer,
-                embedder, self.rank,
-            )  # fmt: skip
-        self._offload_params()
+            if self.run_config.saves_whole_model:
+                save_transformers_folder(
+                    model_folder, full_weights(actor.policy), self.lm, self.tokenizer, embedder, self.rank
+                )
+            else:
+                save_adapter_folder(
+                    model_folder, adapter_weights(actor.policy), self.lm, _model_path(self.config), self.tokenizer,
+                    embedder, self.rank,
+                )  # fmt: skip
         dist.barrier()
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: Path) -> None:
         """Load the state that `save_checkpoint` wrote."""
-        self._load_params()
         actor = self.actor
-        load_training_state(folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance)
-        self.rollout.mark_stale()
-        self._offload_optimizer()
-        self._offload_params()
+        with self._policy_on_device():
+            load_training_state(
+                folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
+            )
+            self.rollout.mark_stale()
+            self._offload_optimizer()
 
     def _load(self) -> Loaded:
         model = self.config.model
@@ -269,7 +267,7 @@ class ActorRolloutRefWorker(Worker):
         self, policy: PolicyModel, source: Source | None, fsdp: FsdpConfig, section: str = "actor"
     ) -> PolicyModel:
         stays_on_host = self._uses_offload_policy(fsdp)
-        policy = shard(policy, self.device, fsdp, stays_on_host, section)
+        policy = shard(policy, self.device, fsdp, stays_on_host, section, meshes=self.meshes)
         if source:
             source.fill(policy, torch.device("cpu") if stays_on_host else self.device)
         return policy
@@ -278,22 +276,19 @@ class ActorRolloutRefWorker(Worker):
         loaded = self._load()
         fsdp = self.config.ref.fsdp_config
         reference = self._shard(PolicyModel(loaded.lm).requires_grad_(False), loaded.source, fsdp, "ref")
-        return reference.to("cpu") if self._moves_by_hand(fsdp) and fsdp.param_offload else reference
+        self._offload(reference, fsdp)
+        return reference
 
     def _score_by(self, reference: PolicyModel, rows: DataProto) -> DataProto:
-        offloads = self._moves_by_hand(fsdp := self.config.ref.fsdp_config) and fsdp.param_offload
-        if offloads:
-            reference.to(self.device)
-        columns = self._score_as_reference(reference, rows)
-        if offloads:
-            reference.to("cpu")
-        return columns
+        with self._on_device(reference, self.config.ref.fsdp_config):
+            return self._score_as_reference(reference, rows)
 
     def _score_as_reference(self, model: PolicyModel, rows: DataProto) -> DataProto:
+        limit = self.config.actor.score_limit(self.config.ref)
         with self.stages.stage(
             "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
         ):
-            return score(model, rows, self._ref_limit(), self.config.rollout.temperature, embed=False, entropy=False)
+            return score(model, rows, limit, self.config.rollout.temperature, embed=False, entropy=False)
 
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""
@@ -321,38 +316,41 @@ class ActorRolloutRefWorker(Worker):
         return getattr(torch, self.config.rollout.dtype) if self.device.type == "cuda" else torch.float32
 
     def _uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
-        return fsdp.offload_policy and self.config.actor.strategy == "fsdp2" and self.device.type == "cuda"
+        return self.device.type == "cuda" and self.config.actor.uses_offload_policy(fsdp)
 
     def _moves_by_hand(self, fsdp: FsdpConfig) -> bool:
         """Whether the offload flags count: on a GPU, where torch's policy does not keep everything in host memory."""
         return self.device.type == "cuda" and not self._uses_offload_policy(fsdp)
 
     @property
-    def _offloads_params(self) -> bool:
-        return self._moves_by_hand(fsdp := self.config.actor.fsdp_config) and fsdp.param_offload
-
-    @property
     def _offloads_optimizer(self) -> bool:
         return self._moves_by_hand(fsdp := self.config.actor.fsdp_config) and fsdp.optimizer_offload
-
-    def _load_params(self) -> None:
-        if self._offloads_params:
-            self.actor.policy.to(self.device)
-
-    def _offload_params(self) -> None:
-        if self._offloads_params:
-            self.actor.policy.to("cpu")
-            torch.cuda.empty_cache()
 
     def _offload_optimizer(self) -> None:
         if self._offloads_optimizer:
             move_optimizer(self.actor.optimizer, torch.device("cpu"))
 
-    def _score_limit(self) -> MicroBatchLimit:
-        return MicroBatchLimit(*self.config.actor.score_limit(self.config.rollout))
+    def _policy_on_device(self) -> AbstractContextManager[None]:
+        return self._on_device(self.actor.policy, self.config.actor.fsdp_config)
 
-    def _ref_limit(self) -> MicroBatchLimit:
-        return MicroBatchLimit(*self.config.actor.score_limit(self.config.ref))
+    @contextmanager
+    def _on_device(self, model: PolicyModel, fsdp: FsdpConfig) -> Iterator[None]:
+        """Have a model on the device meanwhile.
+
+        After an error it stays there: on a broken device the move would fail too, and hide the error.
+        """
+        if self._offloads(fsdp):
+            model.to(self.device)
+        yield
+        self._offload(model, fsdp)
+
+    def _offload(self, model: PolicyModel, fsdp: FsdpConfig) -> None:
+        if self._offloads(fsdp):
+            model.to("cpu")
+            self.stages.release_cache()
+
+    def _offloads(self, fsdp: FsdpConfig) -> bool:
+        return fsdp.param_offload and self._moves_by_hand(fsdp)
 
 
 def _model_path(config: ActorRolloutRefConfig) -> str:

@@ -53,7 +53,7 @@ class ActorRolloutRefGroup:
         return restore_order(results[::size], parts)
 
     def score(
-        self, rows: DataProto, log_probs: bool, embed: bool, for_update: bool, train_anchors: bool = False
+        self, rows: DataProto, *, log_probs: bool, embed: bool, for_update: bool, train_anchors: bool = False
     ) -> DataProto:
         return self._by_tokens(ActorRolloutRefWorker.score, rows, log_probs, embed, for_update, train_anchors)
 

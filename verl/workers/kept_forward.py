@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from verl.config import MicroBatchLimit
 from verl.models.packing import PackedBatch
 from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto, is_trained
-from verl.workers.micro_batches import MicroBatch, MicroBatchLimit, micro_batches
+from verl.workers.micro_batches import MicroBatch, micro_batches
 from verl.workers.scoring import ScoreColumns
 
 # Two packed lines that agree in these are the same rows.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from verl.config import MicroBatchLimit
 from verl.embedding.settings import NO_MIX, Mix
 from verl.models.packing import PackedBatch, Row, pack
 from verl.models.policy import PolicyModel
@@ -13,14 +14,6 @@ from verl.protocol import DataProto, is_trained, prompt_ids, response_ids
 from verl.utils.seqlen_balancing import pack_rows
 
 _DUMMY_ROW = Row(prompt=(0,), response=(), pool_start=0, scored=True)
-
-
-@dataclass(frozen=True)
-class MicroBatchLimit:
-    """How many rows one forward takes: by tokens, or by rows."""
-
-    max_tokens: int | None
-    max_rows: int | None
 
 
 @dataclass

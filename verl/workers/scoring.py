@@ -5,11 +5,12 @@ Shapes: N rows, R scored tokens of the longest row (see `protocol.scored_width`)
 
 import torch
 
+from verl.config import MicroBatchLimit
 from verl.embedding.pooling import unit
 from verl.models.fsdp import reshard
 from verl.models.policy import PolicyModel, PolicyOutput
 from verl.protocol import DataProto, scored_length, scored_width
-from verl.workers.micro_batches import MicroBatch, MicroBatchLimit, micro_batches
+from verl.workers.micro_batches import MicroBatch, micro_batches
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 With old or half-loaded weights in the engine training continues without an error, so every sync ends with a proof:
 weights are read back from the engine and must be equal, and a few fixed sentences must get the
-log-probs that the policy gives them. Of a policy with adapters the engine gets the sums of weights and adapters; that
-these hold what the adapters add is measured apart, since it can be too little for fixed sentences to show.
+log-probs that the policy gives them. Of a policy with adapters the engine gets the sums of weights and adapters. The
+adapter's contribution is checked separately; it may be too small to change the fixed sentences' log-probs.
 """
 
 import hashlib

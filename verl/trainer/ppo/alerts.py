@@ -23,7 +23,7 @@ _LONGER = 2.0
 # Hacking: steps of the window, and the fewest.
 _WINDOW, _LEAST_WINDOW = 100, 20
 _LEAST_FALL = 0.05
-# Of a fall of the probe's mean reciprocal rank: two standard errors of one query's, over the root of their number.
+# Noise threshold: 0.6 / sqrt(number of probe queries), about two standard errors of the mean MRR.
 _PROBE_NOISE = 0.6
 # An alert whose condition has not held for this many measurements may begin again.
 _OVER_AFTER = 10
@@ -87,7 +87,7 @@ class Rule:
 class AlertWatch:
     """Watches the lines of a run; with the same lines it says the same alerts."""
 
-    history: History = field(default_factory=lambda: History())
+    history: History = field(default_factory=History)
     _quiet: dict[str, int] = field(default_factory=dict)
     """Measurements since the condition of an alert last held."""
     _begun: list[Alert] = field(default_factory=list)
@@ -120,6 +120,7 @@ class AlertWatch:
 
 
 def collapse(history: History) -> str | None:
+    """The vectors of the probe use less than half of the dimensions that they used in the first diagnosis."""
     ranks = history.values("diag/effective_rank")
     first, now = ranks[0], ranks[-1]
     if now >= _RANK_LEFT * first:
@@ -132,6 +133,7 @@ def collapse(history: History) -> str | None:
 
 
 def not_used(history: History) -> str | None:
+    """Rationales hardly change the vectors, or another text's rationale does as well as the own one."""
     cosine = history.last("diag/cos_without")
     if cosine is not None and cosine > _SAME_VECTOR:
         return (
@@ -157,6 +159,7 @@ def not_used(history: History) -> str | None:
 
 
 def gibberish(history: History) -> str | None:
+    """The untrained model finds the rationales far less likely than it found those of the first diagnosis."""
     values = history.values("diag/log_likelihood")
     first, now = values[0], values[-1]
     if now > min(first - _LEAST_NATS, _MULTIPLE * first):
@@ -170,6 +173,7 @@ def gibberish(history: History) -> str | None:
 
 
 def no_signal(history: History) -> str | None:
+    """In most groups of the last steps with a policy gradient all rewards are equal."""
     # Rewards teach in the steps that follow a policy gradient alone.
     follow = {step for step, _ in history.series("actor/pg_loss")[-_SHORT:]}
     flat = [share for step, share in history.series("group/flat_share")[-_SHORT:] if step in follow]
@@ -184,6 +188,7 @@ def no_signal(history: History) -> str | None:
 
 
 def length_drift(history: History) -> str | None:
+    """The rationales of the last steps are more than twice as long as those of the first ones, or less than half."""
     tokens = history.values("rationale/trained_tokens_mean")
     if len(tokens) < 2 * _SHORT:
         return None
@@ -200,6 +205,7 @@ def length_drift(history: History) -> str | None:
 
 
 def hacking(history: History) -> str | None:
+    """The reward rose over the last steps while a figure of held-out texts, the first one that there is, fell."""
     name = next((name for name in _HELD_OUT if len(history.series(name)) > 1), None)
     if name is None:
         return None

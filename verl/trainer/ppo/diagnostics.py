@@ -27,7 +27,7 @@ from verl.protocol import DataProto, response_mask
 from verl.trainer.ppo.probe import RATIONALES_PER_TEXT, Probe, diagnosed_steps
 from verl.trainer.run import TrainingRun
 from verl.utils.files import replace_file
-from verl.utils.run_files import DIAGNOSTICS
+from verl.utils.run_files import DIAGNOSTICS, files_of_steps
 from verl.workers.group import ActorRolloutRefGroup
 
 _RESPONSE = ("responses", "response_length")
@@ -113,7 +113,8 @@ class Diagnostics:
             _scored(first.with_tensors(**{name: other[name] for name in _RESPONSE}), False),
             _scored(first.with_tensors(response_length=torch.zeros(len(first), dtype=torch.int64)), False),
         ]
-        scored = self._workers.score(DataProto.concat(variants), log_probs, embed=True, for_update=False).batch
+        rows = DataProto.concat(variants)
+        scored = self._workers.score(rows, log_probs=log_probs, embed=True, for_update=False).batch
         vectors = ProbeVectors(*scored["embeddings"].chunk(len(variants)))
         return vectors, scored["log_probs"][: len(first)] if log_probs else None
 
@@ -149,16 +150,11 @@ class Diagnostics:
 
     def _vector_files(self) -> list[Path]:
         """In the order of their steps."""
-        return sorted(self._folder.glob("vectors_step_*.npz"), key=step_of)
-
-
-def step_of(file: Path) -> int:
-    """The step in a file's name, `..._N.suffix`."""
-    return int(file.stem.rpartition("_")[2])
+        return [file for _, file in files_of_steps(self._folder, "vectors_step_*.npz")]
 
 
 def _scored(rows: DataProto, wanted: bool) -> DataProto:
-    """The rows as ones whose log-probs are wanted, as those of trained rows are, or not."""
+    """Sets `trained`, which the workers read as "compute log-probs"."""
     return rows.with_tensors(trained=torch.full((len(rows),), wanted))
 
 

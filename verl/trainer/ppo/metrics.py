@@ -1,12 +1,12 @@
 """What a step reports: rewards, groups, lengths, embeddings, throughput."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from verl.algorithm.groups import group_mean_std, group_size, groups_of, within_group_correlation
+from verl.algorithm.groups import first_rows, group_mean_std, group_size, groups_of, within_group_correlation
 from verl.algorithm.loss import token_weights
 from verl.config import RunConfig
 from verl.embedding.metrics import spread_report
@@ -23,38 +23,38 @@ def prefixed(**parts: Mapping[str, float]) -> dict[str, float]:
     return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def step_metrics(rows: DataProto, batch: DataProto, reward: RewardOutput, config: RunConfig) -> dict[str, float]:
+def step_metrics(rows: DataProto, trained: DataProto, reward: RewardOutput, config: RunConfig) -> dict[str, float]:
     """Figures of a step's rows, of what was computed of them.
 
     Args:
         rows: all N rows.
-        batch: the trained ones, in the order of the reward.
+        trained: the trained ones, in the order of the reward.
     """
     metrics = prefixed(reward=reward.metrics)
     if rows.batch["response_length"].any():
         metrics |= {
-            **reward_metrics(reward.scores, groups_of(batch)),
+            **reward_metrics(reward.scores, groups_of(trained)),
             "group/duplicate_share": duplicate_share(
-                batch.non_tensor_batch["rationale"], batch.non_tensor_batch["uid"]
+                trained.non_tensor_batch["rationale"], trained.non_tensor_batch["uid"]
             ),
-            **text_metrics(batch, reward.scores),
+            **text_metrics(trained, reward.scores),
             **length_metrics(rows, rows.meta_info["num_shortened"]),
         }
-    if "entropy" in batch.batch.keys():
-        metrics["actor/entropy"] = mean_entropy(batch, config)
+    if "entropy" in trained.batch.keys():
+        metrics["actor/entropy"] = mean_entropy(trained, config)
     if "embeddings" in rows.batch.keys():
         metrics |= prefixed(embedding=spread_report(rows.batch["embeddings"]))
     return metrics
 
 
-def mean_entropy(batch: DataProto, config: RunConfig) -> float:
+def mean_entropy(trained: DataProto, config: RunConfig) -> float:
     """The entropy of the trained rows' tokens, averaged as actor.loss_agg_mode says, as in verl."""
-    lengths = batch.batch["response_length"]
+    lengths = trained.batch["response_length"]
     weights = token_weights(
         lengths, config.actor_rollout_ref.actor.loss_agg_mode, float(lengths.sum()), float(len(lengths)),
         config.data.max_response_length,
     )  # fmt: skip
-    return float((batch.batch["entropy"].repeat_interleave(lengths) * weights).sum())
+    return float((trained.batch["entropy"].repeat_interleave(lengths) * weights).sum())
 
 
 def reward_metrics(rewards: Tensor, group: Tensor) -> dict[str, float]:
@@ -65,17 +65,16 @@ def reward_metrics(rewards: Tensor, group: Tensor) -> dict[str, float]:
         "reward/min": float(rewards.min()),
     }
     _, std = group_mean_std(rewards, group)
-    first_of_group = torch.tensor([int((group == g).nonzero()[0]) for g in range(int(group.max()) + 1)])
-    spread = std[first_of_group][group_size(group) > 1]
+    spread = std[first_rows(group)][group_size(group) > 1]
     if len(spread):
         metrics["group/std_median"] = float(spread.median())
         metrics["group/flat_share"] = float((spread < _FLAT_GROUP_STD).float().mean())
     return metrics
 
 
-def text_metrics(batch: DataProto, rewards: Tensor) -> dict[str, float]:
+def text_metrics(trained: DataProto, rewards: Tensor) -> dict[str, float]:
     """How much the trained rationales repeat themselves and each other, and whether longer ones earn more."""
-    ids, lengths, group = batch.batch["responses"], batch.batch["response_length"], groups_of(batch)
+    ids, lengths, group = trained.batch["responses"], trained.batch["response_length"], groups_of(trained)
     metrics = {
         "group/distinct_1": distinct_n(ids, lengths, group, 1),
         "group/distinct_2": distinct_n(ids, lengths, group, 2),
@@ -104,11 +103,8 @@ def length_metrics(rows: DataProto, num_shortened: int) -> dict[str, float]:
 
 def duplicate_share(rationales: np.ndarray, uid: np.ndarray) -> float:
     """Share of trained rationales that occur more than once in their group."""
-    pairs = list(zip(uid, rationales, strict=True))
-    counts: dict[tuple[object, str], int] = {}
-    for pair in pairs:
-        counts[pair] = counts.get(pair, 0) + 1
-    return sum(counts[pair] > 1 for pair in pairs) / len(pairs)
+    counts = Counter(zip(uid, rationales, strict=True))
+    return sum(count for count in counts.values() if count > 1) / len(uid)
 
 
 def time_metrics(seconds: dict[str, float], rows: DataProto, bytes_moved: int) -> dict[str, float]:

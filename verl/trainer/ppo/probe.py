@@ -12,10 +12,9 @@ import numpy as np
 
 from verl.batch_plan import BatchPlan
 from verl.config import RunConfig
-from verl.data.collator import PromptCollator, Sample
+from verl.data.collator import PromptCollator, Sample, without_repeats
 from verl.data.dataset import PromptDataset
 from verl.embedding.chat_template import last_user_turn
-from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.protocol import DataProto
 from verl.text_roles import TRIPLET_ROLES
@@ -60,17 +59,9 @@ class Probe:
 
     def prompts(self, collate: PromptCollator) -> DataProto:
         """A prompt row for every text, as an encoder would ask for its rationale."""
-        system = collate.settings.system_prompt
+        roles = TRIPLET_ROLES if "negative" in self.roles else {}
         # Uids are the texts', so that rows of one text, whose prompt is computed once, go to one worker.
-        samples: list[Sample] = [
-            {
-                "uid": text.id, "chats": {text.role: rationale_messages(text.text, system)},
-                collate.reward_fn_key: "probe", "reward_model": None, "extra_info": None,
-                "text_roles": TRIPLET_ROLES if "negative" in self.roles else {},
-            }
-            for text in self.texts
-        ]  # fmt: skip
-        return collate(samples)
+        return collate([collate.build_sample(text.id, {text.role: text.text}, "probe", roles) for text in self.texts])
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,10 +110,8 @@ def choose_probe(dataset: PromptDataset, source: str, num_texts: int, seed: int)
 
 
 def _texts_of(sample: Sample) -> Iterator[tuple[str, str]]:
-    chats = sample["chats"]
-    # A plain text's second role is the same text.
-    for role in chats if "negative" in chats else ("positive",):
-        yield role, chats[role][last_user_turn(chats[role])]["content"].strip()
+    for role, chat in without_repeats(sample)["chats"].items():
+        yield role, chat[last_user_turn(chat)]["content"].strip()
 
 
 def diagnosed_steps(config: RunConfig, plan: BatchPlan) -> list[int]:

@@ -1,4 +1,4 @@
-"""The training loop. `RayPPOTrainer.fit` is GRACE; everything else here serves one of its lines.
+"""The training loop. `RayPPOTrainer.fit` is the algorithm; the other methods are its steps.
 
 Runs in the driver process: it sees batches of rows and calls workers, and never touches a device.
 Shapes: N rows of a step, B trained rows among them, R response tokens.
@@ -6,7 +6,7 @@ Shapes: N rows of a step, B trained rows among them, R response tokens.
 
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,7 @@ from verl.workers.reward_manager.checked import RewardError
 
 # Until these phases begin, weights and optimizer are those of the last finished step, so the run may stop and save.
 _BEFORE_THE_UPDATE = ("data", "sync", "gen", "score", "val", "diag")
-# In these the driver calls no worker, so that nothing but a limit of its own would end them.
+# Phases that run in the driver alone; workers' timeouts do not cover them.
 _IN_THE_DRIVER = ("data", "reward")
 # Figures that a step has once it is validated, and diagnosed.
 _VALIDATED, _DIAGNOSED = "time/val_s", "time/diag_s"
@@ -53,6 +53,7 @@ class RayPPOTrainer:
 
     Args:
         run: what it trains on and with, already checked.
+        workers: hold the policy, the reference and the engine; `fit` loads these.
         signals: how the run is asked to stop.
     """
 
@@ -70,8 +71,8 @@ class RayPPOTrainer:
             state.get("kl_coef", kl.kl_coef), kl.type == "adaptive", kl.target_kl, kl.horizon
         )
         self.mismatch_guard = MismatchGuard(state.get("first_probs_diff"))
-        # Those of another run's folder are that run's.
-        self.run_ids: dict[str, str] = state["run_ids"] if self.goes_on else {}
+        # When resuming from another run's folder, trackers start new runs.
+        self.run_ids: dict[str, str] = state["run_ids"] if self.continues_own_folder else {}
         self.display = RunDisplay(self.plan.total_steps, self.first_step, "console" in trainer.logger, trainer.use_ray)
         self.tracking = Tracking(
             self.config.run_dir, list(trainer.logger), trainer.project_name, trainer.experiment_name,
@@ -80,40 +81,73 @@ class RayPPOTrainer:
         self.diagnostics: Diagnostics | None = None
         """Once the run has started, where it diagnoses."""
         self.seconds: dict[str, float] = {}
-        """Of the phases of the current step."""
+        """Of each phase since the current step began."""
         self.train_seconds = 0.0
         """Of all steps that this process has finished."""
 
     def fit(self) -> None:
-        """Train from the first step to the last."""
+        """Train from the first step to the last.
+
+        A step of GRACE, with the names of its phases:
+
+        1. Write (sync, gen): the engine gets the policy's weights. It writes n rationales for each trained text, which
+           are its group, and one for each anchor that the text is compared with, such as its query and its negatives.
+        2. Embed (score): one forward over every text and its rationale. The mean of their hidden states is the
+           embedding; the same forward gives the log-probs that the policy gradient begins at. Those of a reference
+           model are added where there is a KL term (ref).
+        3. Reward (reward): each rationale by the similarities of its embedding to those of the anchors and of the other
+           rationales. Its advantage is its reward in comparison with its group.
+        4. Update (update): optimizer steps by the policy gradient. Where the reward manager has a loss on the
+           embeddings, such as a contrastive one, they follow its gradient too.
+        5. Log the step; then figures of held-out texts (val, diag), alerts and a checkpoint (save), where due.
+
+        Steps without rationales (trainer.contrastive_warmup_steps, trainer.contrastive_steps_between) embed the texts
+        alone. They follow no policy gradient, as no step does with actor_rollout_ref.actor.embedding_grad_share=1.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+            RewardError: the reward manager failed, or gave nothing to train by.
+            AlertError: an alert began, and trainer.stop_on_alert is set.
+            StaleEngineError: the rollout engine appears to run old weights.
+            CheckpointError: a checkpoint has no room, or could not be written.
+            WorkerError: a worker, or a process that prepares batches, failed, died or hangs.
+            UserError: something that was given does not work with the model, the devices or the run's folder.
+        """
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         with self.saving_when_stopped():
             self.start()
             for step, prompts in self.steps():
                 found: dict[str, dict[str, float]] = {}
                 writes = self.plan.schedule.writes_rationales(step)
-                trains_policy = writes and self.config.actor_rollout_ref.actor.trains_policy
+                trains_policy = writes and actor.trains_policy
                 if writes:
                     with self.phase("sync"):
                         found["sync"] = self.workers.sync_rollout_weights()
                     with self.phase("gen"):
-                        rows = self.generate(step_rows.expand(prompts, self.config.actor_rollout_ref.rollout), step)
+                        rows = self.generate(step_rows.expand(prompts, rollout), step)
                 else:
-                    rows = step_rows.without_rationales(prompts, self.config.actor_rollout_ref.actor.has_kl_loss)
+                    rows = step_rows.without_rationales(prompts, score_texts=actor.has_kl_loss)
                 with self.phase("score"):
-                    rows = self.add_embeddings_and_log_probs(rows, trains_policy)
+                    rows = self.add_embeddings_and_log_probs(rows, log_probs=trains_policy)
                 if trains_policy:
                     found["rollout"] = self.compare_engine(rows)
-                rows = self.add_reference_log_probs(rows, trains_policy)
+                if actor.has_kl_loss or (trains_policy and self.config.algorithm.has_kl_in_reward):
+                    with self.phase("ref"):
+                        rows = self.add_reference_log_probs(rows)
                 with self.phase("reward"):
-                    reward = self.reward(rows, trains_policy)
-                    batch, found["reward"] = self.add_advantages(rows, reward, trains_policy)
+                    reward = self.reward_manager(rows)
+                    trained = rows[is_trained(rows)]
+                    if trains_policy:
+                        trained, found["reward"] = self.add_advantages(trained, reward)
+                    else:
+                        check_has_embedding_grad(reward, step)
                 with self.phase("update"):
-                    found["actor"] = self.update(batch, rows, reward, step)
-                self.report(step, rows, batch, reward, found)
-                self.finish(step)
+                    found["actor"] = self.update(trained, rows, reward, step)
+                self.log_step(step, rows, trained, reward, found)
+                self.after_step(step)
 
     @property
-    def goes_on(self) -> bool:
+    def continues_own_folder(self) -> bool:
         """Whether this run's own folder has the checkpoint that it resumes from."""
         return self.run.resume is not None and self.run.resume.folder == self.run.folder.step(self.first_step)
 
@@ -137,9 +171,9 @@ class RayPPOTrainer:
             self.diagnostics = Diagnostics(self.run, self.run.probe, self.workers, self.write_held_out)
         if self.config.trainer.val_before_train and not self.run.resume:
             self.validate(0)
-        if self.goes_on:
-            # The earlier run may have been stopped between training this step and judging it.
-            self.judge(self.first_step, logged)
+        if self.continues_own_folder:
+            # The earlier run may have been stopped between training this step and validating it.
+            self.validate_and_diagnose(self.first_step, logged)
         if self.diagnostics and not self.diagnostics.has_begun:
             self.diagnose(self.first_step)
         self.say_alerts(self.first_step)
@@ -148,10 +182,10 @@ class RayPPOTrainer:
         """Load a checkpoint into the workers."""
         with self.phase("resume"):
             self.workers.load_checkpoint(point.folder)
-        if self.goes_on:
+        if self.continues_own_folder:
             # The earlier run may have been killed between publishing this step and marking it as the best.
             self.run.folder.mark_best(self.first_step)
-        seconds = self.seconds.pop("resume")
+        seconds = self.seconds["resume"]
         self.display.say(f"resumed from {point.folder} in {seconds:.1f} s: {self.first_step} steps done")
         for note in point.notes:
             self.display.say(f"  {note}")
@@ -163,7 +197,7 @@ class RayPPOTrainer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of a step, and name it in errors of the workers.
+        """Time the block, into `seconds`, and name it in errors of the workers.
 
         Raises:
             Interrupted: the run was asked to stop, and weights and optimizer are still those of the last finished step.
@@ -172,11 +206,15 @@ class RayPPOTrainer:
             self.signals.check()
         self.workers.enter_phase(name)
         start = time.perf_counter()
-        # Without Ray a person may sit in a debugger.
-        watched = name in _IN_THE_DRIVER and self.config.trainer.use_ray
-        with watch(name, self.config.trainer.phase_timeout_s) if watched else nullcontext():
+        with self.watched(name) if name in _IN_THE_DRIVER else nullcontext():
             yield
         self.seconds[name] = time.perf_counter() - start
+
+    def watched(self, phase: str) -> AbstractContextManager[None]:
+        """End the run with its stacks if the block, which calls no worker, takes longer than a phase may."""
+        trainer = self.config.trainer
+        # Without Ray a person may sit in a debugger.
+        return watch(phase, trainer.phase_timeout_s) if trainer.use_ray else nullcontext()
 
     @contextmanager
     def saving_when_stopped(self) -> Iterator[None]:
@@ -205,6 +243,9 @@ class RayPPOTrainer:
             self.run.dataset, order, self.run.collate, data.dataloader_num_workers, self.config.trainer.phase_timeout_s
         )
         for step, place in enumerate(islice(schedule.places(), self.first_step, total), self.first_step + 1):
+            # What was done and sent since the last step is no part of this one.
+            self.seconds = {}
+            self.workers.take_bytes_moved()
             with self.phase("data"):
                 prompts = next(batches)
             prompts.meta_info |= {"step": step, "epoch": place.epoch}
@@ -223,8 +264,9 @@ class RayPPOTrainer:
         """Add embeddings of all rows, and old log-probs of the trained ones where wanted: one forward for both."""
         manager = self.reward_manager
         columns = self.workers.score(
-            rows, log_probs, embed=manager.needs_embeddings, for_update=True, train_anchors=manager.trains_anchors
-        )
+            rows, log_probs=log_probs, embed=manager.needs_embeddings, for_update=True,
+            train_anchors=manager.trains_anchors,
+        )  # fmt: skip
         return rows.union(columns.renamed("log_probs", "old_log_probs"))
 
     def compare_engine(self, rows: DataProto) -> dict[str, float]:
@@ -234,65 +276,58 @@ class RayPPOTrainer:
             self.display.say(warning)
         return metrics
 
-    def add_reference_log_probs(self, rows: DataProto, trains_policy: bool) -> DataProto:
-        """Add the reference model's log-probs of the trained rows, where a KL term has part in the step."""
-        in_reward = trains_policy and self.config.has_kl_in_reward
-        if not (in_reward or self.config.actor_rollout_ref.actor.has_kl_loss):
-            return rows
-        trained = is_trained(rows)
+    def add_reference_log_probs(self, rows: DataProto) -> DataProto:
+        """Add the reference model's log-probs of the trained rows."""
+        mask = is_trained(rows)
         log_probs = torch.zeros(len(rows), scored_width(rows))
-        with self.phase("ref"):
-            log_probs[torch.from_numpy(trained)] = self.workers.compute_ref_log_prob(rows[trained]).batch["log_probs"]
+        log_probs[torch.from_numpy(mask)] = self.workers.compute_ref_log_prob(rows[mask]).batch["log_probs"]
         return rows.with_tensors(ref_log_prob=log_probs)
 
-    def reward(self, rows: DataProto, trains_policy: bool) -> RewardOutput:
-        """Reward the step's rows.
+    def add_advantages(self, trained: DataProto, reward: RewardOutput) -> tuple[DataProto, dict[str, float]]:
+        """The trained rows with advantages, and metrics of the KL in the reward."""
+        return step_rows.add_advantages(trained, reward.scores, self.config.algorithm, self.kl_controller)
 
-        Raises:
-            RewardError: see `CheckedRewardManager`; or there is nothing to train by.
-        """
-        reward = self.reward_manager(rows)
-        if not trains_policy and reward.embedding_grad is None:
-            raise RewardError(
-                f"step {rows.meta_info['step']} trains nothing: it follows no policy gradient "
-                "(trainer.contrastive_warmup_steps, trainer.contrastive_steps_between, "
-                "actor_rollout_ref.actor.embedding_grad_share=1), and the reward manager gave no embedding_grad"
-            )
-        return reward
-
-    def add_advantages(
-        self, rows: DataProto, reward: RewardOutput, trains_policy: bool
-    ) -> tuple[DataProto, dict[str, float]]:
-        """The trained rows, with advantages if their policy is trained, and metrics of the KL in the reward."""
-        batch = rows[is_trained(rows)]
-        if not trains_policy:
-            return batch, {}
-        return step_rows.add_advantages(batch, reward.scores, self.config.algorithm, self.kl_controller)
-
-    def update(self, batch: DataProto, rows: DataProto, reward: RewardOutput, step: int) -> dict[str, float]:
+    def update(self, trained: DataProto, rows: DataProto, reward: RewardOutput, step: int) -> dict[str, float]:
         """Optimizer steps on mini-batches of whole groups, weighed by what engine and trainer disagree on.
 
         They follow the policy gradient where there are advantages, and the gradient on the embeddings where the reward
         manager gives one.
         """
         num_mini_batches = self.config.num_mini_batches
-        batch = step_rows.add_embedding_grad(
-            batch, rows, reward.embedding_grad, self.reward_manager.trains_anchors, num_mini_batches
+        update_rows = step_rows.add_embedding_grad(
+            trained, rows, reward.embedding_grad, self.reward_manager.trains_anchors, num_mini_batches
         )
         seed = self.config.data.seed + step if self.config.actor_rollout_ref.actor.shuffle else None
-        batch = step_rows.assign_mini_batches(batch, num_mini_batches, seed)
-        batch = step_rows.weigh_by_importance(batch, self.config.importance_cap)
-        return self.workers.update_actor(batch, num_mini_batches)
+        update_rows = step_rows.assign_mini_batches(update_rows, num_mini_batches, seed)
+        update_rows = step_rows.weigh_by_importance(update_rows, self.config.importance_cap)
+        return self.workers.update_actor(update_rows, num_mini_batches)
 
-    def finish(self, step: int) -> None:
+    def log_step(
+        self, step: int, rows: DataProto, trained: DataProto, reward: RewardOutput, found: dict[str, dict[str, float]]
+    ) -> None:
+        """Log a finished step, before its checkpoint: a run that is killed in between drops the line and repeats it."""
+        metrics = step_metrics(rows, trained, reward, self.config)
+        metrics |= prefixed(**found, memory=self.workers.memory()) | self.step_timing(rows)
+        self.tracking.log(metrics, step)
+        self.display.step_done(step, metrics)
+        if self.plan.schedule.writes_rationales(step):
+            self.tracking.log_samples(step_samples(rows, trained, reward, self.config.trainer.samples_per_step), step)
+
+    def step_timing(self, rows: DataProto) -> dict[str, float]:
+        """What the step took, in seconds by phase, tokens per second and bytes sent."""
+        self.train_seconds += sum(self.seconds.values())
+        moved = self.workers.take_bytes_moved()
+        return time_metrics(self.seconds, rows, moved) | {"training/epoch": rows.meta_info["epoch"]}
+
+    def after_step(self, step: int) -> None:
         """What follows a step that is trained and logged: held-out figures, alerts and a checkpoint, where due."""
         self.done_step = step
-        self.judge(step)
+        self.validate_and_diagnose(step)
         self.say_alerts(step)
         if self.save_is_due(step):
             self.save(step)
 
-    def judge(self, step: int, logged: Collection[str] = ()) -> None:
+    def validate_and_diagnose(self, step: int, logged: Collection[str] = ()) -> None:
         """Held-out figures of a trained step, where due.
 
         Args:
@@ -302,24 +337,6 @@ class RayPPOTrainer:
             self.validate(step)
         if self.diagnostics and self.diagnostics.is_due(step) and _DIAGNOSED not in logged:
             self.diagnose(step)
-
-    def cost(self, step: int, rows: DataProto) -> dict[str, float]:
-        """What the step took, in seconds by phase, tokens per second and bytes sent."""
-        seconds, self.seconds = self.seconds, {}
-        self.train_seconds += sum(seconds.values())
-        moved = self.workers.take_bytes_moved()
-        return time_metrics(seconds, rows, moved) | {"training/epoch": rows.meta_info["epoch"]}
-
-    def report(
-        self, step: int, rows: DataProto, batch: DataProto, reward: RewardOutput, found: dict[str, dict[str, float]]
-    ) -> None:
-        """Log a finished step, before its checkpoint: a run that is killed in between drops the line and repeats it."""
-        metrics = step_metrics(rows, batch, reward, self.config)
-        metrics |= prefixed(**found, memory=self.workers.memory()) | self.cost(step, rows)
-        self.tracking.log(metrics, step)
-        self.display.step_done(step, metrics)
-        if self.plan.schedule.writes_rationales(step):
-            self.tracking.log_samples(step_samples(rows, batch, reward, self.config.trainer.samples_per_step), step)
 
     def validation_is_due(self, step: int) -> bool:
         frequency = self.config.trainer.test_freq
@@ -336,9 +353,8 @@ class RayPPOTrainer:
         assert self.run.validation is not None
         with self.phase("val"):
             embed = self.embed_held_out if self.reward_manager.needs_embeddings else self.write_held_out
-            metrics = self.run.validation.run(embed, self.reward_manager, step)
-        self.workers.take_bytes_moved()  # not to be counted for the next step
-        seconds = self.seconds.pop("val")
+            metrics = self.run.validation.run(embed, self.reward_held_out, step)
+        seconds = self.seconds["val"]
         self.tracking.log({**metrics, _VALIDATED: seconds}, step)
         finished = step - self.first_step
         step_seconds = self.train_seconds / finished if finished else None
@@ -361,13 +377,17 @@ class RayPPOTrainer:
         rows = self.write_held_out(prompts)
         return rows.union(self.workers.score(rows, log_probs=False, embed=True, for_update=False))
 
+    def reward_held_out(self, rows: DataProto) -> RewardOutput:
+        """Rewards of held-out rows: the part of a validation that calls no worker."""
+        with self.watched("val"):
+            return self.reward_manager(rows)
+
     def diagnose(self, step: int) -> None:
         """Log the figures of the probe's texts; see `Diagnostics`."""
         assert self.diagnostics is not None
         with self.phase("diag"):
             diagnosis = self.diagnostics.run(step)
-        self.workers.take_bytes_moved()  # not to be counted for the next step
-        self.tracking.log({**diagnosis.figures, _DIAGNOSED: self.seconds.pop("diag")}, step)
+        self.tracking.log({**diagnosis.figures, _DIAGNOSED: self.seconds["diag"]}, step)
         self.tracking.log_diagnosis(diagnosis.texts, step)
 
     def say_alerts(self, step: int) -> None:
@@ -394,7 +414,7 @@ class RayPPOTrainer:
         """
         with self.phase("save"):
             folder, complaints = self.saver.save(step, partial(self.write_checkpoint, step), best_value)
-        seconds = self.seconds.pop("save")
+        seconds = self.seconds["save"]
         self.tracking.log({"time/save_s": seconds}, step)
         for line in (f"saved {folder} in {seconds:.1f} s", *complaints):
             self.display.say(line)
@@ -428,3 +448,13 @@ class RayPPOTrainer:
             "versions": versions,
             "config": self.config.model_dump(mode="json"),
         }
+
+
+def check_has_embedding_grad(reward: RewardOutput, step: int) -> None:
+    """Raise RewardError if a step that follows no policy gradient has nothing else to train by."""
+    if reward.embedding_grad is None:
+        raise RewardError(
+            f"step {step} trains nothing: it follows no policy gradient "
+            "(trainer.contrastive_warmup_steps, trainer.contrastive_steps_between, "
+            "actor_rollout_ref.actor.embedding_grad_share=1), and the reward manager gave no embedding_grad"
+        )

@@ -41,7 +41,7 @@ def without_rationales(prompts: DataProto, score_texts: bool) -> DataProto:
 
 
 def add_advantages(
-    batch: DataProto, rewards: Tensor, algorithm: AlgorithmConfig, kl_controller: KlController
+    trained: DataProto, rewards: Tensor, algorithm: AlgorithmConfig, kl_controller: KlController
 ) -> tuple[DataProto, dict[str, float]]:
     """Rewards [B] of the trained rows to advantages [B,R], with the KL to the reference subtracted where configured.
 
@@ -51,72 +51,72 @@ def add_advantages(
     Returns:
         The rows with `advantages` [B,R] float32, and metrics of the KL in the reward.
     """
-    mask, metrics = response_mask(batch), {}
+    mask, metrics = response_mask(trained), {}
     token_rewards = torch.zeros(mask.shape)
-    token_rewards[torch.arange(len(batch)), batch.batch["response_length"] - 1] = rewards.float()
-    if algorithm.use_kl_in_reward and kl_controller.coef != 0:
-        kl = kl_penalty(batch.batch["old_log_probs"], batch.batch["ref_log_prob"], algorithm.kl_penalty) * mask
+    token_rewards[torch.arange(len(trained)), trained.batch["response_length"] - 1] = rewards.float()
+    if algorithm.has_kl_in_reward:
+        kl = kl_penalty(trained.batch["old_log_probs"], trained.batch["ref_log_prob"], algorithm.kl_penalty) * mask
         token_rewards = token_rewards - kl_controller.coef * kl
         # As in verl, the mean of a row's tokens first: the controller's target means this.
         metrics = {"kl": float((kl.sum(1) / mask.sum(1)).mean()), "kl_coef": kl_controller.coef}
-        kl_controller.update(metrics["kl"], len(batch))
+        kl_controller.update(metrics["kl"], len(trained))
     estimate = get_adv_estimator_fn(algorithm.adv_estimator)
     advantages = estimate(
-        token_rewards, mask, groups_of(batch), norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
+        token_rewards, mask, groups_of(trained), norm_by_std=algorithm.norm_adv_by_std_in_grpo, gamma=algorithm.gamma
     )
-    return batch.with_tensors(advantages=advantages), metrics
+    return trained.with_tensors(advantages=advantages), metrics
 
 
 def add_embedding_grad(
-    batch: DataProto, rows: DataProto, grad: Tensor | None, train_anchors: bool, num_mini_batches: int
+    trained: DataProto, rows: DataProto, grad: Tensor | None, train_anchors: bool, num_mini_batches: int
 ) -> DataProto:
-    """The rows of the update: those of `batch`, with `embedding_grad` where there is one, and with anchors if it trains
+    """The rows of the update: the trained ones, with `embedding_grad` where there is one, and with anchors if it trains
     them.
 
-    A mini-batch minimises its policy loss as if it were all of the step. So that the weight of a loss on the embeddings
-    does not depend on the number of mini-batches, each one's part of the gradient stands for the whole.
+    The policy loss is averaged per mini-batch, so the embedding gradient is multiplied by the number of mini-batches to
+    match.
 
     Args:
-        batch: the trained rows [B], with advantages where their policy is trained.
+        trained: the trained rows [B], with advantages where their policy is trained.
         rows: all rows [N] of the step.
         grad: [N,H] by their embeddings; None = no such loss.
         train_anchors: anchors are rows of the update too; they have neither log-probs nor advantages.
     """
     if grad is None:
-        return batch
-    grad, trained = grad * num_mini_batches, torch.from_numpy(is_trained(rows))
+        return trained
+    grad, mask = grad * num_mini_batches, torch.from_numpy(is_trained(rows))
     if not train_anchors:
-        return batch.with_tensors(embedding_grad=grad[trained])
+        return trained.with_tensors(embedding_grad=grad[mask])
     rows = rows.with_tensors(embedding_grad=grad)
-    if "advantages" not in batch.batch.keys():
+    if "advantages" not in trained.batch.keys():
         return rows
-    advantages = torch.zeros(len(rows), batch.batch["advantages"].shape[1])
-    advantages[trained] = batch.batch["advantages"]
+    advantages = torch.zeros(len(rows), trained.batch["advantages"].shape[1])
+    advantages[mask] = trained.batch["advantages"]
     return rows.with_tensors(advantages=advantages)
 
 
-def assign_mini_batches(batch: DataProto, num_mini_batches: int, shuffle_seed: int | None) -> DataProto:
-    """The rows with `mini_batch` [B] int64, so that whole groups are trained together.
+def assign_mini_batches(rows: DataProto, num_mini_batches: int, shuffle_seed: int | None) -> DataProto:
+    """The rows with `mini_batch` int64, so that whole groups are trained together.
 
     Args:
         num_mini_batches: divides the number of groups.
         shuffle_seed: draws which groups are together; None = the order of the rows.
     """
-    group = groups_of(batch)
+    group = groups_of(rows)
     order = torch.arange(int(group.max()) + 1)
     if shuffle_seed is not None:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(shuffle_seed))
-    return batch.with_tensors(mini_batch=order[group] // (len(order) // num_mini_batches))
+    return rows.with_tensors(mini_batch=order[group] // (len(order) // num_mini_batches))
 
 
-def weigh_by_importance(batch: DataProto, cap: float | None) -> DataProto:
+def weigh_by_importance(rows: DataProto, cap: float | None) -> DataProto:
     """The rows with their advantages, if any, multiplied by min(p_trainer / p_engine, cap); None = as they are.
 
     Every term of the clipped loss is proportional to its advantage, so this weighs the loss; see
     `truncated_importance_weights` for the source.
     """
-    if cap is None or "advantages" not in batch.batch.keys():
-        return batch
-    old, engine = batch.batch["old_log_probs"], batch.batch["rollout_log_probs"]
+    if cap is None or "advantages" not in rows.batch.keys():
+        return rows
+    old, engine = rows.batch["old_log_probs"], rows.batch["rollout_log_probs"]
     weights = truncated_importance_weights(old, engine, cap)
-    return batch.with_tensors(advantages=batch.batch["advantages"] * weights)
+    return rows.with_tensors(advantages=rows.batch["advantages"] * weights)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from verl.config import RunConfig
-from verl.data.collator import PromptCollator, Sample
+from verl.data.collator import PromptCollator, Sample, without_repeats
 from verl.data.dataset import PromptDataset
 from verl.data.rows import read_rows
 from verl.embedding.metrics import spearman, spread_report, triplet_report
-from verl.embedding.prompts import rationale_messages
 from verl.errors import UserError
 from verl.protocol import DataProto
-from verl.workers.reward_manager.base import RewardManager
+from verl.workers.reward_manager.base import RewardOutput
 
 # Smaller values of these are better; of all other figures, larger ones.
 SMALLER_IS_BETTER = {"val/alignment", "val/uniformity", "val/mean_cosine"}
@@ -48,7 +47,7 @@ class Validation:
         if count < 2:
             raise UserError("data.val_files or data.val_max_samples leaves one sample, which compares with nothing.")
         self.parts: dict[str, Sequence[Sample]] = {
-            _SAMPLES: [self._used(samples[i]) for i in range(count)],
+            _SAMPLES: [without_repeats(samples[i]) for i in range(count)],
             _PAIRS: [self._pair_sample(i, pair) for i, pair in enumerate(pairs)],
         }
 
@@ -57,12 +56,13 @@ class Validation:
         return sum(len(sample["chats"]) for part in self.parts.values() for sample in part)
 
     def run(
-        self, embed: Callable[[DataProto], DataProto], reward_manager: RewardManager, step: int
+        self, embed: Callable[[DataProto], DataProto], reward: Callable[[DataProto], RewardOutput], step: int
     ) -> dict[str, float]:
         """The figures, as val/<name>.
 
         Args:
             embed: gives every prompt row a rationale, and an embedding where the reward comes from these.
+            reward: gives every row a score; called where the reward does not come from embeddings.
             step: of the policy, which the reward manager is told as in training.
         """
         embedded = [(part, embed(prompts)) for part, prompts in self.batches()]
@@ -70,7 +70,7 @@ class Validation:
             return self.report(embedded)
         for _, rows in embedded:
             rows.meta_info["step"] = step
-        return {"val/reward": float(torch.cat([reward_manager(rows).scores for _, rows in embedded]).mean())}
+        return {"val/reward": float(torch.cat([reward(rows).scores for _, rows in embedded]).mean())}
 
     def batches(self) -> Iterator[tuple[str, DataProto]]:
         """Prompt rows with the part they belong to, in a fixed order."""
@@ -108,22 +108,11 @@ class Validation:
             found["sts_spearman"] = spearman((first * second).sum(1), self.scores)
         return {f"val/{name}": value for name, value in found.items()}
 
-    def _used(self, sample: Sample) -> Sample:
-        """Without the second role of a plain text, which is the same text."""
-        chats = sample["chats"]
-        return sample if "negative" in chats else {**sample, "chats": {"positive": chats["positive"]}}
-
     def _pair_sample(self, index: int, pair: dict[str, Any]) -> Sample:
-        system = self.collate.settings.system_prompt
-        chats = {
-            "positive": rationale_messages(pair["sentence1"], system),
-            "query": rationale_messages(pair["sentence2"], system),
-        }
         # The two texts of a pair are neither query nor document.
-        return {
-            "uid": index, "chats": chats, "text_roles": {}, self.config.data.reward_fn_key: "sts", "reward_model": None,
-            "extra_info": None,
-        }  # fmt: skip
+        return self.collate.build_sample(
+            index, {"positive": pair["sentence1"], "query": pair["sentence2"]}, "sts", text_roles={}
+        )
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:

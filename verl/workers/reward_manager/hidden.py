@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithm.contrastive import Group, false_negatives, negatives_of, query_log_probs, symmetric_infonce
-from verl.algorithm.groups import group_size, groups_of, within_group
+from verl.algorithm.groups import first_rows, group_size, group_sum, groups_of, within_group
 from verl.config import HiddenRewardConfig
 from verl.config_checks import build_reward_kwargs
 from verl.embedding.pooling import unit, without_direction
@@ -57,17 +57,15 @@ def negative_similarity(queries: Tensor, n: Tensor, owner: Tensor, g: Tensor) ->
         queries: [B,H]: the group's query, so that all rows of a group have the same value; or, where queries are
             trained, the row itself.
     """
-    count = group_size(owner)
     # The mean of the cosines is the cosine's other factor with the mean of the negatives.
-    mean = n.new_zeros(len(count), n.shape[1]).index_add(0, owner, n) / count.unsqueeze(1)
+    mean = group_sum(n, owner) / group_size(owner).unsqueeze(1)
     return -(queries * mean[g]).sum(1)
 
 
 def clustering(m: Tensor, g: Tensor) -> Tensor:
     """[B] mean cosine with the group's other rows; 0 in a group of one."""
     size = group_size(g)[g]
-    total = m.new_zeros(int(g.max()) + 1, m.shape[1]).index_add(0, g, m)[g]
-    others = (m * (total - m)).sum(1) / (size - 1).clamp(min=1)
+    others = (m * (group_sum(m, g)[g] - m)).sum(1) / (size - 1).clamp(min=1)
     return others.masked_fill(size == 1, 0.0)
 
 
@@ -193,6 +191,20 @@ class HiddenRewardManager:
         self.trains_anchors = self.config.contrastive and self.config.contrastive_anchors
 
     def __call__(self, rows: DataProto) -> RewardOutput:
+        """Reward the trained rows by the embeddings of all rows.
+
+        Args:
+            rows: the N rows of a step, with `embeddings` [N,H] float32 of unit length; each sample has trained rows and
+                an anchor.
+
+        Returns:
+            `scores` [B]; in `columns` each term's part of them [B], and their sum before the length penalty; where the
+            contrastive loss has weight in this step, its gradient `embedding_grad` [N,H].
+
+        Raises:
+            KeyError: the rows lack a column.
+            ValueError: they have no anchors.
+        """
         rows.require("embeddings", "truncated", "response_length", "uid", "role", "text")
         at = _positions(rows)
         if _ANCHOR not in at:
@@ -296,8 +308,7 @@ def _groups(rows: DataProto, at: dict[str, Tensor], g: Tensor) -> list[Group]:
     negatives: dict[Any, list[str]] = {}
     for i in at[_NEGATIVE].tolist() if _NEGATIVE in at else ():
         negatives.setdefault(uids[i], []).append(texts[i])
-    # Of each group the first row.
-    positive = at[_TRAINED][np.unique(g.numpy(), return_index=True)[1]].tolist()
+    positive = at[_TRAINED][first_rows(g)].tolist()
     return [
         Group(
             query=texts[q],
