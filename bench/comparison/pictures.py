@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from comparison.report import Found
@@ -15,12 +13,25 @@ from comparison.training import Cost
 from verl.embedding.settings import Mix
 
 _YLABEL = "mean of the main metrics, dev"
-_DASHES = {WITH: "-", SHUFFLED: ":", WITHOUT.name: "--"}
+# Of each vector, by its rationales.
+_LINES = {
+    WITH: {"linestyle": "-", "label": "its own"},
+    SHUFFLED: {"linestyle": ":", "label": "of other texts"},
+    WITHOUT.name: {"linestyle": "--", "label": "none"},
+}
+_TITLES = {
+    BASE: "untrained", CONTRASTIVE: "sentence-transformers", "plain": "contrastive, no rationales",
+    "embedding": "joint without policy, KL 1", "grace": "GRACE", "held": "joint, KL 0.3", "held_1": "joint, KL 1",
+}  # fmt: skip
+_MOST_IN_A_LINE = 4
 
 
 def draw(found: Found, folder: Path) -> list[Path]:
     """Write the pictures of the rows; returns their files."""
-    return [_seconds(found, folder / "seconds.png"), _shares(found, folder / "shares.png")]
+    seconds = _field_of_each(
+        found.points, found.dev[BASE], lambda cost: cost.seconds, "seconds of training", folder / "seconds.png"
+    )
+    return [seconds, _shares(found, folder / "shares.png")]
 
 
 def draw_steps(points: Mapping[str, Sequence[Sequence[Point]]], base: Scores, file: Path) -> Path:
@@ -29,35 +40,36 @@ def draw_steps(points: Mapping[str, Sequence[Sequence[Point]]], base: Scores, fi
     Args:
         points: of each recipe, of each seed, the points of its training.
     """
-    figure = Figure(figsize=(1.5 + 3.5 * len(points), 4), layout="constrained")
-    fields = figure.subplots(1, len(points), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (name, seeds) in zip(fields, points.items(), strict=True):
-        for variant, dash in _DASHES.items():
-            axes.plot(
-                *curve(seeds, [base], variant, lambda cost: cost.steps), label=variant, linestyle=dash, marker="."
-            )
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("steps of training")
+    return _field_of_each(points, [base], lambda cost: cost.steps, "steps of training", file)
+
+
+def _field_of_each(
+    points: Mapping[str, Sequence[Sequence[Point]]], base: Sequence[Scores], spent: Callable[[Cost], float],
+    xlabel: str, file: Path,
+) -> Path:  # fmt: skip
+    """A field for each model, and in it a line for each of its vectors."""
+    columns = min(len(points), _MOST_IN_A_LINE)
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(1.5 + 3 * columns, 1 + 3 * rows), layout="constrained")
+    fields = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (name, seeds) in zip(fields, points.items(), strict=False):
+        for variant, line in _LINES.items():
+            if name != CONTRASTIVE:
+                axes.plot(*curve(seeds, base, variant, spent), marker=".", color="C0", **line)
+            elif variant == WITHOUT.name:
+                # Its bare texts are not what the untrained model is scored with.
+                axes.plot(*curve(seeds, None, variant, spent), marker=".", color="C0", **line)
+        axes.set_title(_TITLES.get(name, name), fontsize=9)
+        axes.set_xlabel(xlabel)
+        axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
+    for axes in fields[len(points) :]:
+        axes.set_axis_off()
     fields[0].set_ylabel(_YLABEL)
-    fields[0].legend(fontsize=8, handlelength=4, title="rationales")
+    # The last one has all lines.
+    fields[len(points) - 1].legend(fontsize=8, handlelength=4, title="rationales")
     figure.savefig(file, dpi=150)
     return file
-
-
-def _seconds(found: Found, file: Path) -> Path:
-    figure = Figure(figsize=(7, 4.5), layout="tight")
-    axes = figure.subplots()
-    for model, seeds in found.points.items():
-        for variant in (WITHOUT.name,) if model == CONTRASTIVE else _DASHES:
-            # The baseline's bare texts are not what the untrained model is scored with.
-            start = None if model == CONTRASTIVE else found.dev[BASE]
-            axes.plot(
-                *curve(seeds, start, variant, lambda cost: cost.seconds),
-                label=f"{model}, {variant}",
-                **_style(model, variant),
-            )
-    return _save(figure, axes, "seconds of training steps", file)
 
 
 def _shares(found: Found, file: Path) -> Path:
@@ -66,8 +78,13 @@ def _shares(found: Found, file: Path) -> Path:
     for model, runs in found.dev.items():
         if model != CONTRASTIVE:
             scores = [mean_of_main(runs, Variant("rationale", Mix(share)).name) for share in SHARES]
-            axes.plot(SHARES, scores, marker=".", label=model)
-    return _save(figure, axes, "share w of the text", file)
+            axes.plot(SHARES, scores, marker=".", label=_TITLES.get(model, model))
+    axes.set_xlabel("share w of the text")
+    axes.set_ylabel(_YLABEL)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, handlelength=4)
+    figure.savefig(file, dpi=150)
+    return file
 
 
 def curve(
@@ -80,20 +97,3 @@ def curve(
     if start is None:
         return costs, scores
     return [0.0, *costs], [mean_of_main(start, variant), *scores]
-
-
-def _style(model: str, variant: str) -> dict[str, Any]:
-    colours = {
-        CONTRASTIVE: "C0", "embedding": "C1", "grace": "C2", "joint": "C3", "plain": "C4", "held": "C5",
-        "held_1": "C6",
-    }  # fmt: skip
-    return {"color": colours[model], "linestyle": _DASHES[variant], "marker": "."}
-
-
-def _save(figure: Figure, axes: Axes, xlabel: str, file: Path) -> Path:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(_YLABEL)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, handlelength=4)
-    figure.savefig(file, dpi=150)
-    return file
