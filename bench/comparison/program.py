@@ -130,7 +130,8 @@ def compare(study: Study, out: Path) -> None:
     shown = choose(found)
     text = summary(found, shown, len(seeds))
     (out / "table.md").write_text(text + "\n")
-    write_json(out / "result.json", {"contrastive": study.chosen.name, **as_json(found, shown)})
+    tuned = {setting.name: mean for setting, mean in study.tuned.items()}
+    write_json(out / "result.json", {"contrastive on dev": tuned, **as_json(found, shown)})
     pictures = draw(found, out)
     print(f"\n{text}\n\n{', '.join(map(str, (out / 'table.md', out / 'result.json', *pictures)))}")
 

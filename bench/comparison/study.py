@@ -137,10 +137,17 @@ class Study:
         return [_point(point) for point in made["points"]]
 
     @cached_property
+    def tuned(self) -> dict[Setting, float]:
+        """The mean on dev of each setting of the baseline, with the first seed."""
+        return {
+            setting: mean_of_main([self.contrastive(setting, 0)[-1].scores], WITHOUT.name)
+            for setting in self.shape.grid
+        }  # fmt: skip
+
+    @property
     def chosen(self) -> Setting:
-        """The setting of the baseline that is best on dev, with the first seed."""
-        ends = {setting: self.contrastive(setting, 0)[-1].scores for setting in self.shape.grid}
-        return max(ends, key=lambda setting: mean_of_main([ends[setting]], WITHOUT.name))
+        """The setting of the baseline that is best on dev."""
+        return max(self.tuned, key=self.tuned.__getitem__)
 
     def test_contrastive(self, seed: int) -> Scores:
         """The scores on test of the baseline by the chosen setting."""
