@@ -1,6 +1,6 @@
 """The error of everything that the person who runs a program can put right."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,11 +19,15 @@ class WorkerError(RuntimeError):
 
 
 @contextmanager
-def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Re-raise these exceptions as UserError."""
+def as_user_error(*kinds: type[Exception], say: Callable[[Exception], str] = str) -> Iterator[None]:
+    """Re-raise these exceptions as UserError, and those that are one already as they are.
+
+    Args:
+        say: the message, of the exception that came.
+    """
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(str(error)) from error
+        raise UserError(say(error)) from error

@@ -20,7 +20,7 @@ _LINES = {
     WITHOUT.name: {"linestyle": "--", "label": "none"},
 }
 _TITLES = {
-    BASE: "untrained", CONTRASTIVE: "sentence-transformers", "plain": "contrastive, no rationales",
+    BASE: "untrained", CONTRASTIVE: "sentence-transformers", "plain": "contrastive, trained without rationales",
     "embedding": "joint without policy, KL 1", "grace": "GRACE", "held": "joint, KL 0.3", "held_1": "joint, KL 1",
 }  # fmt: skip
 _MOST_IN_A_LINE = 4

@@ -581,19 +581,14 @@ class TestVllmsShare:
         return self.without_forward - self.kept
 
     @pytest.mark.parametrize(
-        ("free", "batch_size", "share"),
-        [
-            (66 * 1024, None, 0.9 * (66 * 1024 - 109 * 300) / (80 * 1024)),
-            (66 * 1024, 2, 0.9 * (66 * 1024 - 600) / (80 * 1024)),
-            (80 * 1024, 2, 0.8),
-        ],
+        ("free", "share"), [(66 * 1024, 0.9 * (66 * 1024 - 109 * 300) / (80 * 1024)), (110 * 1024, 0.8)]
     )
-    def test_the_policy_and_its_largest_forward_have_room(self, backend, free, batch_size, share):
+    def test_the_policy_and_its_largest_forward_have_room(self, backend, free, share):
         self.without_forward = free
         backend.spec = replace(backend.spec, device="cuda")
-        assert backend._vllm_share(batch_size) == pytest.approx(share)
+        assert backend._vllm_share() == pytest.approx(share)
         backend.spec = replace(backend.spec, gpu_memory_utilization=0.3)
-        assert backend._vllm_share(batch_size) == 0.3
+        assert backend._vllm_share() == 0.3
 
     @pytest.mark.parametrize(("processes", "group", "engines"), [(1, 1, 1), (4, 1, 4), (4, 2, 2)])
     def test_engines_of_one_machine_share_it_and_one_that_does_not_start_names_the_encoders_settings(
@@ -608,13 +603,14 @@ class TestVllmsShare:
             ModelSpec(str(tiny_folder), "vllm", "cpu", max_model_len=300, tensor_parallel_size=group), processes
         )
         with pytest.raises(RolloutError, match="no kernel for this shape\nGive engine=hf.* which was 0.80") as caught:
-            backend.generate([[1, 2]], 0.0, 2, [0], None)
+            list(backend.generate([[1, 2]], 0.0, 2, [0], None))
         assert "actor_rollout_ref" not in str(caught.value)
 
 
-def test_a_gpu_whose_memory_runs_out_is_an_error_that_names_settings(tiny_folder, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_gpu_whose_memory_runs_out_is_an_error_that_names_settings(tiny_folder, monkeypatch, kind):
     def fill(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     encoder = GraceEncoder(tiny_folder, device="cpu")
     monkeypatch.setattr(encoder.backend.policy, "forward", fill)

@@ -349,7 +349,7 @@ def test_a_users_file_may_hold_a_dataclass_with_annotations_as_text(tmp_path: Pa
 def test_a_users_file_may_register_an_advantage_estimator_and_be_loaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run on GPUs loads it for the memory plan too."""
+    """As two runs in one process do."""
     monkeypatch.setattr(advantage, "_ADVANTAGE_ESTIMATORS", dict(advantage._ADVANTAGE_ESTIMATORS))
 
     def load(name: str) -> None:

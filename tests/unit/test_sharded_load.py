@@ -83,7 +83,7 @@ BIAS = "model.layers.2.self_attn.k_proj.bias"
     ("changes", "problem"),
     [
         ({BIAS: None}, f"lack {BIAS};"),
-        ({"model.layers.1.extra.weight": torch.ones(2)}, "config has not: model.layers.1.extra.weight;"),
+        ({"model.layers.1.extra.weight": torch.ones(2)}, "does not have: model.layers.1.extra.weight;"),
         ({BIAS: torch.ones(7)}, rf"have {BIAS} in the shape \[7\], and by the config it is \[32\]"),
     ],
     ids=["missing", "unexpected", "another shape"],

@@ -31,7 +31,7 @@ def register_adv_est(name: str) -> Callable[[AdvantageFn], AdvantageFn]:
 
     def register(fn: AdvantageFn) -> AdvantageFn:
         taken = _ADVANTAGE_ESTIMATORS.get(name)
-        # A file is executed again whenever it is loaded.
+        # A second run in one process executes the user's file again.
         if taken is not None and taken.__module__ != fn.__module__:
             raise ValueError(f"an advantage estimator named {name!r} exists already")
         _ADVANTAGE_ESTIMATORS[name] = fn

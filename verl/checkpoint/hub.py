@@ -1,14 +1,14 @@
 """Uploading to a model repository of the hub in one commit, and what can go wrong, in one line with the way out."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from verl.errors import UserError
+from verl.errors import UserError, as_user_error
 
 # A connection error comes from the hub's HTTP library; its class is one of the bases of HfHubHTTPError.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
@@ -64,15 +64,9 @@ def upload_files(
         return api.create_commit(repo, operations, commit_message=message, revision=revision)
 
 
-@contextmanager
-def explained(repo: str) -> Iterator[None]:
+def explained(repo: str) -> AbstractContextManager[None]:
     """Raise what goes wrong between here and the hub as a `UserError` of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _UPLOAD_ERRORS as error:
-        raise UserError(f"{repo} on {constants.ENDPOINT}: {_reason(error)}") from error
+    return as_user_error(*_UPLOAD_ERRORS, say=lambda error: f"{repo} on {constants.ENDPOINT}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

@@ -41,6 +41,7 @@ _SAME_RUN = (
 _NULL_IS = {"data.train_mode": RunConfig().train_mode}
 _NULL_IS_AS = {
     "data.contrastive_batch_size": "data.train_batch_size",
+    "data.val_batch_size": "data.train_batch_size",
     "data.query.template": "data.template",
     "data.document.template": "data.template",
 }

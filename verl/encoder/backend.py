@@ -30,6 +30,7 @@ from verl.utils.meeting_place import MeetingPlace
 from verl.utils.memory import usable_memory
 from verl.utils.seqlen_balancing import pack_rows
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
+from verl.workers.device_stages import is_out_of_memory
 from verl.workers.rollout.base import Responses, Rollout, RolloutError
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.decoding import rows_that_fit
@@ -110,7 +111,8 @@ class Backend:
         if spec.device == "cpu" and threads_wanted() is None:
             # By itself torch takes all CPUs of the machine, also where a container may use a few of them.
             torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-        lm = _load(spec).eval().requires_grad_(False)
+        with _explained_memory():
+            lm = _load(spec).eval().requires_grad_(False)
         pack_linears(lm)
         self.policy = PolicyModel(lm)
         tokenizer = load_tokenizer(spec.folder, spec.trust_remote_code)
@@ -173,12 +175,17 @@ class Backend:
             batch_size: prompts that the hf engine decodes at once, None = see `rows_that_fit`; vllm has its own limit.
             pool_starts, mix: see `RunningPool`, a start per prompt: the hf engine pools too, vllm does not. None = no
                 pooling.
+
+        Raises:
+            RolloutError: the engine cannot generate, or the memory of the GPU ran out.
         """
-        engine = self._engine(batch_size, max(map(len, prompts), default=0) + max_new_tokens)
-        temperatures = [temperature] * len(prompts)
-        if pool_starts is not None and isinstance(engine, HFRollout):
-            return engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts, mix)
-        return engine.generate(prompts, temperatures, max_new_tokens, seeds)
+        with _explained_memory():
+            engine = self._engine(batch_size, max(map(len, prompts), default=0) + max_new_tokens)
+            temperatures = [temperature] * len(prompts)
+            if pool_starts is not None and isinstance(engine, HFRollout):
+                yield from engine.generate_and_pool(prompts, temperatures, max_new_tokens, seeds, pool_starts, mix)
+            else:
+                yield from engine.generate(prompts, temperatures, max_new_tokens, seeds)
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Row], batch_size: int | None) -> np.ndarray:
@@ -244,10 +251,10 @@ class Backend:
             rows = batch_size or rows_that_fit(self.policy.lm, longest, self._memory)
             return HFRollout(self.policy.lm, self._stop_ids, rows, self.spec.ignore_eos)
         if self._vllm is None:
-            self._vllm = self._start_vllm(self._vllm_share(batch_size))
+            self._vllm = self._start_vllm(self._vllm_share())
         return self._vllm
 
-    def _vllm_share(self, batch_size: int | None) -> float:
+    def _vllm_share(self) -> float:
         """The share of the memory that vllm gets: on a GPU it leaves room for the policy and its largest forward."""
         if self.spec.gpu_memory_utilization is not None:
             return self.spec.gpu_memory_utilization
@@ -257,7 +264,7 @@ class Backend:
         # what is free then is needed neither by the policy nor by its forwards.
         length = min(self.spec.max_model_len, self.size.context or self.spec.max_model_len)
         rows = [Row((0,) * length, (), 0, False)] * max(1, _FORWARD_TOKENS["cuda"] // length)
-        self.embed(rows, batch_size)
+        self.embed(rows, None)
         free, total = torch.cuda.mem_get_info()
         return min(_MOST_OF_MEMORY, _OF_WHAT_IS_FREE * free / total)
 
@@ -294,8 +301,8 @@ class Backend:
                 # Its own message names settings of training.
                 raise RolloutError(
                     f"vllm cannot write the rationales of {self.spec.folder!r} here: {error.__cause__ or error}\n"
-                    "Give engine=hf, which writes them with the weights that embed; or another "
-                    f"gpu_memory_utilization, which was {share:.2f}, or a larger tensor_parallel_size."
+                    "Give engine=hf, which writes them with the weights that embed; or, where the program "
+                    f"has it, another gpu_memory_utilization, which was {share:.2f}, or a larger tensor_parallel_size."
                 ) from error.__cause__
         if is_adapter:
             # The policy's own may be packed already.
@@ -327,17 +334,19 @@ def _load(spec: ModelSpec) -> Any:
 
 @contextmanager
 def _explained_memory() -> Iterator[None]:
-    """Name the settings that decide how much of a GPU's memory embedding takes, where it runs out.
+    """Name the settings that decide how much of a GPU's memory is taken, where it runs out.
 
     Raises:
         RolloutError: in place of torch's error.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if isinstance(error, RolloutError) or not is_out_of_memory(error):
+            raise
         raise RolloutError(
             "the GPU's memory ran out; give a smaller batch_size or max_new_tokens, with vllm a lower "
-            f"gpu_memory_utilization, or a larger GPU ({error})"
+            f"gpu_memory_utilization where the program has it, or a larger GPU ({error})"
         ) from error
 
 

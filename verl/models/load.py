@@ -1,8 +1,10 @@
-"""Loading a whole model into host memory, with the packed attention, whose proof is part of it."""
+"""Building models: their configs, whole ones in host memory with the packed attention and its proof, and the twin that
+the hf engine decodes with.
+"""
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.config import ModelConfig
-from verl.errors import UserError
+from verl.errors import UserError, as_user_error
 from verl.models.attention import ATTENTIONS, Kernel
 from verl.models.families import FAMILIES
 from verl.models.lora import base_of_adapter, merge_adapter
@@ -58,16 +60,14 @@ def prove(lm: Any, path: str, kernel: Kernel) -> None:
         )
 
 
-@contextmanager
-def explained_load(path: str) -> Iterator[None]:
+def explained_load(path: str) -> AbstractContextManager[None]:
     """Make transformers' errors about a model a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
+
+    def say(error: Exception) -> str:
         problem = " ".join(str(error).split())[:500]
-        raise UserError(f"{path!r}: transformers loads no causal language model from it: {problem}") from error
+        return f"{path!r}: transformers loads no causal language model from it: {problem}"
+
+    return as_user_error(ValueError, say=say)
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Blueprint:
     dropout: dict[str, float]
     """The rates that the stored config has."""
     dtype: torch.dtype | None
-    """That the weights are stored in, by the stored config."""
+    """The dtype that the weights are stored in, by the stored config."""
 
     def finish(self, lm: Any) -> None:
-        """Let the model's config, which checkpoints get, be the stored one; its layers have no dropout, and float32."""
+        """Make its config, which checkpoints get, the stored one; the layers stay in float32, without dropout."""
         set_dropout(lm.config, self.dropout)
         lm.config.dtype = self.dtype
 

@@ -262,7 +262,7 @@ def _match(lm: Any, path: str, shapes: dict[str, torch.Size]) -> dict[str, str]:
     if missing:
         refuse_names(path, "lack", missing)
     if unexpected:
-        refuse_names(path, "have what the model of their config has not:", unexpected, _UnexpectedWeights)
+        refuse_names(path, "hold weights that the model in config.json does not have:", unexpected, _UnexpectedWeights)
     own = lm.state_dict()
     for name, key in stored.items():
         if own[name].shape != shapes[key]:

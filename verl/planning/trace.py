@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from verl.config import ActorConfig, MicroBatchLimit, ModelConfig
-from verl.errors import UserError
+from verl.errors import as_user_error
 from verl.models import log_probs
 from verl.models.attention import ATTENTIONS, grace_attention
 from verl.models.fsdp import full_weights, shard
@@ -217,13 +217,18 @@ def _cache_folder() -> Path:
 
 def _key(setup: Setup) -> str:
     """Of all that decides a trace: the setup, the model's config, the versions of torch and transformers, our code."""
+    values = vars(setup) | {"model": setup.model.model_copy(update={"path": None})}
+    versions = [torch.__version__, transformers.__version__, _code_digest()]
+    parts = [repr(values), planned_config(setup.model).to_json_string(), *versions]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+@cache
+def _code_digest() -> str:
     code = hashlib.sha256()
     for file in sorted(_SOURCES.rglob("*.py")):
         code.update(file.read_bytes())
-    values = vars(setup) | {"model": setup.model.model_copy(update={"path": None})}
-    versions = [torch.__version__, transformers.__version__, code.hexdigest()]
-    parts = [repr(values), planned_config(setup.model).to_json_string(), *versions]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    return code.hexdigest()
 
 
 def planned_config(model: ModelConfig) -> Any:
@@ -232,15 +237,14 @@ def planned_config(model: ModelConfig) -> Any:
     Raises:
         UserError: there is none, or the model is an adapter.
     """
-    try:
-        return read_model_config(model)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+
+    def say(error: Exception) -> str:
         problem = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"actor_rollout_ref.model.path={model.path}: a plan needs its config.json, which cannot be had: {problem}"
-        ) from error
+        where = f"actor_rollout_ref.model.path={model.path}"
+        return f"{where}: a plan needs its config.json, which cannot be had: {problem}"
+
+    with as_user_error(OSError, ValueError, say=say):
+        return read_model_config(model)
 
 
 def run_traces(setups: Sequence[Setup]) -> list[Trace]:

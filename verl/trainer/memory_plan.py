@@ -13,6 +13,7 @@ from verl.planning.trace import PlanError
 from verl.trainer.prepare import anchors_per_sample, check_engine_groups, sample_roles
 from verl.utils.logging import quiet_libraries
 from verl.workers.reward_manager import load_reward_manager
+from verl.workers.reward_manager.base import RewardManager
 
 
 def run_program(config: RunConfig, gpu_gib: float | None, gpus: int, nodes: int | None) -> int:
@@ -50,7 +51,7 @@ def run_program(config: RunConfig, gpu_gib: float | None, gpus: int, nodes: int 
     return 1
 
 
-def run_lines(config: RunConfig, gpus: int) -> Iterator[tuple[str, str]]:
+def run_lines(config: RunConfig, manager: RewardManager, gpus: int) -> Iterator[tuple[str, str]]:
     """The plan of a run that starts, as (what, how much) lines; what does not fit is a warning.
 
     Args:
@@ -62,7 +63,7 @@ def run_lines(config: RunConfig, gpus: int) -> Iterator[tuple[str, str]]:
         yield "memory plan", "none: this machine has no GPU (python3 -m verl.plan --gpus N --gpu GIB makes one)"
         return
     try:
-        plan = make_plan(config, Machines(gpu_bytes, gpus, config.trainer.nnodes), find_work(config))
+        plan = make_plan(config, Machines(gpu_bytes, gpus, config.trainer.nnodes), _work_of(config, manager))
     except PlanError as error:
         yield "memory plan", f"none: {error}"
         return
@@ -81,7 +82,10 @@ def find_work(config: RunConfig) -> Work:
         UserError: there is no such manager, or it takes other arguments.
     """
     with as_user_error(ValueError):
-        manager = load_reward_manager(config)
+        return _work_of(config, load_reward_manager(config))
+
+
+def _work_of(config: RunConfig, manager: RewardManager) -> Work:
     roles = sample_roles(config.train_mode, manager.needs_embeddings, config.data.trained_text)
     return Work(
         num_anchors=anchors_per_sample(roles, config.data.negatives_per_query),

@@ -56,7 +56,9 @@ def train(config: RunConfig) -> None:
         trainer = RayPPOTrainer(prepared, workers, signals)
         trainer.display.table(f"GRACE, {config.train_mode}, {config.run_dir}", prepared.lines())
         if prepared.device == "cuda":
-            trainer.display.table("Memory", list(run_lines(prepared.config, prepared.workers_per_node)))
+            trainer.display.table(
+                "Memory", list(run_lines(prepared.config, prepared.reward_manager, prepared.workers_per_node))
+            )
         trainer.fit()
 
 

@@ -10,6 +10,11 @@ class OutOfDeviceMemory(RuntimeError):
     """A stage needed more GPU memory than was free; the message names the stage and a setting."""
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory ran out: vLLM's allocator raises a plain RuntimeError, torch a class of its own."""
+    return "out of memory" in str(error).lower()
+
+
 class DeviceStages:
     """Watches one device. On a CPU there is no free memory to log."""
 
@@ -31,9 +36,8 @@ class DeviceStages:
         before = self._free()
         try:
             yield
-        # vLLM's allocator raises a plain RuntimeError where torch has a class of its own.
         except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
+            if not is_out_of_memory(error):
                 raise
             free = "" if before is None else f": {before:.1f} GiB were free before it"
             raise OutOfDeviceMemory(f"out of GPU memory while {name}{free}. {remedy}\n({error})") from error

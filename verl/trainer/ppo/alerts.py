@@ -133,7 +133,7 @@ def collapse(history: History) -> str | None:
 
 
 def not_used(history: History) -> str | None:
-    """Rationales hardly change the vectors, or another text's rationale does as well as the own one."""
+    """Rationales hardly change the vectors, or another text's rationale does as well as its own."""
     cosine = history.last("diag/cos_without")
     if cosine is not None and cosine > _SAME_VECTOR:
         return (

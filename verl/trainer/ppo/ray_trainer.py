@@ -81,9 +81,9 @@ class RayPPOTrainer:
         self.diagnostics: Diagnostics | None = None
         """Once the run has started, where it diagnoses."""
         self.seconds: dict[str, float] = {}
-        """Of each phase since the current step began."""
+        """Seconds of each phase since the current step began."""
         self.train_seconds = 0.0
-        """Of all steps that this process has finished."""
+        """Seconds of all steps that this process has finished."""
 
     def fit(self) -> None:
         """Train from the first step to the last.
