@@ -477,6 +477,7 @@ def test_a_server_for_other_machines_needs_a_key_or_words(host):
         (["--api_key", ""], "printable ASCII"),
         (["--max_queue", "100"], "--max_queue 100 must be 2048 or more"),
         (["--max_batch", "0"], "--max_batch 0"),
+        (["--device", "cuda", "--num_processes", "4096"], "num_processes=4096 needs as many GPUs"),
         (["--max_new_tokens", "0"], "max_new_tokens=0"),
         (["--port", "70000"], "give an address of this machine, and a port that is free"),
     ],

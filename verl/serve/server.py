@@ -13,6 +13,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.settings import EmbedderSettings
+from verl.encoder.backend import require_gpus
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
 from verl.prompt_options import read_system_prompt
@@ -62,7 +63,9 @@ def prepare(args: argparse.Namespace) -> tuple[Service, socket.socket]:
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} must be {least} or more")
     access = choose_access(args.host, args.api_key, os.environ.get(KEY_VARIABLE), args.no_auth)
-    choose_device_and_engine(args.device, args.engine)
+    device, *_ = choose_device_and_engine(args.device, args.engine)
+    if device == "cuda":
+        require_gpus(args.num_processes)
     settings = EmbedderSettings.read(model_folder(args.model)).changed(
         pooling=args.pooling, span=args.span, text_share=args.text_share, no_rationale_weight=args.no_rationale_weight,
         centre=False if args.no_centre else None, max_prompt_length=args.max_prompt_length,
