@@ -82,6 +82,7 @@ def no_model(monkeypatch):
         monkeypatch.setattr(grace_encoder, name, NoModel)
     for module in (grace_encoder, server):  # on this machine there may be neither
         monkeypatch.setattr(module, "choose_device_and_engine", lambda device, engine: (device, engine, "as given"))
+    monkeypatch.setattr(server, "require_gpus", lambda processes: None)
 
 
 def given(flags: Flags, flag: str) -> list[str]:
