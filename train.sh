@@ -5,6 +5,7 @@
 #   MODE=unsupervised bash train.sh    plain texts instead of triplets
 #   RECIPE=joint bash train.sh         a contrastive loss on the embeddings too, see docs/objectives.md; without a GPU
 #                                      it is what triplets are trained by, and RECIPE=paper is the paper's objective
+#   RECIPE=contrastive bash train.sh   that loss alone: no rationales, neither in training nor when its model embeds
 #   bash train.sh --doctor             whether this machine can do that: every line OK, or what to do
 #   bash train.sh --plan --gpus 4 --gpu 80   what memory, traffic and tokens the run would need on 4 GPUs of 80 GiB
 #   bash train.sh trainer.save_freq=10 actor_rollout_ref.rollout.n=4 ...     any override, last word
@@ -55,8 +56,18 @@ case "$RECIPE" in
             trainer.contrastive_steps_between=$([[ "$MODE" == supervised ]] && echo 8 || echo 0)
         )
         ;;
+    contrastive)
+        NAME=${MODE}_contrastive
+        OBJECTIVE=(
+            +reward_model.reward_kwargs.contrastive_weight=1
+            +reward_model.reward_kwargs.contrastive_anchors=True
+            actor_rollout_ref.actor.embedding_grad_share=1
+            data.think=False
+            trainer.diag_freq=-1
+        )
+        ;;
     *)
-        echo "train.sh: RECIPE=$RECIPE; use paper or joint" >&2
+        echo "train.sh: RECIPE=$RECIPE; use paper, joint or contrastive" >&2
         exit 2
         ;;
 esac
@@ -110,8 +121,8 @@ else
         trainer.logger='["console"]'
         trainer.experiment_name="cpu_$NAME"
     )
-    if [[ "$RECIPE" == joint ]]; then
-        # docs/experiments.md compares the two recipes.
+    if [[ "$RECIPE" != paper ]]; then
+        # docs/experiments.md compares the recipes.
         SETTINGS+=(
             data.train_batch_size=12
             data.max_response_length=16

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from verl.config import RunConfig
 from verl.errors import UserError
-from verl.step_schedule import StepSchedule
+from verl.step_schedule import ALL_STEPS, StepSchedule
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class BatchPlan:
     schedule: StepSchedule
     world_size: int
     trained_rows_per_step: int
+    unit: str
+    """What a row of a step is: rationales, or texts where none is written."""
     anchor_rows_per_step: int
     """At most: a sample may have fewer negatives than data.negatives_per_query."""
     updates_per_step: int
@@ -41,7 +43,7 @@ class BatchPlan:
         Raises:
             UserError: the file is smaller than one step, or an update has fewer rows than there are workers.
         """
-        data, actor, n = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+        data, actor, n = config.data, config.actor_rollout_ref.actor, config.rows_per_text
         sizes = {"train_batch_size": data.train_batch_size, "contrastive_batch_size": data.contrastive_size}
         for name, size in sizes.items():
             if num_samples < size:
@@ -51,8 +53,9 @@ class BatchPlan:
                 )
         rows_per_update = actor.ppo_mini_batch_size * n
         if rows_per_update < world_size:
+            per_text = f" x rollout.n={n}" if data.think else ""
             raise UserError(
-                f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} x rollout.n={n} = "
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}{per_text} = "
                 f"{rows_per_update} rows per update, fewer than the {world_size} workers; set ppo_mini_batch_size to "
                 f"{-(-world_size // n)} or more."
             )
@@ -62,6 +65,7 @@ class BatchPlan:
         return cls(
             schedule=schedule,
             world_size=world_size,
+            unit="rationales" if data.think else "texts",
             trained_rows_per_step=data.train_batch_size * n,
             anchor_rows_per_step=data.train_batch_size * num_anchors,
             updates_per_step=config.num_mini_batches * actor.ppo_epochs,
@@ -79,11 +83,11 @@ class BatchPlan:
             ("samples in the training file", f"{self.schedule.num_samples}"),
             ("samples per step", f"{self.schedule.samples}"),
             (
-                "rationales per step",
+                f"{self.unit} per step",
                 f"{self.trained_rows_per_step} trained + {self.anchor_rows_per_step} anchors",
             ),
-            ("updates per step", f"{self.updates_per_step} of {self.trained_rows_per_update} rationales"),
-            ("per worker and update", f"about {per_rank:g} rationales on each of {self.world_size}"),
+            ("updates per step", f"{self.updates_per_step} of {self.trained_rows_per_update} {self.unit}"),
+            ("per worker and update", f"about {per_rank:g} {self.unit} on each of {self.world_size}"),
             ("one forward takes at most", f"{self.micro_batch} per worker"),
             ("steps", f"{self.total_steps} by {self.decided_by} ({self.schedule.steps_of(1)} {per_epoch})"),
             *self._lines_without_rationales(),
@@ -91,6 +95,9 @@ class BatchPlan:
 
     def _lines_without_rationales(self) -> Iterator[tuple[str, str]]:
         schedule = self.schedule
+        if schedule.warm_up_steps == ALL_STEPS:
+            yield "without rationales", "all of them (data.think=False)"
+            return
         first = [f"the first {schedule.warm_up_steps}"] if schedule.warm_up_steps else []
         between = [f"{schedule.steps_between} after each one with them"] if schedule.steps_between else []
         if first or between:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace
-from verl.step_schedule import StepSchedule
+from verl.step_schedule import ALL_STEPS, StepSchedule
 from verl.text_roles import TEXT, RoleSettings, Template
 
 PROJECT = Path(__file__).parents[1]
@@ -86,6 +86,9 @@ class DataConfig(_Section):
     """The user's turn of a prompt: {text} is the text, {instruction} one of data.instructions."""
     instructions: dict[str, str] = {}
     """What {instruction} stands for, by the `source` of a sample; `default` for all other samples."""
+    think: bool = True
+    """Whether rationales are written. False = nowhere: every step trains by a loss on the embeddings alone, validation
+    embeds without rationales, no engine is started, and the model's folder says so to whoever embeds with it."""
     query: RoleSettings = RoleSettings()
     document: RoleSettings = RoleSettings()
     reward_fn_key: str = "data_source"
@@ -581,9 +584,24 @@ class RunConfig(_Section):
         """
         data, trainer = self.data, self.trainer
         return StepSchedule(
-            num_samples, data.train_batch_size, data.contrastive_size, trainer.contrastive_warmup_steps,
-            trainer.contrastive_steps_between,
+            num_samples, data.train_batch_size, data.contrastive_size,
+            trainer.contrastive_warmup_steps if data.think else ALL_STEPS, trainer.contrastive_steps_between,
         )  # fmt: skip
+
+    @property
+    def rows_per_text(self) -> int:
+        """Rows of a trained text in a step: one for each of its rationales, or one without."""
+        return self.actor_rollout_ref.rollout.n if self.data.think else 1
+
+    @property
+    def longest_rationale(self) -> int:
+        """Tokens."""
+        return self.data.max_response_length if self.data.think else 0
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of a prompt and its rationale."""
+        return self.data.max_prompt_length + self.longest_rationale
 
     def with_engine(self, name: str) -> "RunConfig":
         """This config with `rollout.name` resolved."""

@@ -177,6 +177,27 @@ def _check_batch_sizes(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_without_rationales(config: RunConfig) -> Iterator[str]:
+    data, actor = config.data, config.actor_rollout_ref.actor
+    if data.think:
+        return
+    if actor.trains_policy:
+        yield (
+            f"data.think=False, and actor_rollout_ref.actor.embedding_grad_share={actor.embedding_grad_share}: without "
+            "rationales there is no policy gradient. Set the share to 1."
+        )
+    if config.diagnoses:
+        yield (
+            f"data.think=False, and trainer.diag_freq={config.trainer.diag_freq}: diagnoses are of rationales. Set "
+            "trainer.diag_freq=-1."
+        )
+    if config.train_mode == "unsupervised":
+        yield (
+            "data.think=False with data.train_mode=unsupervised: without rationales both vectors of a text are the "
+            "same, and there is nothing to learn. Train on triplets, or leave data.think out."
+        )
+
+
 def _check_roles(config: RunConfig) -> Iterator[str]:
     data = config.data
     trained = data.query if data.trained_text == "query" else data.document
@@ -364,6 +385,8 @@ def _check_kl_loss(config: RunConfig) -> Iterator[str]:
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     bare = {name: getattr(trainer, name) for name in ("contrastive_warmup_steps", "contrastive_steps_between")}
     setting = next((f"trainer.{name}={steps}" for name, steps in bare.items() if steps), None)
+    if not config.data.think:
+        setting = "data.think=False"
     if setting and actor.has_kl_loss and actor.kl_loss_type in ("k1", "kl"):
         yield (
             f"actor_rollout_ref.actor.kl_loss_type={actor.kl_loss_type} with {setting}: in these steps the term is of "
@@ -374,6 +397,7 @@ def _check_kl_loss(config: RunConfig) -> Iterator[str]:
 _CHECKS: tuple[Callable[[RunConfig], Iterable[str]], ...] = (
     _check_required,
     _check_batch_sizes,
+    _check_without_rationales,
     _check_roles,
     _check_micro_batches,
     _check_engine,

@@ -4,10 +4,14 @@ All of it follows from the number of a step, of which 1 is the first: so a resum
 have, without any saved state. Imports no torch.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import NamedTuple
+
+# Where all steps are meant, however many they are.
+ALL_STEPS = sys.maxsize
 
 
 class Place(NamedTuple):
@@ -29,7 +33,7 @@ class StepSchedule:
     contrastive_samples: int
     """Of a step without."""
     warm_up_steps: int = 0
-    """First steps without rationales."""
+    """First steps without rationales, or ALL_STEPS."""
     steps_between: int = 0
     """Steps without rationales after each one with them."""
 

@@ -54,6 +54,6 @@ class RoleSettings(BaseModel):
     template: Template | None = None
     """The user's turn of a prompt, as `EmbedderSettings.template`; null = the same as without a role."""
     think: bool = True
-    """Whether a rationale is written, unless the caller decides."""
+    """Whether a rationale is written, unless the caller decides; needs the same of texts without a role."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Most tokens of a rationale; null = the same as without a role."""

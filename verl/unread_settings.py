@@ -40,6 +40,18 @@ _VLLM_ONLY = tuple(
 )  # fmt: skip
 
 
+_WRITING_ONLY = (
+    *_VLLM_ONLY,
+    *(
+        f"{_ROLLOUT}.{name}"
+        for name in (
+            "name", "n", "anchor_temperature", "ignore_eos", "max_num_seqs", "dtype", "check_weight_sync",
+            "tensor_model_parallel_size", "val_kwargs.do_sample", "val_kwargs.temperature",
+        )
+    ),
+)  # fmt: skip
+
+
 def _actor(config: RunConfig) -> Any:
     return config.actor_rollout_ref.actor
 
@@ -180,6 +192,10 @@ READERS = (
         "reward_model.reward_kwargs.contrastive_weight above 0, or a reward manager of your own", _may_train_embeddings,
     ),
     Reader(
+        ("trainer.contrastive_warmup_steps", "trainer.contrastive_steps_between"), "data.think=True",
+        lambda c: c.data.think,
+    ),
+    Reader(
         ("data.contrastive_batch_size",), "trainer.contrastive_warmup_steps or contrastive_steps_between above 0",
         lambda c: c.trainer.contrastive_warmup_steps > 0 or c.trainer.contrastive_steps_between > 0,
     ),
@@ -254,13 +270,14 @@ def start_notes(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
         device: cuda or cpu.
     """
     rollout = config.actor_rollout_ref.rollout
-    if rollout.name == "vllm" and device == "cuda" and not rollout.free_cache_engine:
+    has_vllm = config.data.think and rollout.name == "vllm"
+    if has_vllm and device == "cuda" and not rollout.free_cache_engine:
         yield (
             "free_cache_engine=False",
             f"vllm keeps {rollout.gpu_memory_utilization:.0%} of each GPU while training; to train with that memory "
             "leave it out",
         )
-    if rollout.name == "vllm" and device == "cpu":
+    if has_vllm and device == "cpu":
         yield "", "on a CPU vllm neither sleeps (free_cache_engine) nor splits prompts"
         yield "", "(enable_chunked_prefill); these settings have no effect"
     # Keys have dots and names of reward arguments have none, so both can stand in one list.
@@ -293,6 +310,8 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[Collection[st
         yield without, "without a policy gradient"
     elif config.algorithm.adv_estimator in _NOT_BY_STD:
         yield ["algorithm.norm_adv_by_std_in_grpo"], f"with adv_estimator={config.algorithm.adv_estimator}"
+    if not config.data.think:
+        yield _WRITING_ONLY, "without rationales"
     if not config.validates:
         yield _VALIDATION_ONLY, "without validation"
     if not config.trainer.use_ray:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import eval_mteb
 from verl.checkpoint.model_card import write_card
+from verl.embedding.settings import EmbedderSettings
 from verl.encoder.backend import Backend
 from verl.evaluation import evaluate
 from verl.evaluation.local_tasks import find_local_tasks
@@ -287,7 +288,7 @@ def test_a_base_model_whose_process_crashes_is_not_compared(tmp_path, tasks, mon
 
 def test_a_card_that_cannot_be_written_takes_nothing_else_with_it(tmp_path, tasks, capsys):
     model, log = save_tiny(tmp_path / "model"), tmp_path / "timing.txt"
-    write_card(model, "model", {}, {}, "a command", {})
+    write_card(model, "model", EmbedderSettings(), {}, "a command", {})
     # What the card is written to first; permissions would not stop every user.
     (model / ".README.md.writing").mkdir()
     capsys.readouterr()

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import (
@@ -273,6 +274,56 @@ def test_a_joint_run_has_steps_without_rationales_and_resumes_bit_for_bit(tmp_pa
     assert done.returncode == 0, done.stderr
     assert [m for m in numbers(resumed) if m["step"] > 3] == [m for m in numbers(whole) if m["step"] > 3]
     assert weights_sha256(resumed, 6) == weights_sha256(whole, 6)
+
+
+def test_a_run_without_rationales_trains_as_one_of_such_steps_and_its_model_embeds_so(tmp_path, tiny_folder, triplets):
+    contrastive = [
+        "+reward_model.reward_kwargs.contrastive_weight=1", "+reward_model.reward_kwargs.contrastive_anchors=True",
+        "actor_rollout_ref.actor.embedding_grad_share=1", "trainer.total_training_steps=3", "trainer.save_freq=0",
+        "trainer.save_best=val/triplet_accuracy", "trainer.test_freq=3", "trainer.diag_freq=-1", GOLDEN_LR,
+        "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.1",
+    ]  # fmt: skip
+    bare, steps = tmp_path / "bare", tmp_path / "steps"
+    # Whether that engine is installed does not matter.
+    engine = "actor_rollout_ref.rollout.name=vllm"
+    done = train_here(*recipe(tiny_folder, triplets, bare), *contrastive, "data.think=False", engine)
+    assert done.returncode == 0, done.stderr
+    table = " ".join(done.stdout.split())
+    assert "rollout engine none: data.think=False" in table and "all of them (data.think=False)" in table
+    done = train_here(*recipe(tiny_folder, triplets, steps), *contrastive, "trainer.contrastive_warmup_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert weights_sha256(bare, 3) == weights_sha256(steps, 3)
+    val = [next(m for m in read_metrics(run) if "val/triplet_accuracy" in m) for run in (bare, steps)]
+    assert val[0]["val/alignment"] != val[1]["val/alignment"], "the other run's validation writes rationales"
+    encoder = GraceEncoder(bare / "global_step_3" / "huggingface", device="cpu")
+    rows = pq.read_table(triplets / "test.parquet").to_pylist()
+    query = encoder.encode_query([row["multi_input"]["query"] for row in rows])
+    positive = encoder.encode_document([row["prompt"][-1]["content"] for row in rows])
+    alignment = float(np.mean(np.sum((query - positive) ** 2, axis=1)))
+    assert val[0]["val/alignment"] == pytest.approx(alignment, abs=1e-4)
+    card = (bare / "global_step_3" / "huggingface" / "README.md").read_text()
+    assert "without rationales" in card and "return_rationales" not in card and "| rationales | none |" in card
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "embedding_grad_share=None: without rationales there is no policy gradient. Set the share to 1."),
+        (["trainer.diag_freq=5"], "trainer.diag_freq=5: diagnoses are of rationales. Set trainer.diag_freq=-1."),
+        (["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k1"],
+         "kl_loss_type=k1 with data.think=False: in these steps the term is of given texts"),
+        (["actor_rollout_ref.actor.embedding_grad_share=1"],
+         "has no effect: it is read with reward_model.reward_kwargs.contrastive_weight above 0"),
+    ],
+)  # fmt: skip
+def test_what_a_run_without_rationales_needs_is_told_at_once(tmp_path, tiny_folder, triplets, overrides, told):
+    done = train_here(*recipe(tiny_folder, triplets, tmp_path / "run"), "data.think=False", *overrides)
+    assert done.returncode == 2 and told in message(done.stderr)
+
+
+def test_plain_texts_are_not_trained_without_rationales(tmp_path, tiny_folder, triplets):
+    done = train_here(*recipe(tiny_folder, triplets, tmp_path / "run", "unsupervised"), "data.think=False")
+    assert done.returncode == 2 and "there is nothing to learn. Train on triplets" in message(done.stderr)
 
 
 def test_a_run_without_a_policy_gradient_writes_rationales_and_does_no_work_for_it(tmp_path, tiny_folder, triplets):

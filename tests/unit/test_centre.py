@@ -83,6 +83,20 @@ def test_the_direction_of_the_mean_is_taken_out_of_every_vector(pair, think):
     assert off.describe(think=think) == plain.describe(think=think)
 
 
+def test_a_model_that_embeds_without_rationales_has_a_centre_of_such_vectors_alone(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "model")
+    model = GraceEncoder(pair[0], device="cpu")
+    model.settings.changed(think=False).write(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--input", str(pair[0].parent / "triplets.jsonl")]
+    assert program.main([*arguments, "--device", "cpu"]) == 0
+    centred = GraceEncoder(tmp_path / "model", device="cpu")
+    np.testing.assert_array_equal(
+        centred.encode(TEXTS), GraceEncoder(pair[1], device="cpu").encode(TEXTS, think=False)
+    )  # fmt: skip
+    with pytest.raises(UserError, match="centre is that of vectors without rationales, and these are with; make it"):
+        centred.encode(TEXTS, think=True)
+
+
 def test_a_store_serves_models_with_and_without_a_centre(pair, tmp_path):
     """It holds vectors before the centre is taken out; and a centre is no part of the weights."""
     model, copy = pair

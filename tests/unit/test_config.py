@@ -14,7 +14,7 @@ from verl.config import DataConfig, HiddenRewardConfig, RunConfig
 from verl.config_checks import build_config
 from verl.config_fields import limits_of, types_of, walk_fields
 from verl.errors import UserError
-from verl.trainer.compose import compose_config
+from verl.trainer.compose import CONFIG_DIR, compose_config
 from verl.trainer.machine_checks import check_ray
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo.validation import read_pairs
@@ -165,6 +165,24 @@ def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode
     # Whatever trains the embeddings was measured with these two.
     assert rewards.get("contrastive_anchors", False) == is_joint
     assert config["trainer"]["contrastive_steps_between"] == (8 if is_joint and mode == "supervised" else 0)
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_the_contrastive_recipe_of_train_sh_writes_no_rationales(tmp_path, repo, gpus):
+    env = _scripts_python(tmp_path, gpus) | {"RECIPE": "contrastive", "TRAIN_FILE": "mine.parquet"}
+    subprocess.run(["bash", str(repo / "train.sh")], env=env, capture_output=True, check=True)
+    arguments = [given for given in _arguments(tmp_path, "verl.trainer.main_ppo") if "oc.env" not in given]
+    (tmp_path / "mine.parquet").touch()
+    named = [f"data.train_files={tmp_path}/mine.parquet", "actor_rollout_ref.model.path=model"]
+    config = compose_config([*arguments, *named], "ppo_trainer", CONFIG_DIR)
+    assert not config.data.think and config.trainer.experiment_name == f"{'' if gpus else 'cpu_'}supervised_contrastive"
+    plan = BatchPlan.from_config(config, num_samples=640, num_anchors=2, world_size=4)
+    assert not any(map(plan.schedule.writes_rationales, range(1, 1000)))
+    size = 64 if gpus else 12
+    assert (plan.trained_rows_per_step, plan.anchor_rows_per_step) == (size, 2 * size)
+    lines = dict(plan.lines())
+    assert lines["texts per step"] == f"{size} trained + {2 * size} anchors" and "rationales per step" not in lines
+    assert lines["without rationales"] == "all of them (data.think=False)"
 
 
 def test_the_quickstart_trains_the_small_model_on_a_machine_with_gpus_too(tmp_path, repo):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from verl.embedding.settings import EmbedderSettings
 from verl.encoder.usage import Usage
 from verl.evaluation import plan
 from verl.evaluation.local_tasks import LocalTask
@@ -75,7 +76,8 @@ def test_a_task_costs_its_different_texts_at_the_samples_rate(thinks, hours):
 class Encoder:
     """Takes ten seconds for each text that it does not have; the rationale has as many tokens as the text letters."""
 
-    def __init__(self, *stored: str) -> None:
+    def __init__(self, *stored: str, thinks: bool = True) -> None:
+        self.settings = EmbedderSettings(think=thinks)
         self.seconds = 0.0
         self.usage = Usage()
         self.calls: list[tuple] = []
@@ -88,7 +90,7 @@ class Encoder:
         self.seconds += 10 * len(new)
         self.usage.texts += len(texts)
         self.usage.vectors_made += len(new)
-        if think is not False:
+        if self.settings.think if think is None else think:
             self.usage.rationales_made += len(new)
             self.usage.generated_tokens += sum(map(len, new))
 
@@ -112,3 +114,9 @@ def test_the_rate_is_that_of_what_the_sample_made_after_a_warm_up_with_other_tex
     (warm_up, *_), (measured, *options) = encoder.calls
     assert measured == sample and options == [7, think, {"seed": 3}]
     assert len(warm_up) == 2 and not {*warm_up} & {*sample}
+
+
+def test_the_rate_of_a_model_that_embeds_without_rationales_is_that_of_its_vectors(monkeypatch):
+    encoder = Encoder(thinks=False)
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: encoder.seconds))
+    assert measure_rate(encoder, ["aa", "bbbb"], {}, None) == Rate(rationale_tokens=0, seconds=10, chars=3)

@@ -20,7 +20,7 @@ from verl.errors import UserError
 from verl.models.attention import ATTENTION
 from verl.models.policy import PolicyModel
 from verl.planning import trace as tracing
-from verl.planning.plan import GIB, Machines, MemoryPlan, Work, make_plan
+from verl.planning.plan import GIB, Machines, MemoryPlan, Work, lines, make_plan
 from verl.planning.remedies import remedies, with_settings
 from verl.planning.trace import DEPTHS, Row, Setup, Trace, extended, in_own_process, planned_rows, traced
 from verl.trainer.memory_plan import remedy_lines
@@ -223,6 +223,21 @@ def test_offload_moves_weights_and_moments_out_of_the_other_stages(tiny_folder):
     assert sum(stays.stages["generation"].values()) - sum(moves.stages["generation"].values()) == sum(
         stays.stages["generation"][name] for name in ("shards", "optimizer")
     )
+
+
+def test_without_rationales_there_is_no_engine_and_rows_are_texts(tiny_folder):
+    machines = Machines(GIB, 4)
+    writes = a_run(tiny_folder, **{"actor_rollout_ref.actor.fsdp_config.param_offload": True})
+    bare = make_plan(with_settings(writes, (("data.think", False),)), machines, WORK)
+    one_token = (("data.max_response_length", 1), ("actor_rollout_ref.rollout.n", 1))
+    short = make_plan(with_settings(writes, one_token), machines, WORK)
+    assert bare.stages.keys() == short.stages.keys() - {"sync", "generation"}
+    assert not any("engine weights" in parts for parts in bare.stages.values())
+    assert (bare.cached_tokens, bare.longest_row) == (None, writes.data.max_prompt_length)
+    assert bare.tokens["written"] == 0 and bare.wire.keys() == short.wire.keys() - {"sync"}
+    # Weights go there and back for two stages of three.
+    assert 3 * bare.moved == 2 * short.moved > 0
+    assert bare.rows < short.rows and not any("KV cache" in what for what, _ in lines(bare))
 
 
 def test_loading_takes_shards_and_a_small_model_or_whole_ones_where_weights_are_converted(tiny_folder, tmp_path):

@@ -170,6 +170,7 @@ OTHER_RUN = {
     "data.trained_text": ("positive", "query"),
     "data.template": ("{text}", "Text: {text}"),
     "data.instructions": ({"default": "Find answers"}, {"default": "Find duplicates"}),
+    "data.think": (True, False),
     "data.query.template": (None, "Query: {text}"),
     "data.query.think": (True, False),
     "data.document.template": (None, "Passage: {text}"),

@@ -22,7 +22,7 @@ from verl.encoder.__main__ import main as encode_program
 from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
 from verl.evaluation.mteb_model import GraceMTEB
-from verl.text_roles import Around
+from verl.text_roles import ROLES, Around
 
 TEXTS = ["a card", "where is my parcel?", "naïve café"]
 SETTINGS = EmbedderSettings(
@@ -135,6 +135,7 @@ def test_a_marker_in_a_template_or_an_instruction_is_refused(encoder):
         ({"query": {"template": "{text} {text}"}}, r"a template has \{text\} once"),
         ({"query": {"template": "{instruction}: {text}"}}, r"instructions needs one named default"),
         ({"document": {"think": False}, "span": "rationale"}, r"document.think=False needs span=input\+rationale"),
+        ({"think": False, "span": "rationale"}, r"^think=False needs span=input\+rationale"),
         ({"query": {"max_new_tokens": 0}}, r"greater than or equal to 1"),
         ({"query": {"tokens": 3}}, r"query"),
     ],
@@ -143,6 +144,20 @@ def test_a_marker_in_a_template_or_an_instruction_is_refused(encoder):
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         EmbedderSettings().changed(**changes)
+
+
+@pytest.mark.parametrize("role", [None, *ROLES])
+def test_a_model_that_embeds_without_rationales_does_so_for_every_role_unless_it_is_asked(tiny_folder, role):
+    usual = GraceEncoder(tiny_folder, device="cpu", max_new_tokens=5)
+    settings = usual.settings.changed(think=False, query={"think": True}, document={"max_new_tokens": 4})
+    encoder = GraceEncoder(tiny_folder, device="cpu", settings=settings)
+    vectors, rationales = encoder.encode(TEXTS, role=role, return_rationales=True)
+    np.testing.assert_array_equal(vectors, usual.encode(TEXTS, think=False))
+    assert set(rationales) == {""} and encoder.describe(role=role)["think"] is False
+    vectors, rationales = encoder.encode(TEXTS, role=role, think=True, return_rationales=True)
+    limit = 4 if role == "document" else 5
+    np.testing.assert_array_equal(vectors, usual.encode(TEXTS, max_new_tokens=limit))
+    assert all(rationales)
 
 
 def test_an_unknown_task_is_an_error_with_the_known_ones(encoder):

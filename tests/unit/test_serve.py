@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import socket
 import subprocess
 import threading
@@ -148,6 +149,16 @@ def test_curl(address, encoder):
     command = ["curl", "-sS", f"{address}/v1/embeddings", "-H", "Content-Type: application/json", "-d", body]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     np.testing.assert_allclose(answer["data"][0]["embedding"], encoder.encode("a card", think=False), atol=2e-6)
+
+
+def test_a_model_that_embeds_without_rationales_is_served_so(tiny_folder, tmp_path, encoder):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    encoder.settings.changed(think=False).write(tmp_path / "model")
+    with served(tmp_path / "model") as (address, _):
+        for fields in ({}, {"input_type": "query"}):
+            found = vectors_of(ask(address, input=TEXTS, **fields))
+            np.testing.assert_allclose(found, encoder.encode(TEXTS, think=False), atol=2e-6)
+        np.testing.assert_allclose(vectors_of(ask(address, input=TEXTS, think=True)), encoder.encode(TEXTS), atol=2e-6)
 
 
 def test_a_server_without_thinking_still_thinks_when_asked(tiny_folder, encoder):

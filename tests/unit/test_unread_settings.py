@@ -134,6 +134,16 @@ def test_reward_arguments_without_effect_are_errors_too(kwargs, name, companion)
     assert lines({**kwargs, **companion}) == []
 
 
+def test_which_steps_write_rationales_is_asked_of_no_run_that_writes_none():
+    given = {**WITHOUT_POLICY, "trainer.contrastive_warmup_steps": 3, "trainer.contrastive_steps_between": 2}
+    assert list(unread_settings(config_of(given))) == []
+    lines = list(unread_settings(config_of({**given, "data.think": False})))
+    assert [line.partition("=")[0] for line in lines] == list(given)[2:]
+    assert all("it is read with data.think=True only" in line for line in lines)
+    (told,) = [why for why, _ in start_notes(config_of({**WITHOUT_POLICY, "data.think": False}), "cpu") if "rat" in why]
+    assert told == "no effect without rationales"
+
+
 def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():
     settings = {f"{ACTOR}.embedding_grad_share": 0.5, "trainer.contrastive_warmup_steps": 3}
     assert len(list(unread_settings(config_of(settings)))) == 2

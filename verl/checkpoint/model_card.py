@@ -29,7 +29,7 @@ def write_checkpoint_card(
 ) -> None:  # fmt: skip
     """Write the card of the model folder of step `step`."""
     name = f"{config.trainer.experiment_name}, step {step}"
-    write_card(folder, name, settings.model_dump(), _training(config, schedule, step), training_command(), versions)
+    write_card(folder, name, settings, _training(config, schedule, step), training_command(), versions)
 
 
 def training_command() -> str:
@@ -38,7 +38,7 @@ def training_command() -> str:
 
 
 def write_card(
-    folder: Path, name: str, settings: Mapping[str, Any], training: Mapping[str, Any], command: str,
+    folder: Path, name: str, settings: EmbedderSettings, training: Mapping[str, Any], command: str,
     versions: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Write the card of a checkpoint.
@@ -48,23 +48,27 @@ def write_card(
         training: what it was trained on and for, by name.
         command: that trained it.
     """
-    base = settings.get("base_model")
+    base, thinks = settings.base_model, settings.think
+    call = 'vectors, rationales = encoder.encode(["a text"], return_rationales=True)'
+    how = (
+        "by reinforcement learning to embed text through the rationales it writes (GRACE, arXiv 2510.04506)"
+        if thinks else "by a loss on its vectors to embed text, without rationales"
+    )  # fmt: skip
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="sentence-similarity",
         # A hub takes hub names alone here.
         base_model=base if base and is_hub_name(base) else None,
-        tags=["text-embedding", "rationales", "grpo"],
+        tags=["text-embedding", *(["rationales", "grpo"] if thinks else [])],
     )
     text = [
         f"# {name}", "",
-        f"{base or 'A language model'}, trained by reinforcement learning to embed text through the rationales it "
-        "writes (GRACE, arXiv 2510.04506). It still generates text like any causal language model.", "",
+        f"{base or 'A language model'}, trained {how}. It still generates text like any causal language model.", "",
         "```python", "from verl import GraceEncoder", "",
         'encoder = GraceEncoder.from_pretrained("this folder")',
-        'vectors, rationales = encoder.encode(["a text"], return_rationales=True)', "```", "",
+        call if thinks else 'vectors = encoder.encode(["a text"])', "```", "",
         _SCORES, "", _NO_SCORES, "", _END, "",
-        _SETTINGS, "", *_table(settings), "",
+        _SETTINGS, "", *_table(settings.model_dump()), "",
         _TRAINING, "", *_table(training), "",
         "```bash", command, "```", "",
         "Versions: " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", "",
@@ -118,14 +122,19 @@ def _table(values: Mapping[str, Any]) -> list[str]:
 def _steps(schedule: StepSchedule, step: int, rationales: int) -> str:
     """How many steps of which kind the first `step` steps are."""
     writing = schedule.steps_with_rationales(step)
-    said = f"{writing} of {schedule.samples} samples x {rationales} rationales"
     without = step - writing
-    return f"{said}, {without} of {schedule.contrastive_samples} samples without rationales" if without else said
+    parts = [f"{writing} of {schedule.samples} samples x {rationales} rationales"] if writing else []
+    parts += [f"{without} of {schedule.contrastive_samples} samples without rationales"] if without else []
+    return ", ".join(parts)
 
 
 def _training(config: RunConfig, schedule: StepSchedule, step: int) -> dict[str, Any]:
     """What a reader of the weights wants to know of the run, by name."""
     data, section, algorithm = config.data, config.actor_rollout_ref, config.algorithm
+    rationales = (
+        f"{section.rollout.name}, at most {data.max_response_length} tokens, temperature "
+        f"{section.rollout.temperature:g} (anchors {section.rollout.anchor_temperature:g})"
+    )
     reward = config.reward_model
     return {
         "data": f"{config.train_mode}, {schedule.num_samples:,} samples of {', '.join(file_list(data.train_files))}",
@@ -135,7 +144,6 @@ def _training(config: RunConfig, schedule: StepSchedule, step: int) -> dict[str,
         f"{algorithm.norm_adv_by_std_in_grpo}",
         "optimizer": f"AdamW, learning rate {section.actor.optim.lr:g}, mini-batches of "
         f"{section.actor.ppo_mini_batch_size} samples",
-        "rationales": f"{section.rollout.name}, at most {data.max_response_length} tokens, temperature "
-        f"{section.rollout.temperature:g} (anchors {section.rollout.anchor_temperature:g})",
+        "rationales": rationales if data.think else "none",
         "seeds": f"data {data.seed}, rollout {section.rollout.seed}",
     }

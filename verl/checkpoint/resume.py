@@ -28,6 +28,7 @@ _SAME_RUN = (
     "data.trained_text",
     "data.template",
     "data.instructions",
+    "data.think",
     "data.query.template",
     "data.query.think",
     "data.document.template",

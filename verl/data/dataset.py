@@ -44,7 +44,7 @@ _BLOCK = 1_000
 
 def text_settings(config: DataConfig) -> dict[str, Any]:
     """The part of an encoder's settings that says what stands around a text, and how long its rationale may be."""
-    names = ("template", "instructions", "query", "document")
+    names = ("template", "instructions", "think", "query", "document")
     return {**{name: getattr(config, name) for name in names}, "max_new_tokens": config.max_response_length}
 
 

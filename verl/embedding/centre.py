@@ -32,17 +32,24 @@ _WAY_OUT = "make it again with python3 -m verl.centre, or embed without it (--no
 class Centre:
     """Means of unit vectors."""
 
-    with_rationale: np.ndarray
-    """[H] float32."""
+    with_rationale: np.ndarray | None
+    """[H] float32; None of a model that embeds without (think=False)."""
     without_rationale: np.ndarray | None
     """[H] float32; None with span=rationale, which has no such vectors."""
 
     def mean(self, thinks: bool) -> np.ndarray:
-        """[H]: of the vectors with rationales, or of those without."""
-        if thinks:
-            return self.with_rationale
-        assert self.without_rationale is not None, "span=rationale embeds nothing without a rationale"
-        return self.without_rationale
+        """[H]: of the vectors with rationales, or of those without.
+
+        Raises:
+            UserError: it has no mean of these.
+        """
+        mean = self.with_rationale if thinks else self.without_rationale
+        if mean is None:
+            has, wanted = ("without", "with") if thinks else ("with", "without")
+            raise UserError(
+                f"the model's centre is that of vectors {has} rationales, and these are {wanted}; {_WAY_OUT}"
+            )
+        return mean
 
     def write(self, folder: Path, settings: EmbedderSettings) -> None:
         """Write it into a model folder.
@@ -50,9 +57,8 @@ class Centre:
         Args:
             settings: by which the vectors were made.
         """
-        means = {_WITH: self.with_rationale}
-        if self.without_rationale is not None:
-            means[_WITHOUT] = self.without_rationale
+        both = {_WITH: self.with_rationale, _WITHOUT: self.without_rationale}
+        means = {name: mean for name, mean in both.items() if mean is not None}
         (folder / FILE_NAME).parent.mkdir(exist_ok=True)
         replace_file(folder / FILE_NAME, save(means, {_SETTINGS: json.dumps(_decided_by(settings))}))
 
@@ -70,7 +76,9 @@ class Centre:
             with safe_open(file, framework="np") as opened:
                 made_by = json.loads((opened.metadata() or {})[_SETTINGS])
                 means = {name: opened.get_tensor(name) for name in opened.keys()}
-            centre = cls(means[_WITH], means.get(_WITHOUT))
+            if not means.keys() & {_WITH, _WITHOUT}:
+                raise KeyError(_WITH)
+            centre = cls(means.get(_WITH), means.get(_WITHOUT))
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{file} is damaged or no centre ({error!r}); {_WAY_OUT}") from error
         for name, value in _decided_by(settings).items():

@@ -58,6 +58,8 @@ class EmbedderSettings(BaseModel):
     instructions: dict[str, str] = {}
     """What {instruction} stands for in a template, by the name of a task (mteb's names work for its tasks, their types,
     and `query` and `document`); `default` where no task is named."""
+    think: bool = True
+    """Whether a rationale is written, unless the caller decides; false = of no text, whatever its role."""
     query: RoleSettings = RoleSettings()
     """Template, thinking and token limit of texts that are embedded as queries."""
     document: RoleSettings = RoleSettings()
@@ -108,9 +110,10 @@ class EmbedderSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_roles(self) -> "EmbedderSettings":
-        for role in ROLES:
-            if self.span == "rationale" and not self.of_role(role).think:
-                raise ValueError(f"{role}.think=False needs span={EmbedderSettings.model_fields['span'].default}")
+        thinking = {"think": self.think, **{f"{role}.think": self.of_role(role).think for role in ROLES}}
+        off = next((name for name, thinks in thinking.items() if not thinks), None)
+        if off and self.span == "rationale":
+            raise ValueError(f"{off}=False needs span={EmbedderSettings.model_fields['span'].default}")
         if self.uses_instructions and DEFAULT_TASK not in self.instructions:
             raise ValueError(
                 f"a template has {INSTRUCTION}, so that instructions needs one named {DEFAULT_TASK}, for texts whose "
@@ -128,7 +131,7 @@ class EmbedderSettings(BaseModel):
         for role in (None, *ROLES):
             own = RoleSettings() if role is None else getattr(self, role)
             found[role] = RoleSettings(
-                template=own.template or self.template, think=own.think,
+                template=own.template or self.template, think=self.think and own.think,
                 max_new_tokens=own.max_new_tokens or self.max_new_tokens,
             )  # fmt: skip
         return found

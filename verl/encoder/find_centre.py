@@ -63,8 +63,10 @@ def centre_of(encoder: GraceEncoder, texts: list[str], **options: Any) -> Centre
         encoder: without a centre.
         options: of `GraceEncoder.encode`.
     """
-    without = None if encoder.settings.span == "rationale" else encoder.encode(texts, think=False, **options).mean(0)
-    return Centre(encoder.encode(texts, **options).mean(0), without)
+    settings = encoder.settings
+    with_rationale = encoder.encode(texts, think=True, **options).mean(0) if settings.think else None
+    without = None if settings.span == "rationale" else encoder.encode(texts, think=False, **options).mean(0)
+    return Centre(with_rationale, without)
 
 
 def read_texts(path: Path) -> Iterator[str]:

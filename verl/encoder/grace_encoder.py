@@ -200,8 +200,7 @@ class GraceEncoder:
             task: name of the instruction of the settings that {instruction} in a template stands for; None = the one
                 named `default`.
             instruction: in place of one of the settings, which have a task for each.
-            think: False embeds the prompt alone, without a rationale; None = as the settings say for the role, True
-                without one.
+            think: False embeds the prompt alone, without a rationale; None = as the settings say for the role.
             max_new_tokens, temperature: of the rationales; None = those of the settings.
             seed: of the sampling.
             return_rationales: also return the rationales as text.

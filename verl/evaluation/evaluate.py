@@ -27,7 +27,7 @@ from verl.errors import UserError
 from verl.evaluation.local_tasks import LocalTask
 from verl.evaluation.mteb_model import GraceMTEB, described
 from verl.evaluation.options import ASK_ABOVE_HOURS
-from verl.evaluation.plan import Rate, measure_rate, plan_costs, plan_table, sample_texts
+from verl.evaluation.plan import Rate, has_rationales, measure_rate, plan_costs, plan_table, sample_texts
 from verl.evaluation.records import name_of
 from verl.evaluation.report import Summary, TaskReport, timing_lines
 from verl.evaluation.suites import Selection, select_tasks
@@ -116,7 +116,7 @@ class Evaluation:
         """
         args, tasks = self.args, self.selection.tasks
         engine = f"{self.encoder.backend.spec.engine} ({self.encoder.engine_reason})"
-        thinks = not args.no_thinking
+        thinks = has_rationales(self.encoder, self.options)
         self.console.print(
             f"{len(tasks)} tasks ({self.selection.title}); rationales: {engine if thinks else 'none'}", markup=False
         )

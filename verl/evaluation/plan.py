@@ -100,8 +100,7 @@ def measure_rate(
     before, start = replace(encoder.usage), time.perf_counter()
     encoder.encode(texts, batch_size=batch_size, **options)
     seconds, spent = time.perf_counter() - start, encoder.usage - before
-    thinks = options.get("think") is not False
-    made = spent.rationales_made if thinks else spent.vectors_made
+    made = spent.rationales_made if has_rationales(encoder, options) else spent.vectors_made
     if made == 0:
         return None
     return Rate(
@@ -109,6 +108,12 @@ def measure_rate(
         seconds=seconds / made,
         chars=sum(map(len, texts)) / len(texts),
     )
+
+
+def has_rationales(encoder: GraceEncoder, options: Mapping[str, Any]) -> bool:
+    """Whether `encode` writes rationales with these options, for texts without a role."""
+    think = options.get("think")
+    return encoder.settings.think if think is None else think
 
 
 def plan_costs(tasks: Sequence[Any], rate: Rate, thinks: bool) -> list[TaskCost]:

@@ -56,8 +56,8 @@ class MemoryPlan:
     """Bytes on the GPU of a rank, of each stage when it takes most."""
     logits: int
     """Bytes of the logits of a chunk, within the activations of a pass through the LM head."""
-    cached_tokens: int
-    """Tokens that an engine's cache holds."""
+    cached_tokens: int | None
+    """Tokens that an engine's cache holds; None without an engine."""
     longest_row: int
     """Tokens."""
     host: dict[str, int]
@@ -83,7 +83,7 @@ class MemoryPlan:
     def misfits(self) -> list[str]:
         """The stages that do not fit."""
         found = [name for name, parts in self.stages.items() if sum(parts.values()) > self.usable]
-        if self.cached_tokens < self.longest_row:
+        if self.cached_tokens is not None and self.cached_tokens < self.longest_row:
             found.append("cache")
         return found
 
@@ -132,10 +132,10 @@ class Loads:
     def __init__(self, config: RunConfig, ranks: int, work: Work) -> None:
         data, section = config.data, config.actor_rollout_ref
         self._config, self._ranks, self._work = config, ranks, work
-        self.longest_row = data.max_prompt_length + data.max_response_length
-        self.trained = data.train_batch_size * section.rollout.n
+        self.longest_row = config.longest_row
+        self.trained = data.train_batch_size * config.rows_per_text
         self.anchors = data.train_batch_size * work.num_anchors
-        per_sample = section.rollout.n + (work.num_anchors if work.trains_anchors else 0)
+        per_sample = config.rows_per_text + (work.num_anchors if work.trains_anchors else 0)
         self._of_update = ceil(section.actor.ppo_mini_batch_size * per_sample / ranks)
         self._of_score = ceil((self.trained + self.anchors) / ranks)
         self._score_limit = section.actor.score_limit(section.rollout)
@@ -174,8 +174,8 @@ class Loads:
         config = self._config
         score = sum(trace.stages["score"].sent(self.score_micro_batches).values())
         updates = config.num_mini_batches * config.actor_rollout_ref.actor.ppo_epochs
-        sent = {
-            "sync": sum(trace.stages["sync"].wire.values()),
+        sent = {"sync": sum(trace.stages["sync"].wire.values())} if config.data.think else {}
+        sent |= {
             "score": score,
             "update": updates * sum(trace.stages["update"].sent(self.update_micro_batches).values()),
         }
@@ -184,16 +184,16 @@ class Loads:
     def tokens(self) -> dict[str, int]:
         rows = self.trained + self.anchors
         return {
-            "written": rows * self._config.data.max_response_length,
+            "written": rows * self._config.longest_rationale,
             "scored": rows * self.longest_row,
             "trained on": self.trained * self.longest_row * self._config.actor_rollout_ref.actor.ppo_epochs,
         }
 
     def row_bytes(self, hidden_size: int) -> int:
         """Of int64 ids, float32 log-probs and vectors that go to workers and come back."""
-        prompt, response = 8 * self._config.data.max_prompt_length, self._config.data.max_response_length
+        prompt, response = 8 * self._config.data.max_prompt_length, self._config.longest_rationale
         rows = self.trained + self.anchors
-        generation = rows * (prompt + 12 * response)
+        generation = rows * (prompt + 12 * response) * self._config.data.think
         vectors = 4 * hidden_size * self._work.embeds
         scoring = rows * (prompt + 8 * response + 4 * response + vectors)
         update = self.trained * (prompt + 8 * response + 2 * 4 * response)
@@ -210,15 +210,21 @@ class Loads:
         if micro_batches > 1 and limit.max_tokens and limit.max_tokens > length:
             count = ceil(limit.max_tokens / length)
             length = limit.max_tokens // count
-        response = max(1, length * self._config.data.max_response_length // self.longest_row)
+        response = max(1, length * self._config.longest_rationale // self.longest_row)
         rows = [Row(max(1, length - response), response, group) for group in range(count * min(2, micro_batches))]
         return tuple(rows)
 
 
 class _Engine:
-    """The rollout engine, by formulas."""
+    """The rollout engine, by formulas; nothing where no rationale is written."""
 
     def __init__(self, config: RunConfig, machines: Machines, trace: Trace, text_config: Any, loads: Loads) -> None:
+        self.cached_tokens: int | None = None
+        self.generating: Parts = {}
+        self.in_sync: Parts = {}
+        self.asleep: Parts = {}
+        if not config.data.think:
+            return
         rollout = config.actor_rollout_ref.rollout
         dtype: torch.dtype = getattr(torch, rollout.dtype)
         a_token = cache_bytes(text_config, dtype) / rollout.ranks_per_engine
@@ -230,11 +236,11 @@ class _Engine:
             cache = int(a_token * loads.decoded_tokens)
         self.cached_tokens = int(cache / a_token)
         alone: Parts = {"engine weights": weights}
-        self.generating: Parts = {**alone, "KV cache": cache}
+        self.generating = {**alone, "KV cache": cache}
         # hf keeps its weights and frees the cache. vllm keeps both, or frees both and wakes the cache after the sync.
         keeps_cache = is_vllm and not rollout.free_cache_engine
         self.in_sync = self.generating if keeps_cache else alone
-        self.asleep: Parts = {} if is_vllm and rollout.free_cache_engine else self.in_sync
+        self.asleep = {} if is_vllm and rollout.free_cache_engine else self.in_sync
 
 
 class _Reference:
@@ -260,6 +266,7 @@ class _DeviceUse:
 
     def __init__(self, config: RunConfig, machines: Machines, trace: Trace, lm: Any, engine: _Engine) -> None:
         self._machines, self._trace, self._engine = machines, trace, engine
+        self._writes = config.data.think
         self._folder = folder_size(config, trace.trained, trace.parameters, lm.dtype)
         self._start = _Start(config, machines, trace, lm)
         self._shards = trace.stages["score"].peak["shards"]
@@ -278,10 +285,13 @@ class _DeviceUse:
         shards: Parts = {} if self._by_torch or self._params_move else {"shards": self._shards}
         sync = self._traced("sync")
         gathered = {"gathered layers": sync.pop("activations", 0) + sync.pop("gathered layers", 0)}
-        stages = {
-            "start": self._loading(),
-            "sync": _sum(sync, gathered, engine.in_sync, optimizer, reference.waiting),
-            "generation": _sum(engine.generating, shards, optimizer, reference.waiting),
+        stages = {"start": self._loading()}
+        if self._writes:
+            stages |= {
+                "sync": _sum(sync, gathered, engine.in_sync, optimizer, reference.waiting),
+                "generation": _sum(engine.generating, shards, optimizer, reference.waiting),
+            }
+        stages |= {
             "score": _sum(self._traced("score"), engine.asleep, optimizer, reference.waiting),
             "update": _sum(self._traced("update"), engine.asleep, reference.waiting),
         }
@@ -329,7 +339,7 @@ class _DeviceUse:
 
     def moved(self) -> int:
         """Bytes between host and GPU: the weights there and back for sync, score and update, the optimizer once."""
-        moved = 2 * 3 * self._shards * self._params_move + 2 * self._optimizer * self._optimizer_moves
+        moved = 2 * (2 + self._writes) * self._shards * self._params_move + 2 * self._optimizer * self._optimizer_moves
         return moved + self._reference.moved
 
 
@@ -383,8 +393,9 @@ def lines(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
         verdict = "" if sum(parts.values()) <= plan.usable else "  DOES NOT FIT"
         yield f"  {stage}", f"{_gib(sum(parts.values()))} GiB = {named or '0'}{verdict}"
     yield "  logits", f"{_gib(plan.logits, 2)} GiB of a chunk at a time, when the LM head runs"
-    rows = plan.cached_tokens / plan.longest_row
-    yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
+    if plan.cached_tokens is not None:
+        rows = plan.cached_tokens / plan.longest_row
+        yield "  KV cache", f"{plan.cached_tokens} tokens, {rows:.1f} rows of full length in an engine (formula)"
     yield (
         "host memory",
         ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items()) + " GiB a machine (formula)",

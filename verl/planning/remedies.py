@@ -69,10 +69,10 @@ def _changes(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Iterato
     by_torch = section.actor.uses_offload_policy(section.actor.fsdp_config)
     if not by_torch:
         yield from _offloads(config)
-    if section.rollout.name == "vllm":
+    if plan.cached_tokens is not None and section.rollout.name == "vllm":
         yield from _engine_changes(config, machines, plan.misfits())
-    elif "generation" in plan.misfits():
-        yield from _fewer_sequences(plan)
+    elif plan.cached_tokens is not None and "generation" in plan.misfits():
+        yield from _fewer_sequences(plan.cached_tokens // plan.longest_row)
     if has_second_model(config):
         yield from _reference_changes(config, plan.misfits())
     if {"score", "update", "reference"} & set(plan.misfits()):
@@ -111,9 +111,8 @@ def _engine_changes(config: RunConfig, machines: Machines, misfits: list[str]) -
         yield from (_set(f"{_ROLLOUT}.tensor_model_parallel_size", wider) for wider in sizes)
 
 
-def _fewer_sequences(plan: MemoryPlan) -> Iterator[Change]:
+def _fewer_sequences(rows: int) -> Iterator[Change]:
     """For the cache of an hf engine, which is as large as the rows that are decoded together."""
-    rows = plan.cached_tokens // plan.longest_row
     while rows > 1:
         rows //= 2
         yield _set(f"{_ROLLOUT}.max_num_seqs", rows)
@@ -133,8 +132,7 @@ def _reference_changes(config: RunConfig, misfits: list[str]) -> Iterator[Change
 
 
 def _smaller_forwards(config: RunConfig) -> Iterator[Change]:
-    actor, data = config.actor_rollout_ref.actor, config.data
-    longest = data.max_prompt_length + data.max_response_length
+    actor, data, longest = config.actor_rollout_ref.actor, config.data, config.longest_row
     tokens, rows = actor.update_limit
     while tokens and tokens > longest:
         tokens = max(longest, tokens // 2)
@@ -142,7 +140,7 @@ def _smaller_forwards(config: RunConfig) -> Iterator[Change]:
     while rows and rows > 1:
         rows //= 2
         yield _set(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", rows)
-    response = data.max_response_length
+    response = config.longest_rationale
     while response > 64:
         response //= 2
         settings: list[tuple[str, Any]] = [(_RESPONSE, response)]

@@ -75,7 +75,7 @@ def prepare(args: argparse.Namespace) -> tuple[Service, socket.socket]:
     )  # fmt: skip
     queue = Queue(args.max_queue, args.max_batch)
     metrics = Metrics(queue)
-    thinks = not args.no_thinking
+    thinks = settings.think and not args.no_thinking
     worker = Worker(partial(load, args, settings), queue, metrics, thinks)
     return Service(args.name or args.model, thinks, worker, access, metrics), listen(args.host, args.port)
 

@@ -152,6 +152,8 @@ def check_hf(config: RunConfig) -> str:
 def check_vllm(config: RunConfig) -> str:
     """vLLM generates a short rationale, if the run may use it."""
     rollout = config.actor_rollout_ref.rollout
+    if not config.data.think:
+        return "not used: data.think=False"
     if rollout.name == "hf":
         return "not used: actor_rollout_ref.rollout.name=hf"
     name, reason = choose_engine(rollout.name)

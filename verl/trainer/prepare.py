@@ -98,6 +98,8 @@ def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
     """Raise `UserError` unless tensor_model_parallel_size divides the workers of a machine, and the engine has it."""
     rollout = config.actor_rollout_ref.rollout
     size = rollout.tensor_model_parallel_size
+    if not config.data.think:
+        return
     if size > 1 and rollout.name != "vllm":
         raise UserError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} needs the engine vllm, and this run "

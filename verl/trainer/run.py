@@ -39,7 +39,7 @@ from verl.workers.rollout.choose import choose_engine
 @dataclass(frozen=True)
 class TrainingRun:
     config: RunConfig
-    """With the engine's name resolved."""
+    """With the engine's name resolved, where there is an engine."""
     plan: BatchPlan
     dataset: PromptDataset
     collate: PromptCollator
@@ -56,14 +56,13 @@ class TrainingRun:
     device: str
     """cuda or cpu."""
     workers_per_node: int
-    engine_reason: str
-    """Why this rollout engine, in words."""
+    engine: str
+    """Which rollout engine, and why, in words."""
 
     def lines(self) -> list[tuple[str, str]]:
         """What the run will do, as (what, how much) lines."""
-        engine = self.config.actor_rollout_ref.rollout.name
         lines = [*self.plan.lines(), *self._negative_lines(), *self._prompt_lines(), *self.dataset.length_lines()]
-        lines.append(("rollout engine", f"{engine}: {self.engine_reason}"))
+        lines.append(("rollout engine", self.engine))
         lines += self._probe_lines()
         if self.folder_warning:
             lines.append(("run folder", self.folder_warning))
@@ -100,8 +99,10 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
     """
     check_packages(config.trainer.logger)
     device, workers_per_node = find_devices(config)
-    engine, engine_reason = choose_engine(config.actor_rollout_ref.rollout.name)
-    config = config.with_engine(engine)
+    engine = "none: data.think=False"
+    if config.data.think:
+        name, why = choose_engine(config.actor_rollout_ref.rollout.name)
+        config, engine = config.with_engine(name), f"{name}: {why}"
     check_engine_groups(config, workers_per_node)
     with as_user_error(ValueError):
         reward_manager = load_reward_manager(config)
@@ -137,7 +138,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
             resume = find_resume(config, folder, dataset.sha256, len(dataset))
         yield TrainingRun(
             config, plan, dataset, collate, validation, reward_manager, probe, folder, warning, resume, device,
-            workers_per_node, engine_reason,
+            workers_per_node, engine,
         )  # fmt: skip
 
 

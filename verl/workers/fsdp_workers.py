@@ -41,6 +41,7 @@ from verl.workers.device_stages import DeviceStages
 from verl.workers.rollout.base import NO_RESPONSE, Response, Responses, Rollout, step_seeds
 from verl.workers.rollout.choose import load_vllm_adapter
 from verl.workers.rollout.hf import HFRollout
+from verl.workers.rollout.none import NoRollout
 from verl.workers.scoring import score
 from verl.workers.weight_sync import CANARY, WeightSync
 
@@ -70,7 +71,7 @@ class ActorRolloutRefWorker(Worker):
         self.tokenizer = load_tokenizer(_model_path(self.config), model.trust_remote_code)
         loaded = self._load()
         self.lm = loaded.lm
-        check_longest_row(self.lm.config, self._longest_row)
+        check_longest_row(self.lm.config, self.run_config.longest_row)
         attention = kernel_in_use(self.lm.config, model.attn_implementation, self.device)
         policy = PolicyModel(self.lm)
         if model.enable_gradient_checkpointing:
@@ -82,7 +83,7 @@ class ActorRolloutRefWorker(Worker):
             add_adapter(self.lm, model, self.config.rollout.seed)
         self.weight_sync = WeightSync(
             policy, self.rollout, self._engine_dtype, self.config.rollout.check_weight_sync,
-            [self.tokenizer(text)["input_ids"][: self._longest_row - 1] for text in CANARY], self.stages,
+            [self.tokenizer(text)["input_ids"][: self.run_config.longest_row - 1] for text in CANARY], self.stages,
         )  # fmt: skip
         self.rollout.sleep()
         # A policy with adapters is the reference where they are off.
@@ -293,6 +294,8 @@ class ActorRolloutRefWorker(Worker):
     def _build_rollout(self) -> Rollout:
         """The engine, with random weights of its own until the first sync; before the policy takes device memory."""
         model, rollout = self.config.model, self.config.rollout
+        if not self.run_config.data.think:
+            return NoRollout()
         stop_ids = stop_token_ids(self.tokenizer, self.lm.config, self.lm.generation_config)
         if rollout.name == "hf":
             engine_lm = build_twin(self.lm, self._engine_dtype, self.device, model.trust_remote_code)
@@ -302,14 +305,10 @@ class ActorRolloutRefWorker(Worker):
         return load_vllm_adapter().VLLMRollout(
             model, rollout, self.device, stop_ids,
             weight_names=[name for name, _ in self.lm.named_parameters()],
-            max_model_len=rollout.max_model_len or self._longest_row,
+            max_model_len=rollout.max_model_len or self.run_config.longest_row,
             max_num_seqs=min(rollout.max_num_seqs, most_rows),
             engines_per_node=self.place.workers_per_node // ranks,
         )  # fmt: skip
-
-    @property
-    def _longest_row(self) -> int:
-        return self.run_config.data.max_prompt_length + self.run_config.data.max_response_length
 
     @property
     def _engine_dtype(self) -> torch.dtype:

@@ -102,7 +102,8 @@ class RayPPOTrainer:
         5. Log the step; then figures of held-out texts (val, diag), alerts and a checkpoint (save), where due.
 
         Steps without rationales (trainer.contrastive_warmup_steps, trainer.contrastive_steps_between) embed the texts
-        alone. They follow no policy gradient, as no step does with actor_rollout_ref.actor.embedding_grad_share=1.
+        alone. They follow no policy gradient, as no step does with actor_rollout_ref.actor.embedding_grad_share=1. With
+        data.think=False there are no other steps.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -368,7 +369,9 @@ class RayPPOTrainer:
             self.display.say(f"the best {name} so far: {metrics[name]:.4f}, step {step}")
 
     def write_held_out(self, prompts: DataProto) -> DataProto:
-        """Prompt rows with one rationale each, drawn with the same seeds in every call."""
+        """Prompt rows with one rationale each, drawn with the same seeds in every call; or with none."""
+        if not self.config.data.think:
+            return step_rows.without_rationales(prompts, score_texts=False)
         self.workers.sync_rollout_weights()
         return self.generate(prompts, step=0)
 
