@@ -20,7 +20,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-STEP=${STEP:-latest}
 OUTPUT_DIR=${OUTPUT_DIR:-results}
 GPUS=$("$PYTHON" -c 'from verl.utils.gpus import count_gpus; print(count_gpus())')
 
@@ -42,19 +41,21 @@ fi
 # The model's folder: RUN itself, with a whole model or an adapter, or a checkpoint of the run.
 if [[ -f "$RUN/config.json" || -f "$RUN/adapter_config.json" ||
     ( ! -e "$RUN" && "$RUN" == */* && "$RUN" != checkpoints/* && "$RUN" != /* && "$RUN" != .* ) ]]; then
+    [[ -z "${STEP:-}" ]] || fail "STEP=$STEP: RUN=$RUN is a model, and has no steps; leave STEP out"
     MODEL=$RUN
 else
     [[ -d "$RUN" ]] || fail "RUN=$RUN does not exist; train first (bash train.sh, or make quickstart), or give RUN"
     if [[ -d "$RUN/actor" ]]; then
+        [[ -z "${STEP:-}" ]] || fail "STEP=$STEP: RUN=$RUN is a step already; leave STEP out, or give the run's folder"
         CHECKPOINT=${RUN%/}
-    elif [[ "$STEP" != latest ]]; then
+    elif [[ "${STEP:-latest}" != latest ]]; then
         CHECKPOINT=${RUN%/}/global_step_$STEP
     else
         TRACKER=$RUN/latest_checkpointed_iteration.txt
         [[ -f "$TRACKER" ]] || fail "RUN=$RUN holds no checkpoint ($TRACKER is missing)"
         CHECKPOINT=${RUN%/}/global_step_$(< "$TRACKER")
     fi
-    [[ -d "$CHECKPOINT" ]] || fail "STEP=$STEP: there is no $CHECKPOINT; there are: $(cd "$RUN" && echo global_step_*)"
+    [[ -d "$CHECKPOINT" ]] || fail "STEP=${STEP:-latest}: there is no $CHECKPOINT; there are: $(cd "$RUN" && echo global_step_*)"
     MODEL=$CHECKPOINT/huggingface
     if ! compgen -G "$MODEL/*.safetensors" > /dev/null; then
         # A checkpoint with shards only, as verl 0.4 writes them. Its whole path, as runs may have the same name.
@@ -68,6 +69,7 @@ fi
 if [[ -z "${TASKS:-}${TASK_DIR:-}" ]]; then
     WHAT=(--suite "${SUITE:-quick}")
 else
+    [[ -z "${SUITE:-}" ]] || fail "SUITE=$SUITE with TASKS or TASK_DIR: give a suite, or tasks"
     # shellcheck disable=SC2206 -- names of tasks are words
     WHAT=(${TASKS:+--tasks $TASKS} ${TASK_DIR:+--task_dir "$TASK_DIR"})
 fi

@@ -625,6 +625,11 @@ class RunConfig(_Section):
         return self.actor_rollout_ref.actor.has_kl_loss or self.algorithm.has_kl_in_reward
 
     @property
+    def saves(self) -> bool:
+        """Whether any step is saved."""
+        return self.trainer.save_freq != 0 or self.trainer.save_best is not None
+
+    @property
     def validates(self) -> bool:
         return self.trainer.test_freq > 0 or self.trainer.val_before_train
 

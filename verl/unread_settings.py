@@ -99,7 +99,7 @@ READERS = (
     ),
     Reader(
         ("trainer.max_actor_ckpt_to_keep", "trainer.report"), "trainer.save_freq other than 0, or trainer.save_best",
-        lambda c: c.trainer.save_freq != 0 or c.trainer.save_best is not None,
+        lambda c: c.saves,
     ),
     Reader(
         ("custom_reward_function.name", "custom_reward_function.reward_kwargs"), "custom_reward_function.path",

@@ -1,6 +1,7 @@
 """eval_mteb.py as its users run it, on local tasks of every type with the tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,31 @@ def test_a_second_run_repeats_nothing_and_reports_the_same(whole_run, tiny_folde
     assert eval_mteb.main(arguments(tiny_folder, tasks, whole_run)) == 0
     again = summary(whole_run, "tiny")
     assert again["tasks"] == before["tasks"] and again["means"] == before["means"]
+
+
+def test_the_rate_of_other_settings_is_not_that_of_a_plan(tiny_folder, tasks, tmp_path, capsys):
+    """In the third run all texts are stored, so that nothing is measured; the rate is that of the first run."""
+    plans = []
+    for tokens in ("20", "2", "20", "2"):
+        options = ["--tasks", "Sts", "--thinking_max_length", tokens, "--overwrite"]
+        assert eval_mteb.main([*arguments(tiny_folder, tasks, tmp_path), *options]) == 0
+        plans.append(capsys.readouterr().out)
+    said = [re.search(r"([\d.]+) rationale tokens a text", plan) for plan in plans]
+    assert [found and float(found[1]) <= 2 for found in said[:2]] == [False, True]
+    assert said[2] is None and "no plan: the sample was in the store already" in plans[2]
+    assert said[3] is not None and said[3][0] == said[1][0]
+
+
+def test_scores_in_the_card_say_by_which_other_settings_they_are(tmp_path, tasks):
+    model = save_tiny(tmp_path / "model")
+    write_card(model, "model", EmbedderSettings(), {}, "a command", {})
+    for more in ([], ["--pooling_method", "last"], ["--no_thinking"]):
+        command = ["--model_path", str(model), "--output_dir", str(tmp_path / "out"), "--task_dir", str(tasks)]
+        assert eval_mteb.main([*command, "--tasks", "Sts", "--input_max_length", "1024", *more]) == 0
+    titles = [line for line in (model / "README.md").read_text().splitlines() if line.startswith("### ")]
+    assert len(titles) == 3 and ";" not in titles[0]
+    assert titles[1] == f"{titles[0]}; scores with pooling='last', and the model's is 'mean'"
+    assert titles[2] == f"{titles[0]}; scores with think=False, and the model's is True"
 
 
 def test_other_settings_do_not_share_results(whole_run, tiny_folder, tasks):

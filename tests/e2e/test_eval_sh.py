@@ -51,6 +51,21 @@ def test_the_latest_or_a_chosen_step_of_a_run_is_scored(tmp_path, run_dir):
     assert summary(tmp_path, "my_run-global_step_2_no_thinking")["settings"]["think"] is False
 
 
+@pytest.mark.parametrize(
+    ("run", "environment", "told"),
+    [
+        ("my_run/global_step_4", {"STEP": "2"}, "STEP=2: RUN={run} is a step already; leave STEP out"),
+        ("my_run/global_step_4/huggingface", {"STEP": "2"}, "STEP=2: RUN={run} is a model, and has no steps"),
+        ("my_run", {"SUITE": "eng-v1", "TASKS": "Sts"}, "SUITE=eng-v1 with TASKS or TASK_DIR: give a suite, or tasks"),
+        ("my_run", {"SUITE": "eng-v1", "TASK_DIR": "x"}, "SUITE=eng-v1 with TASKS or TASK_DIR: give a suite, or tasks"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(tmp_path, run_dir, run, environment, told):
+    run = f"{run_dir.parent}/{run}"
+    done = evaluate(tmp_path, RUN=run, **environment)
+    assert done.returncode == 2 and f"eval.sh: {told.format(run=run)}" in done.stderr
+
+
 def test_without_a_gpu_and_a_selection_the_local_tasks_are_run_with_a_message(tmp_path, run_dir):
     done = evaluate(tmp_path, "--no_thinking", RUN=str(run_dir))
     assert done.returncode == 0, done.stderr

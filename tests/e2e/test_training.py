@@ -81,6 +81,13 @@ def test_metrics_of_every_step_are_there_and_consistent(whole_run):
     assert list((whole_run / "tensorboard").iterdir())
 
 
+def test_a_step_is_saved_before_the_untrained_model_is_loaded_for_its_diagnosis(whole_run):
+    """What fails there costs no step."""
+    lines = [m for m in read_metrics(whole_run) if m["step"] == 5]
+    order = [next(i for i, m in enumerate(lines) if name in m) for name in ("time/val_s", "time/save_s", "time/diag_s")]
+    assert order == sorted(order) and len(set(order)) == 3
+
+
 def test_samples_show_texts_rationales_and_rewards(whole_run):
     samples = read_samples(whole_run, 2)
     assert [s["role"] for s in samples].count("positive") == 12

@@ -32,7 +32,7 @@ def test_two_processes_give_the_vectors_and_rationales_of_one(spread, tiny_folde
     vectors, same = spread.encode(TEXTS, **SAMPLED)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
     assert same == rationales
-    assert spread.backend.size == alone.backend.size
+    assert spread.backend.facts == alone.backend.facts
     for name in ("rationales_made", "vectors_made", "generated_tokens", "forward_tokens", "truncated"):
         assert getattr(spread.usage, name) == getattr(alone.usage, name), name
     # Again from the store, without thinking, and one text alone: fewer texts than processes.

@@ -211,6 +211,18 @@ def test_rationales_may_be_shorter_than_those_of_the_settings(pair, tmp_path):
     assert np.abs(found - encoder.encode(TEXTS).mean(0)).max() > 1e-4
 
 
+def test_the_prompt_of_a_flag_embedding_file_is_no_chat(tmp_path):
+    table = pa.table({"query": ["a"], "pos": [["b"]], "neg": [["c"]], "prompt": ["find it"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert list(read_texts(tmp_path / "t.parquet")) == ["a", "b", "c"]
+
+
+def test_a_bad_first_triplet_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"query": "a", "positive": "b", "negative": ""}\n')
+    with pytest.raises(UserError, match="line 1: negative is empty"):
+        list(read_texts(tmp_path / "t.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "texts"),
     [

@@ -18,7 +18,7 @@ from verl.trainer.compose import CONFIG_DIR, compose_config
 from verl.trainer.machine_checks import check_ray
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo.validation import read_pairs
-from verl.trainer.prepare import build_renderer, check_engine_groups, find_devices, start_ray
+from verl.trainer.prepare import build_renderer, check_engine_groups, check_shard_groups, find_devices, start_ray
 
 ORIGINAL = """
 algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False algorithm.use_kl_in_reward=False
@@ -361,6 +361,24 @@ def test_the_cpus_given_to_ray_bound_the_workers(tiny_folder, files):
         assert find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus}")) == ("cpu", cpus)
         with pytest.raises(UserError, match=f"this machine has {cpus} CPUs .*; set it to {cpus} or less"):
             find_devices(tiny_run(tiny_folder, files, *given, f"trainer.n_gpus_per_node={cpus + 1}"))
+
+
+def test_each_worker_on_a_gpu_takes_a_cpu_of_ray(tiny_folder, files, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"ray_init.num_cpus=3 is less than the 4 workers, .*; leave it out, or"):
+        find_devices(tiny_run(tiny_folder, files, "ray_init.num_cpus=3"))
+    assert find_devices(tiny_run(tiny_folder, files, "ray_init.num_cpus=4")) == ("cuda", 4)
+
+
+def test_groups_of_shards_that_do_not_fit_the_workers_are_told_before_these_start(tiny_folder, files):
+    for section, value, also in (("actor", 3, ()), ("ref", 3, ("trainer.diag_freq=5",))):
+        key = f"actor_rollout_ref.{section}.fsdp_config.fsdp_size"
+        config = tiny_run(tiny_folder, files, f"{key}={value}", *also)
+        with pytest.raises(UserError, match=f"{key}=3 does not divide the 4 workers"):
+            check_shard_groups(config, 4)
+        check_shard_groups(config, 6)
+    # Nobody loads a second model here.
+    check_shard_groups(tiny_run(tiny_folder, files, f"{key}=3", "trainer.diag_freq=-1"), 4)
 
 
 def test_without_ray_there_is_one_worker_however_many_gpus_are_visible(tiny_folder, files, monkeypatch):

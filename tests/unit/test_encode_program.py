@@ -60,7 +60,25 @@ def test_vectors_as_they_are_and_options_out_of_their_range(tiny_folder, tmp_pat
         capsys.readouterr()
         assert program.main(arguments(tiny_folder, source, tmp_path / "other.parquet", option)) == 2
         assert capsys.readouterr().err.startswith(message)
-    assert not (tmp_path / "other.store").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "texts.jsonl"]
+
+
+def test_the_store_of_an_output_is_no_folder_that_someone_else_may_have_made(tiny_folder, tmp_path):
+    source, output = tmp_path / "texts.txt", tmp_path / "out.parquet"
+    source.write_text("a card\n")
+    own = tmp_path / "out.store"
+    assert program.main(arguments(tiny_folder, source, output, "--store", str(own))) == 0
+    assert program.main(arguments(tiny_folder, source, output)) == 0
+    with EmbeddingStore(own) as store:
+        assert store.count() == (1, 1)
+
+
+@pytest.mark.parametrize("form", [[], ["--shard_rows", "2"]])
+def test_a_bad_line_anywhere_is_told_before_a_model_is_loaded(tmp_path, capsys, form):
+    source = tmp_path / "texts.jsonl"
+    source.write_text('{"text": "a"}\n' * 9 + '{"text": ""}\n')
+    assert program.main(arguments("no/such/model", source, tmp_path / "out", *form)) == 2
+    assert "texts.jsonl, line 10: text is empty" in capsys.readouterr().err
 
 
 def test_a_killed_run_is_continued(tiny_folder, tmp_path, capsys):
@@ -83,7 +101,7 @@ def test_a_killed_run_is_continued(tiny_folder, tmp_path, capsys):
     command = [sys.executable, "-c", code, *arguments(tiny_folder, source, output, "--batch_size", "4")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
     assert not output.exists()
-    with EmbeddingStore(tmp_path / "out.store") as store:
+    with EmbeddingStore(tmp_path / ".out.parquet.store") as store:
         kept = store.count()[0]
     assert 3 <= kept <= 12
     assert program.main(arguments(tiny_folder, source, output)) == 0
@@ -91,7 +109,7 @@ def test_a_killed_run_is_continued(tiny_folder, tmp_path, capsys):
     made = (len(set(TEXTS)) - kept) * 8
     said = capsys.readouterr().out
     assert int(said.split(" rationale tokens generated")[0].split()[-1]) <= made, said
-    assert not (tmp_path / "out.store").exists()
+    assert not (tmp_path / ".out.parquet.store").exists()
 
 
 def test_a_store_that_was_given_stays(tiny_folder, tmp_path):

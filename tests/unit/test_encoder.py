@@ -380,6 +380,28 @@ def test_rows_beyond_the_models_positions_are_rejected(encoder):
         encoder.encode(TEXTS, max_new_tokens=4000)
 
 
+def test_prompts_beyond_the_models_positions_are_rejected_without_rationales_too(tiny_folder):
+    encoder = GraceEncoder(tiny_folder, device="cpu", max_prompt_length=4097)
+    with pytest.raises(ValueError, match="max_prompt_length=4097 is more than the model's 4096 positions"):
+        encoder.encode(TEXTS, think=False)
+
+
+def test_a_prompt_that_leaves_no_room_names_the_encoders_own_setting(tiny_folder):
+    with pytest.raises(ValueError, match="the prompt without the text fills max_prompt_length=20 and"):
+        GraceEncoder(tiny_folder, device="cpu", max_prompt_length=20).encode(TEXTS, think=False)
+
+
+def test_another_chat_template_is_another_description(tiny_folder, tmp_path, encoder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", " <|im_end|>"))
+    other = GraceEncoder(folder, device="cpu")
+    assert other.revision == encoder.revision and other.describe(think=False) != encoder.describe(think=False)
+    encoder.encode_to_parquet(TEXTS, tmp_path / "out", think=False)
+    with pytest.raises(UserError, match="tokenizer_hash"):
+        other.encode_to_parquet(TEXTS, tmp_path / "out", think=False)
+
+
 def test_an_empty_text_is_embedded_as_an_empty_turn_and_counted(encoder, tiny_folder):
     before = encoder.usage.empty_texts
     vector = encoder.encode(["a card", "  "], think=False)[1]
@@ -437,6 +459,16 @@ class TestStore:
     def test_other_sampling_makes_other_rationales(self, tiny_folder, tmp_path, change):
         self.encode(tiny_folder, tmp_path, (4, 4))
         self.encode(tiny_folder, tmp_path, (4, 4), **change)
+
+    def test_other_end_tokens_make_other_rationales(self, tiny_folder, tmp_path):
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        self.encode(folder, tmp_path / "store", (4, 4))
+        _, rationales = self.encode(folder, tmp_path / "store", (0, 0))
+        ends = list(range(100, 200))  # most rationales have one of these
+        config = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+        _, shorter = self.encode(folder, tmp_path / "store", (4, 4))
+        assert shorter != rationales
 
     def test_not_thinking_shares_nothing_with_thinking(self, tiny_folder, tmp_path):
         self.encode(tiny_folder, tmp_path, (4, 4))

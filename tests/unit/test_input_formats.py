@@ -183,6 +183,9 @@ CELLS = [
     ("[]", "pos is empty"),
     ("[citation needed]", "[citation needed]"),
     ("(see below)", "(see below)"),
+    ("{{}}", "{{}}"),
+    ('{{"name"}}', '{{"name"}}'),
+    ("{[1]: 2}", "{[1]: 2}"),
     ("5", "5"),
 ]
 

@@ -135,6 +135,17 @@ class TestSentenceTransformers:
         assert module["type"] == "verl.encoder.sentence_transformers.GraceModule" and module["type"] in card
         assert not list((folder / "out").glob("*.py"))
 
+    def test_another_length_is_heeded(self, folder):
+        model, long = self.load(folder), ["a card " * 200]
+        assert model.max_seq_length == model.get_max_seq_length() == 400
+        with pytest.raises(ValueError, match="more than max_prompt_length=400"):
+            model.encode(long)
+        model.max_seq_length = 2000
+        expected = GraceEncoder(folder / "out", device="cpu", max_prompt_length=2000).encode(long)
+        np.testing.assert_allclose(model.encode(long), expected, atol=1e-6)
+        with pytest.raises(UserError, match="max_prompt_length=0"):
+            model.max_seq_length = 0
+
     def test_a_prompt_or_a_chat_is_refused(self, folder):
         model = self.load(folder)
         with pytest.raises(UserError, match="give none"):

@@ -199,6 +199,14 @@ def test_an_adapter_that_peft_has_saved_for_inference_is_trained_all_the_same(fo
     assert len(trained) == 2 * 3 and all(".q_proj.lora_" in name for name in trained)
 
 
+def test_an_adapter_that_was_trained_with_dropout_is_trained_without(folder, tmp_path):
+    given = LoraConfig(r=RANK, target_modules=["q_proj"], lora_dropout=0.5)
+    get_peft_model(tiny_model(), given).save_pretrained(tmp_path / "adapter")
+    lm = adapted_policy(folder, lora_rank=0, lora_adapter_path=str(tmp_path / "adapter")).lm
+    layer, inputs = lm.model.layers[0].self_attn.q_proj, torch.randn(5, 64)
+    assert layer.lora_A and torch.equal(layer.train()(inputs), layer.eval()(inputs))
+
+
 def test_an_adapter_finds_the_folder_of_its_model_from_everywhere(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)
     saved = save_adapter(adapted_policy(folder.name), folder.name, tmp_path / "adapter")

@@ -225,6 +225,12 @@ def test_offload_moves_weights_and_moments_out_of_the_other_stages(tiny_folder):
     )
 
 
+def test_a_model_whose_keys_and_values_differ_in_size_has_a_plan(tmp_path):
+    """No flash attention computes it, and training takes sdpa."""
+    tiny(tmp_path, "deepseek_v3")
+    assert make_plan(a_run(tmp_path), Machines(GIB, 4), WORK).stages["update"]["activations"] > 0
+
+
 def test_without_rationales_there_is_no_engine_and_rows_are_texts(tiny_folder):
     machines = Machines(GIB, 4)
     writes = a_run(tiny_folder, **{"actor_rollout_ref.actor.fsdp_config.param_offload": True})

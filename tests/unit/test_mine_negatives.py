@@ -10,6 +10,8 @@ from training_formats import DATA
 
 import verl.mine_negatives as program
 from verl import GraceEncoder
+from verl.encoder import hard_negatives
+from verl.encoder.backend import Backend
 from verl.export_sentence_transformer import main as export
 
 WORDS = "river stone paper cloud engine garden winter bottle window copper violin market island shadow".split()
@@ -127,4 +129,31 @@ def test_wrong_flags_are_told(tiny_folder, tmp_path, capsys, flags, message):
     ]
     assert program.main([str(a) for a in [*argv, "--device", "cpu", *flags]]) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    kept = [".o.jsonl.store"] if message == "no text of" else []
+    assert [path.name for path in tmp_path.iterdir()] == kept
+
+
+def test_what_is_embedded_is_kept_until_negatives_are_written_and_similarities_fit_the_memory(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """The process ends when all texts are embedded: as if memory had run out over the similarities."""
+    monkeypatch.setattr(hard_negatives, "_SIMILARITIES", 100)
+    mine, given = hard_negatives.mine_hard_negatives, {}
+
+    def end(dataset, model, corpus, **options):
+        model.encode_query(dataset["query"]), model.encode_document([*corpus, *dataset["positive"]])
+        given.update(options)
+        raise MemoryError
+
+    source, output = DATA / "sentence_transformers_pairs.csv", tmp_path / "o.jsonl"
+    argv = ["--model", tiny_folder, "--input", source, "--output", output, "--device", "cpu", "--max_new_tokens", 3]
+    argv = [*map(str, argv), "--margin=0"]
+    monkeypatch.setattr(hard_negatives, "mine_hard_negatives", end)
+    with pytest.raises(MemoryError):
+        program.main(argv)
+    pairs = len(source.read_text().splitlines()) - 1
+    assert given["faiss_batch_size"] == 100 // pairs and given["verbose"] is False
+    monkeypatch.setattr(hard_negatives, "mine_hard_negatives", mine)
+    monkeypatch.setattr(Backend, "generate", lambda *_: pytest.fail("generated again"))
+    assert program.main(argv) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl"]

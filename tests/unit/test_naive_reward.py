@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 
@@ -183,12 +184,19 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
             "2 of 4 scores are not finite, the first is nan for sample 2, text 'text 2', rationale 'so 6'",
         ),
         (RewardOutput(torch.zeros(4), columns={"gap": torch.zeros(3)}), r"columns\['gap'\] has the shape \[3\]"),
-        (RewardOutput(torch.zeros(4), metrics={"note": "good"}), r"metrics\['note'\] is 'good'; give a Python number"),
+        (RewardOutput(torch.zeros(4), metrics={"note": "good"}), r"metrics\['note'\] is 'good'; give a number"),
+        (RewardOutput(torch.zeros(4), metrics={"two": torch.zeros(2)}), r"metrics\['two'\] is tensor.*; give a number"),
     ],
 )
 def test_what_a_manager_returns_is_checked_at_the_door(output: Any, complaint: str) -> None:
     with pytest.raises(RewardError, match=rf"reward_model.reward_manager=mine.*{complaint}"):
         CheckedRewardManager(Returning(output), "mine")(make_rows(CASES))
+
+
+def test_metrics_of_other_libraries_become_numbers_that_files_and_trackers_take() -> None:
+    given = {"double": np.float64(1.5), "single": np.float32(0.5), "count": 3, "scalar": torch.tensor(0.25)}
+    found = CheckedRewardManager(Returning(RewardOutput(torch.zeros(4), metrics=given)), "mine")(make_rows(CASES))
+    assert orjson.loads(orjson.dumps(found.metrics)) == {"double": 1.5, "single": 0.5, "count": 3, "scalar": 0.25}
 
 
 WIDE = torch.zeros(4, 8)

@@ -12,9 +12,12 @@ import pytest
 
 from verl.checkpoint.run_folder import CheckpointError, RunFolder
 from verl.checkpoint.saver import CheckpointSaver
+from verl.config import RunConfig
 from verl.errors import WorkerError
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 GIB = 2**30
+AUTO = "the same command with trainer.resume_mode=auto"
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -63,7 +66,7 @@ def test_a_save_that_fails_leaves_the_earlier_steps_and_nothing_half_written(tmp
         saver.save(15, half(error))
     said = str(failed.value)
     assert said.startswith(f"{error}\nstep 15 could not be saved in {tmp_path} (1.50 GiB free). Free some space")
-    assert said.endswith("with trainer.resume_mode=auto it resumes from step 10.")
+    assert said.endswith("without trainer.resume_from_path, it resumes from step 10.")
     assert saver.saved_step == 10 and run.steps() == [5, 10] and run.newest_whole() == (run.step(10), [])
     assert not list(tmp_path.glob(".global*"))
     # The run may save again, and old steps go only then.
@@ -103,3 +106,23 @@ def test_a_run_folder_that_is_gone_is_told_too(tmp_path, monkeypatch):
 
     with pytest.raises(CheckpointError, match=r"(?s)step 5 could not be saved in .*No such file .* the beginning"):
         saver.save(5, write)
+
+
+@pytest.mark.parametrize(
+    ("mode", "first", "saved", "continues", "told"),
+    [
+        ("auto", 0, 3, False, "the same command resumes from step 3"),
+        ("disable", 0, 3, False, "the same command with trainer.resume_mode=auto resumes from step 3"),
+        # From another run's step 4, with and without a step of its own.
+        ("resume_path", 4, 4, False, "the same command resumes from step 4"),
+        ("resume_path", 4, 6, False, f"{AUTO} and without trainer.resume_from_path resumes from step 6"),
+        ("resume_path", 4, 4, True, f"{AUTO} and without trainer.resume_from_path resumes from step 4"),
+    ],
+)
+def test_a_stopped_run_names_a_command_that_goes_on(mode, first, saved, continues, told):
+    run = SimpleNamespace(
+        config=RunConfig.model_validate({"trainer": {"resume_mode": mode}}), first_step=first,
+        saver=SimpleNamespace(saved_step=saved), continues_own_folder=continues,
+        run=SimpleNamespace(resume=first > 0),
+    )  # fmt: skip
+    assert RayPPOTrainer.how_to_go_on(run) == told

@@ -23,6 +23,7 @@ from serving import NAME, ask, served
 from tiny import save_tiny
 
 from verl import GraceEncoder
+from verl.embedding.centre import Centre
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder import backend
 from verl.serve.__main__ import main, parse_args
@@ -159,6 +160,18 @@ def test_a_model_that_embeds_without_rationales_is_served_so(tiny_folder, tmp_pa
             found = vectors_of(ask(address, input=TEXTS, **fields))
             np.testing.assert_allclose(found, encoder.encode(TEXTS, think=False), atol=2e-6)
         np.testing.assert_allclose(vectors_of(ask(address, input=TEXTS, think=True)), encoder.encode(TEXTS), atol=2e-6)
+
+
+def test_a_centre_of_other_vectors_is_the_requests_error(tiny_folder, tmp_path, encoder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = encoder.settings.changed(think=False, centre=True)
+    settings.write(folder)
+    Centre(None, encoder.encode(TEXTS, think=False).mean(0)).write(folder, settings)
+    with served(folder) as (address, _):
+        assert ask(address, input=TEXTS).status_code == 200
+        refused = ask(address, input=TEXTS, think=True)
+        assert refused.status_code == 400
+        assert "centre is that of vectors without rationales" in refused.json()["error"]["message"]
 
 
 def test_a_server_without_thinking_still_thinks_when_asked(tiny_folder, encoder):

@@ -47,6 +47,18 @@ def test_a_saved_model_has_the_dtype_of_its_base(tmp_path, dtype):
     assert AutoModelForCausalLM.from_pretrained(saved, dtype="auto").dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.9, "top_p": 0.6}, {"early_stopping": True, "num_beams": 1}], ids=str
+)
+def test_a_generation_config_that_transformers_loads_with_a_warning_is_kept(tmp_path, sampling):
+    base = write_base(tmp_path / "base", torch.float32)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, **sampling}))
+    saved = save(load_causal_lm(str(base)), tmp_path / "saved")
+    kept = json.loads((saved / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == 5 and {**kept, **sampling} == kept
+    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.eos_token_id == 5
+
+
 def test_a_config_with_the_old_name_of_the_dtype_counts(tmp_path):
     base = write_base(tmp_path / "base", torch.bfloat16)
     config = json.loads((base / "config.json").read_text())

@@ -74,6 +74,12 @@ def test_better_is_larger_but_for_distances():
     assert not is_better("val/mrr", float("nan"), None)
 
 
+def test_an_over_long_scored_pair_is_told_before_the_run_where_no_text_may_be_cut(validation):
+    validation(first="word " * 500)
+    with pytest.raises(UserError, match=r"data.val_sts_file=.*pairs.jsonl: a prompt has \d+ tokens, more than"):
+        validation(first="word " * 500, truncation="error")
+
+
 # ---- the figures of a validation ----
 
 # The direction of each text's vector in the plane, in degrees. The fourth triplet is one too many.
@@ -131,7 +137,7 @@ def validation(tmp_path):
 
     def build(
         roles: tuple[str, ...] = ("positive", "query", "negative"), needs_embeddings: bool = True,
-        val_kwargs: dict | None = None, **data,
+        val_kwargs: dict | None = None, first: str = "first 0", **data,
     ) -> Validation:  # fmt: skip
         rows = [
             {
@@ -145,11 +151,12 @@ def validation(tmp_path):
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
         pairs = [{"sentence1": f"first {i}", "sentence2": f"second {i}", "score": PAIR_SCORES[i]} for i in range(3)]
+        pairs[0]["sentence1"] = first
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         settings = {"train_batch_size": 2, "val_max_samples": 3, "val_sts_file": str(tmp_path / "pairs.jsonl"), **data}
         rollout = {"val_kwargs": val_kwargs or {}}
         config = RunConfig.model_validate({"data": settings, "actor_rollout_ref": {"rollout": rollout}})
-        renderer = PromptRenderer(tiny_tokenizer())
+        renderer = PromptRenderer(tiny_tokenizer(), config.data.max_prompt_length, config.data.truncation)
         samples = PromptDataset([str(tmp_path / "test.parquet")], config.data, roles, renderer)
         collate = PromptCollator(renderer, EmbedderSettings(), config.data.reward_fn_key)
         return Validation(config, samples, collate, needs_embeddings)

@@ -63,9 +63,9 @@ class NoModel:
     """In place of the processes that hold a model."""
 
     def __init__(self, spec, num_processes: int = 1) -> None:
-        self.size = SimpleNamespace(hidden=2)
+        self.facts = SimpleNamespace(hidden=2)
         names = ("engine", "device", "tensor_parallel_size", "gpu_memory_utilization")
-        self.facts = {**{name: getattr(spec, name) for name in names}, "num_processes": num_processes}
+        self.given = {**{name: getattr(spec, name) for name in names}, "num_processes": num_processes}
 
     def close(self) -> None:
         pass
@@ -134,8 +134,8 @@ def test_a_flag_of_the_settings_changes_them_alone(tiny_folder, tmp_path, open_e
 )
 def test_a_flag_of_the_engine_changes_it_alone(tiny_folder, open_encoder, flags, flag):
     _, name, value = flags[flag]
-    assert open_encoder(tiny_folder).backend.facts == DEFAULT_BACKEND
-    assert open_encoder(tiny_folder, *given(flags, flag)).backend.facts == {**DEFAULT_BACKEND, name: value}
+    assert open_encoder(tiny_folder).backend.given == DEFAULT_BACKEND
+    assert open_encoder(tiny_folder, *given(flags, flag)).backend.given == {**DEFAULT_BACKEND, name: value}
 
 
 @pytest.mark.parametrize("output", ["vectors.parquet", "vectors"])

@@ -64,6 +64,6 @@ class CheckpointSaver:
         last = f"step {left[-1]}" if left else "the beginning, as there is no checkpoint yet"
         return CheckpointError(
             f"{error}\nstep {step} could not be saved in {self.run.path} ({room}). Free some "
-            "space, or make it writable, and start the same command again: with trainer.resume_mode=auto it resumes "
-            f"from {last}."
+            "space, or make it writable, and start the same command again: with trainer.resume_mode=auto, and without "
+            f"trainer.resume_from_path, it resumes from {last}."
         )

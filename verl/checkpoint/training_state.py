@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from verl.algorithm.gradient_balance import GradientBalance
 from verl.checkpoint.disk_errors import disk_errors
@@ -187,7 +188,7 @@ def save_transformers_folder(
         folder.mkdir(parents=True)
         save_torch_state_dict(kept, folder)
         lm.config.save_pretrained(folder)
-        lm.generation_config.save_pretrained(folder)
+        _save_generation_config(lm, folder)
         tokenizer.save_pretrained(folder)
         embedder.write(folder)
 
@@ -220,9 +221,15 @@ def save_adapter_folder(
         folder.mkdir(parents=True)
         save_file(kept, folder / WEIGHTS_NAME, {"format": "pt"})
         write_adapter_config(lm, folder, base)
-        lm.generation_config.save_pretrained(folder)
+        _save_generation_config(lm, folder)
         tokenizer.save_pretrained(folder)
         embedder.write(folder)
+
+
+def _save_generation_config(lm: Any, folder: Path) -> None:
+    """As it was loaded: its `save_pretrained` refuses what transformers loads with a warning, such as a temperature
+    without do_sample, which models come with."""
+    lm.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def _on_rank_0(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, rank: int) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def _read_notation(text: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     # NumPy writes lists without commas, whose items Python would read as one.
     return value if not isinstance(value, list) or repr(value) == text else None

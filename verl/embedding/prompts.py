@@ -66,6 +66,7 @@ class PromptRenderer:
             both ends; `error` raises.
         allow_empty: render a user turn without text; its pooling starts at the token after the turn's header.
         system_prompt_in, template_date: see `ChatTemplate`.
+        limit_name: the setting that `max_length` comes from, for messages.
 
     Raises:
         ValueError: the tokenizer has no chat template, or cannot report character offsets; or `template_date` is not a
@@ -75,6 +76,7 @@ class PromptRenderer:
     def __init__(
         self, tokenizer: Any, max_length: int | None = None, truncation: Truncation = "right",
         allow_empty: bool = False, system_prompt_in: SystemPromptPlace = "system", template_date: str | None = None,
+        limit_name: str = "data.max_prompt_length",
     ) -> None:  # fmt: skip
         if not tokenizer.is_fast:
             raise ValueError(
@@ -85,6 +87,7 @@ class PromptRenderer:
         self.max_length = max_length
         self.truncation = truncation
         self.allow_empty = allow_empty
+        self._limit_name = limit_name
         self._template = ChatTemplate(tokenizer, system_prompt_in, template_date)
         markers = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
         self._marker = re.compile("|".join(markers)) if markers else None
@@ -237,8 +240,8 @@ class PromptRenderer:
         assert self.max_length is not None
         if self.truncation == "error":
             raise ValueError(
-                f"a prompt has {len(ids)} tokens, more than data.max_prompt_length={self.max_length}: "
-                f"{text[:60]!r}...; filter the data (offline_filter_data.py), raise data.max_prompt_length, "
+                f"a prompt has {len(ids)} tokens, more than {self._limit_name}={self.max_length}: "
+                f"{text[:60]!r}...; filter the data (offline_filter_data.py), raise {self._limit_name}, "
                 "or set data.truncation=right"
             )
         first, last = len(prefix), len(prefix) + len(text)
@@ -252,7 +255,7 @@ class PromptRenderer:
             # A text that is cut inside a word can have a few more tokens than it had as part of the whole text.
             keep -= len(ids) - self.max_length
         raise ValueError(
-            f"the prompt without the text fills data.max_prompt_length={self.max_length} and leaves no room for text; "
+            f"the prompt without the text fills {self._limit_name}={self.max_length} and leaves no room for text; "
             "raise it"
         )
 

@@ -71,7 +71,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class ModelSize:
+class ModelFacts:
     hidden: int
     """H, the dimension of a vector."""
     parameters: int
@@ -80,6 +80,8 @@ class ModelSize:
     bytes: int
     context: int | None
     """Most positions of a row, where the model's config has a limit."""
+    stop_ids: tuple[int, ...]
+    """Tokens that end a rationale, sorted."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,17 @@ class Backend:
         self._vllm: Rollout | None = None
 
     @cached_property
-    def size(self) -> ModelSize:
+    def facts(self) -> ModelFacts:
         lm: Any = self.policy.lm
         config = lm.config.get_text_config()
         weights = list(lm.parameters())
-        return ModelSize(
+        return ModelFacts(
             hidden=config.hidden_size,
             parameters=sum(weight.numel() for weight in weights),
             embedding_parameters=lm.get_input_embeddings().weight.numel(),
             bytes=sum(weight.numel() * weight.element_size() for weight in weights),
             context=getattr(config, "max_position_embeddings", None),
+            stop_ids=tuple(self._stop_ids),
         )
 
     def run(
@@ -194,7 +197,7 @@ class Backend:
         Args:
             batch_size: most rows of one forward; None = as many as have its number of tokens.
         """
-        vectors = np.zeros((len(rows), self.size.hidden), np.float32)
+        vectors = np.zeros((len(rows), self.facts.hidden), np.float32)
         # A prompt that is computed for every row counts for every row.
         prompts = [row.prompt for row in rows] if self.policy.shares_prompts else range(len(rows))
         for part in pack_rows(
@@ -262,7 +265,7 @@ class Backend:
             return _MOST_OF_MEMORY
         # The share is what vllm takes itself, beside what is taken. torch keeps the memory of a forward that was run:
         # what is free then is needed neither by the policy nor by its forwards.
-        length = min(self.spec.max_model_len, self.size.context or self.spec.max_model_len)
+        length = min(self.spec.max_model_len, self.facts.context or self.spec.max_model_len)
         rows = [Row((0,) * length, (), 0, False)] * max(1, _FORWARD_TOKENS["cuda"] // length)
         self.embed(rows, None)
         free, total = torch.cuda.mem_get_info()

@@ -13,7 +13,8 @@ from verl.embedding.settings import why_this_prompt
 from verl.encoder.arguments import check_options, whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.parquet_parts import Part, write_file
-from verl.encoder.store import StoreError
+from verl.encoder.store import StoreError, store_beside
+from verl.errors import UserError
 from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
@@ -29,8 +30,7 @@ def run_program(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    with open_source(args.input, "unsupervised"):
-        pass  # so that a missing or empty input is an error before a model is loaded
+    check_texts(args.input)
     check_options(args.temperature, args.batch_size)
     if args.shard_rows is None:
         embed_to_file(args)
@@ -39,10 +39,21 @@ def run(args: argparse.Namespace) -> None:
         embed_to_folder(args)
 
 
+def check_texts(path: Path) -> None:
+    """Read a file to its end, so that a wrong line of it is an error before a model is loaded.
+
+    Raises:
+        UserError: see `samples_of`.
+    """
+    with open_texts(path) as (texts, _):
+        for _ in texts:
+            pass
+
+
 def embed_to_file(args: argparse.Namespace) -> None:
     """Write --output, one file; a store beside it has what a killed run leaves."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    store = args.store or args.output.with_suffix(".store")
+    store = args.store or store_beside(args.output)
     with open_encoder(args, store) as encoder, open_texts(args.input) as (texts, _):
         options = encode_options(args)
         write_file(
@@ -61,7 +72,7 @@ def embed_to_folder(args: argparse.Namespace) -> None:
             total = encoder.encode_to_parquet(
                 texts, args.output, shard_rows=args.shard_rows, on_part=part_teller(source), **encode_options(args)
             )
-        except (OSError, StoreError, RolloutError):
+        except (OSError, StoreError, RolloutError, UserError):
             say(f"the finished files stay in {args.output}; the same command continues after them")
             raise
     say(f"{args.output}: {total:,} texts, of which {encoder.usage.texts:,} were embedded now, {usage_line(encoder)}")

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from verl.checkpoint.model_card import put_settings
 from verl.checkpoint.model_folder import model_folder
-from verl.data.parquet import open_parquet
+from verl.data.parquet import is_text, open_parquet
 from verl.data.prompt_rows import TRIPLET, TRIPLET_FIELDS
-from verl.data.readers import read_samples
+from verl.data.readers import open_source, read_samples
 from verl.data.rows import read_rows
-from verl.data.samples import Mode
+from verl.data.samples import Mode, has_fields
 from verl.embedding.centre import FILE_NAME, Centre
 from verl.embedding.chat_template import last_user_turn
 from verl.embedding.settings import EmbedderSettings
@@ -75,7 +77,7 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises:
         UserError: the file is missing, of no format that is read, or holds a line that is no sample.
     """
-    if path.suffix == ".parquet" and path.is_file() and "prompt" in open_parquet(path).schema_arrow.names:
+    if path.suffix == ".parquet" and path.is_file() and _holds_chats(open_parquet(path).schema_arrow):
         for _, row in read_rows(path):
             triplet = row.get(TRIPLET) or {}
             yield row["prompt"][last_user_turn(row["prompt"])]["content"]
@@ -85,13 +87,19 @@ def read_texts(path: Path) -> Iterator[str]:
         yield from sample.texts
 
 
+def _holds_chats(schema: pa.Schema) -> bool:
+    """Whether a file is of process_data.py; FlagEmbedding's files have a `prompt` too, which is a text."""
+    return "prompt" in schema.names and not is_text(schema.field("prompt").type)
+
+
 def _mode_of(path: Path) -> Mode:
-    """Supervised where the first sample is a triplet."""
+    """Supervised where the first record has the fields of a triplet."""
     try:
-        next(read_samples(path, "supervised"), None)
+        with open_source(path, "supervised") as source:
+            first = next((record.fields for record in source.records if record.fields is not None), {})
     except UserError:
         return "unsupervised"
-    return "supervised"
+    return "supervised" if has_fields(first, "supervised") else "unsupervised"
 
 
 def _source(model: str, output: Path | None) -> Path:

@@ -130,6 +130,7 @@ class GraceEncoder:
         self.renderer = PromptRenderer(
             self.tokenizer, self.settings.max_prompt_length, self.settings.truncation, allow_empty=True,
             system_prompt_in=self.settings.system_prompt_in, template_date=self.settings.template_date,
+            limit_name="max_prompt_length",
         )  # fmt: skip
         # A chat template that cannot be used is told before the weights are loaded.
         self.renderer.frame(rationale_messages("", self.settings.system_prompt))
@@ -145,12 +146,16 @@ class GraceEncoder:
 
     @property
     def embedding_dim(self) -> int:
-        return self.backend.size.hidden
+        return self.backend.facts.hidden
 
     @cached_property
     def revision(self) -> str:
         """Hash of the weights and of config.json."""
         return weights_revision(self.folder)
+
+    @cached_property
+    def _tokenizer_hash(self) -> str:
+        return self.renderer.fingerprint()
 
     def encode(  # noqa: PLR0913 - sentence-transformers' arguments
         self,
@@ -300,6 +305,20 @@ class GraceEncoder:
         )
         return first @ second.T
 
+    def limit_prompts(self, tokens: int) -> None:
+        """Take another max_prompt_length from now on.
+
+        Raises:
+            UserError: it is none, or more than vllm was started for.
+        """
+        settings, spec = self.settings.changed(max_prompt_length=tokens), self.backend.spec
+        if spec.engine == "vllm" and tokens + settings.longest_rationale > spec.max_model_len:
+            raise UserError(
+                f"max_prompt_length={tokens} is more than vllm was started for; give GraceEncoder(..., "
+                f"max_prompt_length={tokens})"
+            )
+        self.settings, self.renderer.max_length = settings, tokens
+
     def warn_of_untrained(self, truncate_dim: int | None) -> None:
         """Warn, once a process, of a number of dimensions that training did not look at."""
         trained = self.settings.matryoshka_dims or [self.embedding_dim]
@@ -322,6 +341,7 @@ class GraceEncoder:
             include={"system_prompt", "system_prompt_in", "max_prompt_length", "truncation"}
         )
         prompt["template_date"] = self.renderer.template_date
+        prompt["tokenizer_hash"] = self._tokenizer_hash
         prompt["normalize_embeddings"] = options.get("normalize_embeddings", True)
         # Where there are none, the description is that of earlier versions, whose results are still right.
         if (template := self.settings.of_role(role).template) != TEXT:
@@ -369,22 +389,30 @@ class GraceEncoder:
         """How rationales are sampled; None without rationales."""
         own = self.settings.of_role(role)
         if not (own.think if think is None else think):
+            self._check_positions(self.settings, 0)
             return None
         limit_given = own.max_new_tokens if max_new_tokens is None else max_new_tokens
         settings = self.settings.changed(max_new_tokens=limit_given, temperature=temperature)
         limit = settings.max_new_tokens
-        context = self.backend.size.context
-        if context is not None and settings.max_prompt_length + limit > context:
-            raise UserError(
-                f"max_prompt_length={settings.max_prompt_length} and max_new_tokens={limit} are more than the model's "
-                f"{context} positions, beyond which its output is meaningless; lower one of them"
-            )
+        self._check_positions(settings, limit)
         if limit > self.settings.longest_rationale and self.backend.spec.engine == "vllm":
             raise UserError(
                 f"max_new_tokens={limit} is more than the {self.settings.longest_rationale} that vllm is started for; "
                 f"give GraceEncoder(..., max_new_tokens={limit})"
             )
         return Sampling(limit, settings.temperature, whole_number("seed", seed))
+
+    def _check_positions(self, settings: EmbedderSettings, rationale_tokens: int) -> None:
+        """Raise `UserError` if the longest row has more positions than the model."""
+        context, prompt = self.backend.facts.context, settings.max_prompt_length
+        if context is None or prompt + rationale_tokens <= context:
+            return
+        what, lower = f"max_prompt_length={prompt} is", "lower it"
+        if rationale_tokens:
+            what, lower = f"max_prompt_length={prompt} and max_new_tokens={rationale_tokens} are", "lower one of them"
+        raise UserError(
+            f"{what} more than the model's {context} positions, beyond which its output is meaningless; {lower}"
+        )
 
     def _encode_records(
         self, texts: Sequence[str], around: Around, sampling: Sampling | None, want_rationales: bool,
@@ -432,7 +460,8 @@ class GraceEncoder:
             return {"think": False}
         spec = self.backend.spec
         engine = {"engine": spec.engine, "dtype": spec.dtype_name, **({"ignore_eos": True} if spec.ignore_eos else {})}
-        return {"think": True, **engine, **asdict(sampling)}
+        stops = {"stop_ids": list(self.backend.facts.stop_ids)}
+        return {"think": True, **engine, **stops, **asdict(sampling)}
 
     def _describe_pooling(self, sampling: Sampling | None) -> dict[str, Any]:
         """What decides a vector besides the rationale; a centre is taken out of the vectors that are stored."""

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from verl.data.samples import Sample
 from verl.embedding.settings import FILE_NAME
 from verl.encoder.arguments import check_batch_size, whole_number
 from verl.encoder.grace_encoder import GraceEncoder
+from verl.encoder.store import store_beside
 from verl.errors import UserError
 from verl.utils.console import exit_code_of, say
 from verl.utils.files import replace_file
@@ -32,6 +34,8 @@ PROGRAM = "mine_negatives"
 _MODULES = "modules.json"
 """What the folder of a model of sentence-transformers has."""
 _QUERY, _POSITIVE = "query", "positive"
+# In memory at once: 256 MiB.
+_SIMILARITIES = 2**26
 
 
 class Miner:
@@ -72,7 +76,10 @@ def run_program(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> None:
     _check_args(args)
     samples = list(read_samples(args.input, "pairs"))
-    with _load(args) as model:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # What a run that is killed has embedded.
+    store = store_beside(args.output)
+    with _load(args, store) as model:
         negatives = find_negatives(
             samples, model, num_negatives=args.num_negatives, relative_margin=args.margin, range_min=args.range_min,
             range_max=args.range_max, batch_size=args.batch_size or 32,
@@ -80,10 +87,11 @@ def run(args: argparse.Namespace) -> None:
     found = [(sample, negatives[sample.texts[0]]) for sample in samples if negatives.get(sample.texts[0])]
     if not found:
         raise UserError(
-            f"no text of {args.input} is a negative of any query; lower --margin={args.margin} or raise --range_max"
+            f"no text of {args.input} is a negative of any query; lower --margin={args.margin} or raise --range_max "
+            "(what was embedded is kept for the next try)"
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(args.output, b"".join(_line(sample, texts) for sample, texts in found))
+    shutil.rmtree(store, ignore_errors=True)
     count = sum(len(texts) for _, texts in found)
     say(
         f"{args.output}: {len(found):,} samples with {count / len(found):.1f} negatives each; "
@@ -102,9 +110,11 @@ def find_negatives(samples: Sequence[Sample], model: Any, **options: Any) -> dic
     pairs = [(sample.texts[0], text) for sample in samples for text in _positives(sample)]
     dataset = Dataset.from_dict({_QUERY: [pair[0] for pair in pairs], _POSITIVE: [pair[1] for pair in pairs]})
     candidates = [text for sample in samples for text in sample.lists.get("negative", ())]
+    # Similarities of so many queries with all texts are in memory at once. Its statistics have a limit of their own.
+    queries = max(1, _SIMILARITIES // (len(pairs) + len(candidates)))
     mined = mine_hard_negatives(
         dataset, model, anchor_column_name=_QUERY, positive_column_name=_POSITIVE, corpus=candidates,
-        output_format="labeled-list", **options,
+        output_format="labeled-list", faiss_batch_size=queries, verbose=False, **options,
     )  # fmt: skip
     # Of a query every positive has a row, and in each the same negatives follow the positive.
     return {row[_QUERY]: [text for text in row[_POSITIVE][1:] if text != row[_QUERY]] for row in mined}
@@ -132,8 +142,12 @@ def _check_args(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _load(args: argparse.Namespace) -> Iterator[Any]:
-    """The model, as `find_negatives` takes it."""
+def _load(args: argparse.Namespace, store: Path) -> Iterator[Any]:
+    """The model, as `find_negatives` takes it.
+
+    Args:
+        store: of a model of this project; one of sentence-transformers writes nothing, and keeps nothing.
+    """
     given = Path(args.model).expanduser()
     folder = given if (given / _MODULES).is_file() else model_folder(args.model)
     if (folder / _MODULES).is_file() and not (folder / FILE_NAME).is_file():
@@ -143,5 +157,7 @@ def _load(args: argparse.Namespace) -> Iterator[Any]:
             raise UserError(f"{wrong[0]} has no effect: --model={args.model} is of sentence-transformers; leave it out")
         yield SentenceTransformer(args.model, device=None if args.device == "auto" else args.device)
         return
-    with GraceEncoder(folder, engine=args.engine, device=args.device, max_new_tokens=args.max_new_tokens) as encoder:
+    with GraceEncoder(
+        folder, engine=args.engine, device=args.device, max_new_tokens=args.max_new_tokens, store=store
+    ) as encoder:
         yield Miner(encoder, think=False if args.no_thinking else None, seed=args.seed, batch_size=args.batch_size)

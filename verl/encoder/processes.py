@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from verl.embedding.settings import EmbedderSettings
-from verl.encoder.backend import Backend, Batch, ModelSize, ModelSpec, require_gpus
+from verl.encoder.backend import Backend, Batch, ModelFacts, ModelSpec, require_gpus
 from verl.encoder.record import Sampling, TextRecord
 from verl.utils.cpus import let_waiting_threads_sleep, share_of_cpus, threads_wanted
 from verl.utils.logging import quiet_libraries
@@ -74,7 +74,7 @@ class ProcessesBackend:
             self._connections.append(ours)
             self._processes.append(process)
         try:
-            self.size: ModelSize = [self._receive(rank) for rank in range(num_processes)][0]
+            self.facts: ModelFacts = [self._receive(rank) for rank in range(num_processes)][0]
         except RolloutError:
             self.close()
             raise
@@ -153,7 +153,7 @@ def _serve(connection: Connection, spec: ModelSpec, which: _Process) -> None:
     try:
         _set_up_process(spec, which)
         backend = Backend(spec, which.num_processes)
-        connection.send(backend.size)
+        connection.send(backend.facts)
         while True:
             texts, settings, sampling, batch_size = connection.recv()
             for batch in backend.run(texts, settings, sampling, batch_size, which.rank % which.group, which.group):

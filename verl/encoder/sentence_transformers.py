@@ -91,6 +91,15 @@ class GraceModule(InputModule):
         vectors = self._encoder.encode(features["texts"], role=role, convert_to_tensor=True, **options)
         return {**features, "sentence_embedding": vectors}
 
+    @property
+    def max_seq_length(self) -> int:
+        """Most tokens of a prompt, as SentenceTransformer names it; those of a rationale come on top."""
+        return self._encoder.settings.max_prompt_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self._encoder.limit_prompts(tokens)
+
     def get_embedding_dimension(self) -> int:
         return self._encoder.embedding_dim
 

@@ -52,6 +52,11 @@ class _Pending(NamedTuple):
     decoded: str
 
 
+def store_beside(output: Path) -> Path:
+    """The folder of the store that a program keeps until an output is written; nobody else's has such a name."""
+    return output.with_name(f".{output.name}.store")
+
+
 class EmbeddingStore:
     """The rationales and vectors of any number of models and settings.
 

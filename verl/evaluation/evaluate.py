@@ -28,6 +28,7 @@ from verl.evaluation.local_tasks import LocalTask
 from verl.evaluation.mteb_model import GraceMTEB, described
 from verl.evaluation.options import ASK_ABOVE_HOURS
 from verl.evaluation.plan import Rate, has_rationales, measure_rate, plan_costs, plan_table, sample_texts
+from verl.evaluation.published import Own, difference_from
 from verl.evaluation.records import name_of
 from verl.evaluation.report import Summary, TaskReport, timing_lines
 from verl.evaluation.suites import Selection, select_tasks
@@ -175,7 +176,8 @@ class Evaluation:
         return {task.name: task for task in earlier.tasks}
 
     def _measured_rate(self) -> Rate | None:
-        """The rate on a sample, or that of an earlier run whose vectors are in the store; None = not known."""
+        """The rate on a sample, or that of an earlier run by the same settings whose vectors are in the store; None =
+        not known."""
         file = self.folder / "rate.json"
         before = replace(self.encoder.usage)
         texts = sample_texts(self.selection.tasks, SAMPLE_FILE)
@@ -183,9 +185,9 @@ class Evaluation:
         self.summary.sample_usage = asdict(self.encoder.usage - before)
         if rate:
             file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(asdict(rate)) + "\n")
-        elif file.is_file():
-            rate = Rate(**json.loads(file.read_text()))
+            replace_file(file, json.dumps({"settings": self.summary.settings, "rate": asdict(rate)}) + "\n")
+        elif file.is_file() and (earlier := json.loads(file.read_text())).get("settings") == self.summary.settings:
+            rate = Rate(**earlier["rate"])
         return rate
 
     def _ask(self, hours: float) -> None:
@@ -286,7 +288,9 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
         f"{usage.generated_tokens:,} rationale tokens; {usage.hit_rate:.0%} of the vectors were stored or used a "
         f"stored rationale; {usage.shortened:,} texts were cut to fit, {usage.empty_texts:,} were empty"
     )
-    title = f"{summary.title}{', without rationales' if evaluation.args.no_thinking else ''}"
+    # Of what is not as the model's folder says; another time's scores by its own settings stay in the card.
+    other = difference_from(Own.read(evaluation.encoder.folder, evaluation.encoder.tokenizer), summary.settings)
+    title = f"{summary.title}; {other}" if other else summary.title
     try:
         if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
             console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
@@ -300,7 +304,7 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
 def show_rationales(encoder: GraceEncoder, evaluation: Evaluation, count: int) -> list[str]:
     """`count` texts with their rationales, for people to read; none without rationales."""
     texts = sample_texts(evaluation.selection.tasks, SAMPLE_FILE)[:count]
-    if not texts or evaluation.args.no_thinking:
+    if not texts or not has_rationales(encoder, evaluation.options):
         return []
     rationales = encoder.encode(texts, return_rationales=True, show_progress_bar=False, **evaluation.options)[1]
     name = evaluation.summary.model["name"]

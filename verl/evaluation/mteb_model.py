@@ -66,7 +66,7 @@ def described(encoder: GraceEncoder, options: Mapping[str, Any]) -> dict[str, An
 
 def model_meta(encoder: GraceEncoder, name: str, options: Mapping[str, Any]) -> ModelMeta:
     """mteb keeps results by name, revision and experiment. Ours: the hash of the weights, and all settings."""
-    size = encoder.backend.size
+    size = encoder.backend.facts
     return ModelMeta(
         loader=None,
         name=f"GRACE/{name}",

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from verl.embedding.centre import Centre
+from verl.embedding.prompts import PromptRenderer
 from verl.embedding.settings import NO_MIX, EmbedderSettings
 from verl.errors import UserError
 from verl.evaluation.records import revision_of
@@ -31,6 +32,28 @@ _META, _RUNS = "model_meta.json", "run_settings.jsonl"
 _PROMPT = {
     "system_prompt", "system_prompt_in", "max_prompt_length", "truncation", "pooling", "span", "pool_system_prompt",
 }  # fmt: skip
+
+
+class Own(NamedTuple):
+    """What a model's folder says of how it embeds."""
+
+    settings: EmbedderSettings
+    centre: Centre | None
+    tokenizer_hash: str
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: Any) -> "Own":
+        """Of the folder whose tokenizer is `tokenizer`.
+
+        Raises:
+            UserError: its settings or its centre cannot be read.
+        """
+        settings = EmbedderSettings.read(folder)
+        centre = Centre.read(folder, settings) if settings.centre else None
+        renderer = PromptRenderer(
+            tokenizer, system_prompt_in=settings.system_prompt_in, template_date=settings.template_date
+        )
+        return cls(settings, centre, renderer.fingerprint())
 
 
 class NoScoresError(UserError):
@@ -50,12 +73,12 @@ class Scores:
     """What else has results there: tasks of local files, and of mteb on other data."""
 
 
-def find_scores(results: Path, weights: str, settings: EmbedderSettings, centre: Centre | None) -> Scores:
+def find_scores(results: Path, weights: str, own: Own) -> Scores:
     """The scores below `results` of the weights with the hash `weights`, as a user of the model gets them.
 
     Args:
         results: --output_dir of eval_mteb.py, or any folder below it.
-        settings, centre: the model's own.
+        own: of the model.
 
     Raises:
         NoScoresError: there are none.
@@ -66,7 +89,7 @@ def find_scores(results: Path, weights: str, settings: EmbedderSettings, centre:
         meta = json.loads(file.read_text())
         if meta["revision"] != revision_of(weights):
             of_others += 1
-        elif difference := _difference(meta["experiment_kwargs"] or {}, settings, centre):
+        elif difference := difference_from(own, meta["experiment_kwargs"] or {}):
             otherwise.append(difference)
         elif (scores := _read(file.parent)).tasks:
             found.append(scores)
@@ -134,19 +157,20 @@ def _runs_of(scores: Scores) -> list[str]:
     return [line for line in lines if json.loads(line)["task"] in scores.tasks]
 
 
-def _difference(used: Mapping[str, Any], settings: EmbedderSettings, centre: Centre | None) -> str:
+def difference_from(own: Own, used: Mapping[str, Any]) -> str:
     """How the options of an evaluation differ from what a model's folder says; an empty string = not at all.
 
     What a folder does not say is free: seed, engine, dtype, and whether vectors get unit length.
     """
+    # What earlier versions left out, or did not say.
     off = {
         **NO_MIX._asdict(), "ignore_eos": False, "template": TEXT, "instructions": {},
-        "template_date": settings.template_date or DEFAULT_DATE,
+        "template_date": own.settings.template_date or DEFAULT_DATE, "tokenizer_hash": own.tokenizer_hash,
     }  # fmt: skip
     for role in (None, *ROLES):
         # A role of its own is told where it differs from texts without one.
         used_by_role = used if role is None else used.get(role, used)
-        for name, value in _own(settings, role, centre).items():
+        for name, value in _of_role(own, role).items():
             other = off.get(name) if used_by_role.get(name) is None else used_by_role[name]
             if other != value:
                 key = name if role is None else f"{role}.{name}"
@@ -154,10 +178,10 @@ def _difference(used: Mapping[str, Any], settings: EmbedderSettings, centre: Cen
     return ""
 
 
-def _own(settings: EmbedderSettings, role: Role | None, centre: Centre | None) -> dict[str, Any]:
+def _of_role(own: Own, role: Role | None) -> dict[str, Any]:
     """What a folder says of texts of a role, by the names of an encoder's description."""
-    of_role = settings.of_role(role)
-    mean = None if centre is None else centre.mean(bool(of_role.think))
+    settings, of_role = own.settings, own.settings.of_role(role)
+    mean = None if own.centre is None else own.centre.mean(bool(of_role.think))
     found = {
         **settings.model_dump(include=_PROMPT), "template_date": settings.template_date or DEFAULT_DATE,
         "template": of_role.template, "think": of_role.think,
@@ -170,7 +194,8 @@ def _own(settings: EmbedderSettings, role: Role | None, centre: Centre | None) -
         }  # fmt: skip
     if role is None and settings.uses_instructions:
         found["instructions"] = settings.instructions
-    return found
+    # Last, as some of the settings are part of it.
+    return {**found, "tokenizer_hash": own.tokenizer_hash}
 
 
 def _read(folder: Path) -> Scores:

@@ -7,10 +7,9 @@ from pathlib import Path
 from verl.checkpoint.merge import RECORD, SavedTensors, read_config
 from verl.checkpoint.merged_adapter import MergedAdapter, is_adapter
 from verl.checkpoint.run_folder import saved_steps
-from verl.embedding.centre import Centre
 from verl.embedding.settings import FILE_NAME as SETTINGS_FILE
-from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
+from verl.evaluation.published import Own
 from verl.models.lora import base_of_adapter
 from verl.utils.hub_names import is_hub_name
 from verl.utils.tokenizer import load_tokenizer
@@ -61,8 +60,8 @@ def read_contents(path: Path) -> Contents:
     return Contents(folder, files, left_out)
 
 
-def check_whole(contents: Contents) -> tuple[EmbedderSettings, Centre | None]:
-    """Check that a model can be loaded from what is uploaded; return its settings and its centre, if it has one.
+def check_whole(contents: Contents) -> Own:
+    """Check that a model can be loaded from what is uploaded; return how it embeds.
 
     Raises:
         UserError: config, a weight, the tokenizer, the settings or the centre is missing or cannot be read.
@@ -78,8 +77,7 @@ def check_whole(contents: Contents) -> tuple[EmbedderSettings, Centre | None]:
         raise UserError(f"the tokenizer of {folder} cannot spell {_WORD!r}; copy all of its files there again")
     if SETTINGS_FILE not in contents.files:
         raise UserError(f"{folder} has no {SETTINGS_FILE}, which says how the model embeds; copy that of its training")
-    settings = EmbedderSettings.read(folder)
-    return settings, Centre.read(folder, settings) if settings.centre else None
+    return Own.read(folder, tokenizer)
 
 
 def _check_adapter(folder: Path) -> None:

@@ -9,10 +9,8 @@ from huggingface_hub import ModelCardData
 from verl.checkpoint.hub import check_login, check_repo, upload_files
 from verl.checkpoint.model_card import FILE_NAME
 from verl.checkpoint.model_folder import weights_revision
-from verl.embedding.centre import Centre
-from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError
-from verl.evaluation.published import NoScoresError, Scores, find_scores, write_leaderboard
+from verl.evaluation.published import NoScoresError, Own, Scores, find_scores, write_leaderboard
 from verl.evaluation.records import name_of
 from verl.hub.card import published_card
 from verl.hub.contents import Contents, check_whole, read_contents
@@ -35,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--repo={args.repo} must be OWNER/NAME")
     check_repo(args.repo, "--repo")
     contents = read_contents(args.model)
-    settings, centre = check_whole(contents)
-    scores = own_scores(args, contents, settings, centre)
+    own = check_whole(contents)
+    settings, scores = own.settings, own_scores(args, contents, own)
     head, card = published_card(contents.folder, settings, args.license, args.repo, scores.entries if scores else [])
     show(args, contents, head, card, scores)
     if args.dry_run:
@@ -52,15 +50,13 @@ def run(args: argparse.Namespace) -> None:
         say(f"{PROGRAM}: wrote {len(paths)} results to {paths[0].parent}, for a pull request to mteb's results")
 
 
-def own_scores(
-    args: argparse.Namespace, contents: Contents, settings: EmbedderSettings, centre: Centre | None
-) -> Scores | None:
+def own_scores(args: argparse.Namespace, contents: Contents, own: Own) -> Scores | None:
     """The scores that are published; None where none were asked for and there are none."""
     if args.results is None and args.leaderboard is None and not _RESULTS.is_dir():
         say("scores: none, as there is no folder of results here; --results gives one")
         return None
     try:
-        return find_scores(args.results or _RESULTS, weights_revision(contents.folder), settings, centre)
+        return find_scores(args.results or _RESULTS, weights_revision(contents.folder), own)
     except NoScoresError as error:
         if args.results is not None or args.leaderboard is not None:
             raise

@@ -83,17 +83,26 @@ def shard(
         return policy
     # FSDP moves the layers one after the other, so the device never holds the whole model.
     policy.device = device
+    mesh = (meshes or Meshes()).of(device.type, shard_group(config, world_size, section))
+    precision = CUDA_PRECISION if compute_as == "cuda" else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
+    shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
+    return policy
+
+
+def shard_group(config: FsdpConfig, world_size: int, section: str) -> int:
+    """How many ranks share the shards of a model.
+
+    Raises:
+        UserError: config.fsdp_size does not divide the number of workers.
+    """
     group = config.fsdp_size if 0 < config.fsdp_size < world_size else world_size
     if world_size % group:
         raise UserError(
             f"actor_rollout_ref.{section}.fsdp_config.fsdp_size={group} does not divide the {world_size} workers; "
             "use a divisor, or -1 for all"
         )
-    mesh = (meshes or Meshes()).of(device.type, group)
-    precision = CUDA_PRECISION if compute_as == "cuda" else MixedPrecisionPolicy()
-    offload = CPUOffloadPolicy() if offload_policy else OffloadPolicy()
-    shard_over(policy, mesh, precision, offload, config.reshard_after_forward)
-    return policy
+    return group
 
 
 def is_sharded(device_type: str) -> bool:

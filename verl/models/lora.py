@@ -198,6 +198,8 @@ def _adapter_config(model: ModelConfig) -> LoraConfig:
             f"{_KEY}lora_rank={model.lora_rank}, but the adapter {path} has rank {config.r}; leave lora_rank out"
         )
     config.inference_mode = False
+    # Training is without dropout: the update has to compute what was scored.
+    config.lora_dropout = 0.0
     return config
 
 

@@ -420,7 +420,7 @@ def _flash_shapes(
     softcap: float | None = None, packed_segments: list[Segment] | None = None, **further: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """In place of `grace_attention`: the memory of flash attention's kernels, where they may compute it."""
-    if softcap is not None:
+    if softcap is not None or query.shape[3] != value.shape[3]:
         return grace_attention(
             module, query, key, value, attention_mask, softcap=softcap, packed_segments=packed_segments, **further
         )

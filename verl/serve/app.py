@@ -178,7 +178,7 @@ def _options(service: Service, encoder: GraceEncoder, wanted: EmbeddingsRequest)
     if wanted.task is not None and wanted.task not in settings.instructions:
         known = ", ".join(sorted(settings.instructions)) or "none"
         raise ApiError(400, f"task must be one of the model's instructions: {known}", param="task", code="unknown_task")
-    thinks = service.thinks and role.think if wanted.think is None else wanted.think
+    thinks = (service.thinks and role.think) if wanted.think is None else wanted.think
     if not thinks and settings.span == "rationale":
         raise ApiError(400, "the model's settings pool the rationale alone; it needs think=true", param="think")
     sampling = (limit, wanted.seed) if thinks else (0, 0)
@@ -188,8 +188,9 @@ def _options(service: Service, encoder: GraceEncoder, wanted: EmbeddingsRequest)
 def _describe(encoder: GraceEncoder, options: Options) -> dict[str, Any]:
     try:
         return encoder.describe(**options.arguments())
-    except UserError as error:  # prompt and rationale together are too long for the model
-        raise ApiError(400, str(error), param="max_new_tokens") from None
+    except UserError as error:
+        # Prompt and rationale together are too long for the model, or its centre is not of such vectors.
+        raise ApiError(400, str(error), param="max_new_tokens" if options.max_new_tokens else "think") from None
 
 
 def _put(worker: Worker, job: Job) -> None:

@@ -13,6 +13,7 @@ from verl.config import RunConfig
 from verl.config_checks import step_without_policy
 from verl.embedding.prompts import PromptRenderer
 from verl.errors import UserError
+from verl.models.fsdp import shard_group
 from verl.models.load import read_model_config
 from verl.models.lora import add_adapter
 from verl.single_controller import ray_cluster
@@ -71,6 +72,12 @@ def find_devices(config: RunConfig) -> tuple[str, int]:
             f"trainer.n_gpus_per_node={workers}, but {where} has {available} "
             f"{'visible GPUs' if device == 'cuda' else 'CPUs (each is one worker)'}; set it to {available} or less."
         )
+    given = config.ray_init.num_cpus
+    if trainer.use_ray and not cluster and given is not None and workers > given:
+        raise UserError(
+            f"ray_init.num_cpus={given} is less than the {workers} workers, each of which takes one; leave it out, or "
+            f"set it to {workers} or more."
+        )
     return device, workers
 
 
@@ -111,6 +118,15 @@ def check_engine_groups(config: RunConfig, workers_per_node: int) -> None:
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={size} does not divide the {workers_per_node} "
             f"workers of a machine; use one of {', '.join(map(str, divisors))}."
         )
+
+
+def check_shard_groups(config: RunConfig, world_size: int) -> None:
+    """Raise `UserError` unless the models can be sharded over the workers. The untrained one may be loaded hours later,
+    for a diagnosis."""
+    section = config.actor_rollout_ref
+    shard_group(section.actor.fsdp_config, world_size, "actor")
+    if config.scores_by_untrained:
+        shard_group(section.ref.fsdp_config, world_size, "ref")
 
 
 def build_without_weights(config: RunConfig) -> Any:

@@ -26,6 +26,7 @@ from verl.trainer.prepare import (
     check_engine_groups,
     check_matryoshka_dims,
     check_save_best,
+    check_shard_groups,
     find_devices,
     sample_roles,
 )
@@ -104,6 +105,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         name, why = choose_engine(config.actor_rollout_ref.rollout.name)
         config, engine = config.with_engine(name), f"{name}: {why}"
     check_engine_groups(config, workers_per_node)
+    check_shard_groups(config, workers_per_node * config.trainer.nnodes)
     with as_user_error(ValueError):
         reward_manager = load_reward_manager(config)
         # After the user's file, which may register one.

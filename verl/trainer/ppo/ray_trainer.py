@@ -5,7 +5,7 @@ Shapes: N rows of a step, B trained rows among them, R response tokens.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -99,7 +99,7 @@ class RayPPOTrainer:
            rationales. Its advantage is its reward in comparison with its group.
         4. Update (update): optimizer steps by the policy gradient. Where the reward manager has a loss on the
            embeddings, such as a contrastive one, they follow its gradient too.
-        5. Log the step; then figures of held-out texts (val, diag), alerts and a checkpoint (save), where due.
+        5. Log the step; then figures of held-out texts (val, diag), a checkpoint (save) and alerts, where due.
 
         Steps without rationales (trainer.contrastive_warmup_steps, trainer.contrastive_steps_between) embed the texts
         alone. They follow no policy gradient, as no step does with actor_rollout_ref.actor.embedding_grad_share=1. With
@@ -160,7 +160,7 @@ class RayPPOTrainer:
         facts = self.workers.init_model()
         for line in model_lines(f"{self.config.actor_rollout_ref.model.path}", facts):
             self.display.say(line)
-        if self.config.trainer.save_freq != 0:
+        if self.config.saves:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:
             self.resume(self.run.resume)
@@ -173,8 +173,11 @@ class RayPPOTrainer:
         if self.config.trainer.val_before_train and not self.run.resume:
             self.validate(0)
         if self.continues_own_folder:
-            # The earlier run may have been stopped between training this step and validating it.
-            self.validate_and_diagnose(self.first_step, logged)
+            # The earlier run may have been stopped between training this step and what follows it.
+            if self.validation_is_due(self.first_step) and _VALIDATED not in logged:
+                self.validate(self.first_step)
+            if self.diagnosis_is_due(self.first_step) and _DIAGNOSED not in logged:
+                self.diagnose(self.first_step)
         if self.diagnostics and not self.diagnostics.has_begun:
             self.diagnose(self.first_step)
         self.say_alerts(self.first_step)
@@ -229,12 +232,22 @@ class RayPPOTrainer:
         except (Interrupted, RewardError, AlertError):
             if self.done_step > self.saver.saved_step:
                 self.save(self.done_step)
-            mode = "" if self.config.trainer.resume_mode == "auto" else " with trainer.resume_mode=auto"
-            self.display.say(f"stopped; the same command{mode} resumes from step {self.saver.saved_step}")
+            if self.done_step > self.first_step:
+                self.refresh_report()
+            self.display.say(f"stopped; {self.how_to_go_on()}")
             raise
         finally:
             self.display.stop()
             self.tracking.finish()
+
+    def how_to_go_on(self) -> str:
+        """Which command resumes this run from its newest saved step."""
+        mode, saved = self.config.trainer.resume_mode, self.saver.saved_step
+        in_own_folder = saved > self.first_step or self.continues_own_folder or not self.run.resume
+        if mode == "auto" or not in_own_folder:
+            return f"the same command resumes from step {saved}"
+        without = " and without trainer.resume_from_path" if mode == "resume_path" else ""
+        return f"the same command with trainer.resume_mode=auto{without} resumes from step {saved}"
 
     def steps(self) -> Iterator[tuple[int, DataProto]]:
         """The number and the prompt rows of every remaining step."""
@@ -321,27 +334,25 @@ class RayPPOTrainer:
         return time_metrics(self.seconds, rows, moved) | {"training/epoch": rows.meta_info["epoch"]}
 
     def after_step(self, step: int) -> None:
-        """What follows a step that is trained and logged: held-out figures, alerts and a checkpoint, where due."""
+        """What follows a step that is trained and logged: held-out figures, a checkpoint and alerts, where due."""
         self.done_step = step
-        self.validate_and_diagnose(step)
-        self.say_alerts(step)
+        if self.validation_is_due(step):
+            self.validate(step)
         if self.save_is_due(step):
             self.save(step)
-
-    def validate_and_diagnose(self, step: int, logged: Collection[str] = ()) -> None:
-        """Held-out figures of a trained step, where due.
-
-        Args:
-            logged: figures that the step has already.
-        """
-        if self.validation_is_due(step) and _VALIDATED not in logged:
-            self.validate(step)
-        if self.diagnostics and self.diagnostics.is_due(step) and _DIAGNOSED not in logged:
+        # After the save, as the first diagnosis of a trained model also loads the untrained one, which may fail.
+        if self.diagnosis_is_due(step):
             self.diagnose(step)
+        self.say_alerts(step)
+        if self.saver.saved_step == step:
+            self.refresh_report()
 
     def validation_is_due(self, step: int) -> bool:
         frequency = self.config.trainer.test_freq
         return frequency > 0 and (step % frequency == 0 or step == self.plan.total_steps)
+
+    def diagnosis_is_due(self, step: int) -> bool:
+        return self.diagnostics is not None and self.diagnostics.is_due(step)
 
     def save_is_due(self, step: int) -> bool:
         frequency, is_last = self.config.trainer.save_freq, step == self.plan.total_steps
@@ -421,12 +432,13 @@ class RayPPOTrainer:
         self.tracking.log({"time/save_s": seconds}, step)
         for line in (f"saved {folder} in {seconds:.1f} s", *complaints):
             self.display.say(line)
-        if self.config.trainer.report:
-            self.refresh_report()
 
     def refresh_report(self) -> None:
-        """Write the run's page anew; a full disk or a file that cannot be read costs the page, not the run."""
+        """Write the run's page anew, with trainer.report; a full disk or a file that cannot be read costs the page, not
+        the run."""
         folder = self.run.folder.path
+        if not self.config.trainer.report:
+            return
         try:
             write_report([folder], folder / REPORT)
         except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from verl.data.collator import PromptCollator, Sample, without_repeats
 from verl.data.dataset import PromptDataset
 from verl.data.rows import read_rows
 from verl.embedding.metrics import spearman, spread_report, triplet_report
-from verl.errors import UserError
+from verl.errors import UserError, as_user_error
 from verl.protocol import DataProto
 from verl.workers.reward_manager.base import RewardOutput
 
@@ -42,13 +42,18 @@ class Validation:
         self.needs_embeddings = needs_embeddings
         file = config.data.sts_path if needs_embeddings else None
         pairs = read_pairs(file) if file else []
+        pair_samples = [self._pair_sample(i, pair) for i, pair in enumerate(pairs)]
+        if config.data.truncation == "error":  # training's texts are measured too before the run starts
+            with as_user_error(ValueError, say=lambda error: f"data.val_sts_file={config.data.val_sts_file}: {error}"):
+                for sample in pair_samples:
+                    collate([sample])
         self.scores = torch.tensor([pair["score"] for pair in pairs], dtype=torch.float64)
         count = min(len(samples), config.data.val_max_samples)
         if count < 2:
             raise UserError("data.val_files or data.val_max_samples leaves one sample, which compares with nothing.")
         self.parts: dict[str, Sequence[Sample]] = {
             _SAMPLES: [without_repeats(samples[i]) for i in range(count)],
-            _PAIRS: [self._pair_sample(i, pair) for i, pair in enumerate(pairs)],
+            _PAIRS: pair_samples,
         }
 
     @property

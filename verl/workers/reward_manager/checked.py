@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,16 +52,22 @@ class CheckedRewardManager:
         self._check_scores(output.scores, trained)
         for name, column in output.columns.items():
             self._check_tensor(f"columns[{name!r}]", column, len(trained))
-        for name, value in output.metrics.items():
-            if not isinstance(value, int | float):
-                raise RewardError(f"{self._who}: metrics[{name!r}] is {value!r}; give a Python number.")
         if output.embedding_grad is not None:
             self._check_embedding_grad(output.embedding_grad, rows)
-        return output
+        # Numbers of NumPy and torch, too, become Python's, which trackers and files take.
+        return replace(output, metrics={name: self._number(name, value) for name, value in output.metrics.items()})
 
     @property
     def _who(self) -> str:
         return f"reward_model.reward_manager={self.name}"
+
+    def _number(self, name: str, value: Any) -> float:
+        try:
+            if not isinstance(value, str | bytes):
+                return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        raise RewardError(f"{self._who}: metrics[{name!r}] is {value!r}; give a number.")
 
     def _check_scores(self, scores: Any, trained: DataProto) -> None:
         self._check_tensor("scores", scores, len(trained))
