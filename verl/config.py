@@ -125,8 +125,16 @@ class DataConfig(_Section):
     """Processes that render prompts; 0 = in the driver."""
 
     @property
+    def mode(self) -> str:
+        return self.train_mode or "supervised"
+
+    @property
     def contrastive_size(self) -> int:
         return self.contrastive_batch_size or self.train_batch_size
+
+    @property
+    def val_size(self) -> int:
+        return self.val_batch_size or self.train_batch_size
 
     @property
     def sts_path(self) -> Path | None:
@@ -199,6 +207,20 @@ class FsdpConfig(_Section):
     """GPUs in one sharding group; -1 or 0 = all. Smaller groups hold replicas (HSDP)."""
 
 
+KlKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+
+
+class Offload(NamedTuple):
+    """What of a model waits in host memory, where there is a GPU."""
+
+    by_torch: bool
+    """All of it, by torch's CPUOffloadPolicy; then nothing is moved by hand."""
+    weights: bool
+    """Moved there between phases."""
+    optimizer: bool
+    """Its state, moved there outside the update."""
+
+
 class MicroBatchLimit(NamedTuple):
     """How many rows one forward takes: by tokens, or by rows; the other one is None."""
 
@@ -252,7 +274,7 @@ class ActorConfig(_Section):
     """Add kl_loss_coef x KL(policy, reference) to the loss: on rationales, in steps without them on the texts."""
     kl_loss_coef: NonNegativeFloat = 0.001
     """Weight of the KL loss; at 0 no reference model is built."""
-    kl_loss_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "low_var_kl"
+    kl_loss_type: KlKind = "low_var_kl"
     """KL estimator of the loss."""
     optim: OptimConfig = OptimConfig()
     fsdp_config: FsdpConfig = FsdpConfig()
@@ -267,9 +289,10 @@ class ActorConfig(_Section):
         """Whether the loss has a KL term."""
         return self.use_kl_loss and self.kl_loss_coef != 0
 
-    def uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
-        """Whether torch's CPUOffloadPolicy keeps a model with these settings in host memory, where there is a GPU."""
-        return self.strategy == "fsdp2" and fsdp.offload_policy
+    def offload(self, fsdp: FsdpConfig) -> Offload:
+        """Of a model with these settings."""
+        by_torch = self.strategy == "fsdp2" and fsdp.offload_policy
+        return Offload(by_torch, fsdp.param_offload and not by_torch, fsdp.optimizer_offload and not by_torch)
 
     @property
     def update_limit(self) -> MicroBatchLimit:
@@ -432,6 +455,12 @@ class HiddenRewardConfig(_Section):
         """Whether the contrastive loss has weight in any step."""
         return bool(self.contrastive_weight or self.contrastive_first_weight)
 
+    def contrastive_weight_in(self, step: int) -> tuple[float, str]:
+        """The weight of the contrastive loss in a step, and the setting that it is."""
+        if self.contrastive_first_weight is not None and step <= self.contrastive_first_steps:
+            return self.contrastive_first_weight, "contrastive_first_weight"
+        return self.contrastive_weight, "contrastive_weight"
+
 
 class CustomRewardFunctionConfig(_Section):
     path: FilePath | None = None
@@ -453,9 +482,27 @@ class KlCtrlConfig(_Section):
     """adaptive: KL to hold."""
 
 
-GROUP_ESTIMATORS = frozenset({"grpo", "rloo", "reinforce_plus_plus_baseline", "opo", "grpo_passk"})
-"""Advantage estimators that compare the rows of a group. None of them reads gamma; `reinforce_plus_plus` does, and one
-of the user's own may."""
+class Estimator(NamedTuple):
+    """What an advantage estimator looks at."""
+
+    compares_group: bool
+    """The rows of a group, so that one alone has no advantage."""
+    reads_std: bool
+    """norm_adv_by_std_in_grpo."""
+    reads_gamma: bool
+
+
+ESTIMATORS = {
+    "grpo": Estimator(compares_group=True, reads_std=True, reads_gamma=False),
+    "grpo_passk": Estimator(compares_group=True, reads_std=True, reads_gamma=False),
+    "opo": Estimator(compares_group=True, reads_std=False, reads_gamma=False),
+    "reinforce_plus_plus": Estimator(compares_group=False, reads_std=False, reads_gamma=True),
+    "reinforce_plus_plus_baseline": Estimator(compares_group=True, reads_std=False, reads_gamma=False),
+    "rloo": Estimator(compares_group=True, reads_std=False, reads_gamma=False),
+}
+"""Those of algorithm/advantage.py."""
+UNKNOWN_ESTIMATOR = Estimator(compares_group=False, reads_std=True, reads_gamma=True)
+"""One that a user registers may look at everything, and has to see to its own groups."""
 
 
 class AlgorithmConfig(_Section):
@@ -468,9 +515,13 @@ class AlgorithmConfig(_Section):
     """Discount of reinforce_plus_plus."""
     use_kl_in_reward: bool = False
     """Subtract kl_coef x KL(policy, reference) from the rewards, token by token."""
-    kl_penalty: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] = "kl"
+    kl_penalty: KlKind = "kl"
     """KL estimator in the reward."""
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
+
+    @property
+    def estimator(self) -> Estimator:
+        return ESTIMATORS.get(self.adv_estimator, UNKNOWN_ESTIMATOR)
 
     @property
     def has_kl_in_reward(self) -> bool:
@@ -564,7 +615,7 @@ class RunConfig(_Section):
 
     @property
     def train_mode(self) -> str:
-        return self.data.train_mode or "supervised"
+        return self.data.mode
 
     @property
     def run_dir(self) -> Path:
@@ -587,6 +638,19 @@ class RunConfig(_Section):
             num_samples, data.train_batch_size, data.contrastive_size,
             trainer.contrastive_warmup_steps if data.think else ALL_STEPS, trainer.contrastive_steps_between,
         )  # fmt: skip
+
+    def step_without_rationales(self, begin: int = 1) -> tuple[int, str] | None:
+        """The first step from `begin` on that writes none, and the setting that makes it one."""
+        # Which steps do does not depend on the number of samples; no two in a row do, unless all later ones do.
+        schedule = self.schedule(num_samples=0)
+        step = next((step for step in (begin, begin + 1) if not schedule.writes_rationales(step)), None)
+        if step is None:
+            return None
+        if not self.data.think:
+            return step, "data.think=False"
+        first = step <= self.trainer.contrastive_warmup_steps
+        name = "contrastive_warmup_steps" if first else "contrastive_steps_between"
+        return step, f"trainer.{name}={getattr(self.trainer, name)}"
 
     @property
     def rows_per_text(self) -> int:

@@ -5,14 +5,13 @@ transformers.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from verl.config import GROUP_ESTIMATORS, HiddenRewardConfig, RunConfig, file_list
+from verl.config import ESTIMATORS, HiddenRewardConfig, RunConfig, file_list
 from verl.config_fields import closest_key, nested, walk_fields, wrong_values
 from verl.errors import UserError
 from verl.text_roles import DEFAULT_TASK, INSTRUCTION
@@ -242,7 +241,7 @@ def _check_micro_batches(config: RunConfig) -> Iterator[str]:
 def _check_engine(config: RunConfig) -> Iterator[str]:
     data, rollout = config.data, config.actor_rollout_ref.rollout
     prefix = "actor_rollout_ref.rollout."
-    needed = data.max_prompt_length + data.max_response_length
+    needed = config.longest_row
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
         yield (
             f"{prefix}max_model_len={rollout.max_model_len} is less than data.max_prompt_length="
@@ -306,13 +305,12 @@ def _check_algorithm(config: RunConfig) -> Iterator[str]:
     estimator, n = config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n
     if why := ABSENT_VALUES["algorithm.adv_estimator"].get(estimator):
         yield (
-            f"algorithm.adv_estimator={estimator} is not supported: {why}. "
-            f"Use one of {', '.join(sorted(GROUP_ESTIMATORS | {'reinforce_plus_plus'}))}."
+            f"algorithm.adv_estimator={estimator} is not supported: {why}. Use one of {', '.join(sorted(ESTIMATORS))}."
         )
     manager = config.reward_model.reward_manager
     if why := ABSENT_VALUES["reward_model.reward_manager"].get(manager):
         yield f"reward_model.reward_manager={manager} is not supported: {why}."
-    if estimator in GROUP_ESTIMATORS and n < 2 and config.actor_rollout_ref.actor.trains_policy:
+    if config.algorithm.estimator.compares_group and n < 2 and config.actor_rollout_ref.actor.trains_policy:
         yield (
             f"actor_rollout_ref.rollout.n={n} with algorithm.adv_estimator={estimator}: a group of one has no "
             "advantage. Set actor_rollout_ref.rollout.n to 2 or more (the paper uses 8)."
@@ -354,12 +352,10 @@ def _check_contrastive_weights(config: RunConfig, rewards: HiddenRewardConfig) -
     """In steps that follow no policy gradient the contrastive loss needs weight."""
     if not rewards.contrastive:
         return
-    first_steps = 0 if rewards.contrastive_first_weight is None else rewards.contrastive_first_steps
-    stretches = (("contrastive_first_weight", 1, first_steps), ("contrastive_weight", first_steps + 1, math.inf))
-    for name, begin, end in stretches:
-        found = step_without_policy(config, begin)
-        if found and found[0] <= end and getattr(rewards, name) == 0:
-            step, setting = found
+    begins = (1, rewards.contrastive_first_steps + 1)
+    for step, setting in dict.fromkeys(found for begin in begins if (found := step_without_policy(config, begin))):
+        weight, name = rewards.contrastive_weight_in(step)
+        if weight == 0:
             yield (
                 f"reward_model.reward_kwargs.{name}=0: with {setting}, step {step} follows no policy gradient, so it "
                 f"would train nothing. Set {name} above 0, or have no such step."
@@ -370,26 +366,15 @@ def step_without_policy(config: RunConfig, begin: int = 1) -> tuple[int, str] | 
     """The first step from `begin` on that follows no policy gradient, and the setting that makes it one."""
     if not config.actor_rollout_ref.actor.trains_policy:
         return begin, "actor_rollout_ref.actor.embedding_grad_share=1"
-    trainer = config.trainer
-    # Which steps write rationales does not depend on the number of samples. No two in a row do, unless all later do.
-    schedule = config.schedule(num_samples=0)
-    step = next((step for step in (begin, begin + 1) if not schedule.writes_rationales(step)), None)
-    if step is None:
-        return None
-    name = "contrastive_warmup_steps" if step <= trainer.contrastive_warmup_steps else "contrastive_steps_between"
-    return step, f"trainer.{name}={getattr(trainer, name)}"
+    return config.step_without_rationales(begin)
 
 
 def _check_kl_loss(config: RunConfig) -> Iterator[str]:
     """A signed estimate has a meaning for tokens that the policy drew; of given texts it would lower the likelihood."""
-    actor, trainer = config.actor_rollout_ref.actor, config.trainer
-    bare = {name: getattr(trainer, name) for name in ("contrastive_warmup_steps", "contrastive_steps_between")}
-    setting = next((f"trainer.{name}={steps}" for name, steps in bare.items() if steps), None)
-    if not config.data.think:
-        setting = "data.think=False"
-    if setting and actor.has_kl_loss and actor.kl_loss_type in ("k1", "kl"):
+    actor, bare = config.actor_rollout_ref.actor, config.step_without_rationales()
+    if bare and actor.has_kl_loss and actor.kl_loss_type in ("k1", "kl"):
         yield (
-            f"actor_rollout_ref.actor.kl_loss_type={actor.kl_loss_type} with {setting}: in these steps the term is of "
+            f"actor_rollout_ref.actor.kl_loss_type={actor.kl_loss_type} with {bare[1]}: in these steps the term is of "
             "given texts, whose likelihood it would lower without end. Set it to low_var_kl, mse or abs."
         )
 

@@ -46,6 +46,14 @@ def fill(template: str, instruction: str) -> Around:
     return Around(before.replace(INSTRUCTION, instruction), after.replace(INSTRUCTION, instruction))
 
 
+class ResolvedRole(NamedTuple):
+    """How the texts of a role are embedded, with nothing left to other settings."""
+
+    template: str
+    think: bool
+    max_new_tokens: int
+
+
 class RoleSettings(BaseModel):
     """How the texts of a role are embedded, where that differs from texts without a role."""
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from verl.config import GROUP_ESTIMATORS, HiddenRewardConfig, MicroBatchLimit, RunConfig
+from verl.config import HiddenRewardConfig, MicroBatchLimit, RunConfig
 from verl.config_fields import walk_fields
 
 
@@ -76,8 +76,6 @@ _POLICY_ONLY = (
 )  # fmt: skip
 
 
-# Advantage estimators that do not read norm_adv_by_std_in_grpo.
-_NOT_BY_STD = ("rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _VALIDATION_ONLY = (
     "data.val_batch_size", "data.val_max_samples", "data.val_sts_file", f"{_ROLLOUT}.val_kwargs.do_sample",
 )  # fmt: skip
@@ -159,7 +157,7 @@ READERS = (
     ),
     Reader(
         ("algorithm.gamma",), "algorithm.adv_estimator=reinforce_plus_plus, or an estimator of your own",
-        lambda c: c.algorithm.adv_estimator not in GROUP_ESTIMATORS,
+        lambda c: c.algorithm.estimator.reads_gamma,
     ),
     Reader(
         (f"{_ROLLOUT}.val_kwargs.temperature",), f"{_ROLLOUT}.val_kwargs.do_sample=True",
@@ -197,7 +195,7 @@ READERS = (
     ),
     Reader(
         ("data.contrastive_batch_size",), "trainer.contrastive_warmup_steps or contrastive_steps_between above 0",
-        lambda c: c.trainer.contrastive_warmup_steps > 0 or c.trainer.contrastive_steps_between > 0,
+        lambda c: c.data.think and c.step_without_rationales() is not None,
     ),
     Reader(
         ("algorithm.use_kl_in_reward",), f"{_ACTOR}.embedding_grad_share below 1",
@@ -308,7 +306,7 @@ def _unread_here(config: RunConfig, device: str) -> Iterator[tuple[Collection[st
         # A KL term weighs its tokens too.
         without = _POLICY_ONLY if section.actor.has_kl_loss else (*_POLICY_ONLY, f"{_ACTOR}.loss_agg_mode")
         yield without, "without a policy gradient"
-    elif config.algorithm.adv_estimator in _NOT_BY_STD:
+    elif not config.algorithm.estimator.reads_std:
         yield ["algorithm.norm_adv_by_std_in_grpo"], f"with adv_estimator={config.algorithm.adv_estimator}"
     if not config.data.think:
         yield _WRITING_ONLY, "without rationales"
@@ -324,5 +322,5 @@ def _left_to_torch(config: RunConfig) -> Iterator[str]:
     """The flags of what torch's offload policy keeps in host memory anyway."""
     sections = {_ACTOR: _actor(config).fsdp_config, _REF: config.actor_rollout_ref.ref.fsdp_config}
     for name, fsdp in sections.items():
-        if _actor(config).uses_offload_policy(fsdp):
+        if _actor(config).offload(fsdp).by_torch:
             yield from (f"{name}.fsdp_config.{flag}" for flag in _BY_HAND)

@@ -15,14 +15,15 @@ from typing import Any
 from common import REPO
 
 from comparison.kept import clear
-from verl.checkpoint.run_folder import RunFolder, read_state, saved_steps, step_folder
+from verl.checkpoint.run_folder import MODEL, RunFolder, read_state, saved_steps, step_folder
 from verl.utils.files import replace_file
+from verl.utils.run_files import METRICS
 
 # More than any run here makes; it is stopped.
 _STEPS = 1_000_000
 _POLL_SECONDS = 0.2
 _STOPPED = 128 + signal.SIGTERM
-_LOG, _METRICS, _MODEL = "log.txt", "metrics.jsonl", "model"
+_LOG, _MODEL = "log.txt", "model"
 
 
 class TrainingError(RuntimeError):
@@ -93,7 +94,7 @@ class Run:
         """The model folder of the newest saved step."""
         if self.is_finished:
             return self.folder / _MODEL
-        return step_folder(self.folder, self._saved_step()) / "huggingface"
+        return step_folder(self.folder, self._saved_step()) / MODEL
 
     def finish(self) -> None:
         """Keep the model alone: what resuming needs is four times as large, and `train_until` cannot go on then.
@@ -159,14 +160,14 @@ def _is_due(steps: list[dict[str, Any]], resumed_from: int, seconds: float) -> b
 def _forget_after(folder: Path, step: int) -> None:
     """Drop what was logged after a step that is done again, as the run itself does a little later."""
     if lines := [json.dumps(record) + "\n" for record in _steps_of(folder) if record["step"] <= step]:
-        replace_file(folder / _METRICS, "".join(lines))
+        replace_file(folder / METRICS, "".join(lines))
     else:
-        (folder / _METRICS).unlink(missing_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
 
 
 def _steps_of(folder: Path) -> list[dict[str, Any]]:
     """The metrics of the finished steps; a line that is being written is left for the next time."""
-    file = folder / _METRICS
+    file = folder / METRICS
     if not file.is_file():
         return []
     whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

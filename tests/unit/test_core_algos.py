@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from verl.algorithm import advantage
 from verl.algorithm.advantage import get_adv_estimator_fn, register_adv_est
 from verl.algorithm.groups import first_rows, group_index, group_sum
 from verl.algorithm.loss import ClipRange, KlController, kl_penalty, policy_loss, token_weights
-from verl.config import OptimConfig
+from verl.config import ESTIMATORS, OptimConfig
 from verl.models.fsdp import build_scheduler
 
 Rows = list[list[float]]
@@ -417,3 +418,19 @@ def test_a_constant_rate_warms_up_from_zero_whatever_the_minimum_of_a_cosine_is(
 def test_cosine_with_a_whole_wave_is_back_at_the_peak_in_the_end() -> None:
     rates = learning_rates(OptimConfig(lr=2.0, warmup_style="cosine", num_cycles=1.0), 8)
     assert [rates[0], rates[4], rates[8]] == pytest.approx([2.0, 0.0, 2.0], abs=1e-9)
+
+
+def test_what_the_config_says_of_estimators_is_what_they_do():
+    """Read off their results: which argument changes one, and whether a row alone has an advantage."""
+    assert {name for name, fn in advantage._ADVANTAGE_ESTIMATORS.items() if fn.__module__ == advantage.__name__} == set(
+        ESTIMATORS
+    )
+    rewards = torch.zeros(4, 3)
+    rewards[:, 2] = torch.tensor([0.0, 1.0, 3.0, 3.5])
+    mask, pairs = torch.ones(4, 3, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
+    for name, said in ESTIMATORS.items():
+        estimate = partial(advantage.get_adv_estimator_fn(name), rewards, mask, pairs)
+        by_std, gamma = (
+            not torch.allclose(estimate(), estimate(**change)) for change in ({"norm_by_std": False}, {"gamma": 0.5})
+        )
+        assert (by_std, gamma) == (said.reads_std, said.reads_gamma), name

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from verl.config import MicroBatchLimit
 from verl.workers.device_stages import DeviceStages, OutOfDeviceMemory
+from verl.workers.fsdp_workers import _smaller
 
 REMEDY = "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."
 
@@ -74,3 +76,9 @@ def test_only_a_gpu_has_a_cache_to_give_back(gpu):
     assert emptied == []
     stages.release_cache()
     assert emptied == [1]
+
+
+def test_a_forward_that_does_not_fit_names_the_limit_that_it_has():
+    by_tokens, by_rows = MicroBatchLimit(1000, None), MicroBatchLimit(None, 4)
+    assert _smaller("ref.log_prob", by_tokens) == "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
+    assert _smaller("actor.ppo", by_rows) == "Lower actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from verl.algorithm.contrastive import Group, symmetric_infonce
 from verl.checkpoint.training_state import load_training_state, save_training_state
-from verl.config import MicroBatchLimit
+from verl.config import MicroBatchLimit, RunConfig
 from verl.models.attention import ATTENTION
 from verl.models.fsdp import full_weights
 from verl.models.policy import PolicyModel
@@ -463,7 +463,11 @@ def test_a_mini_batchs_part_of_the_gradient_stands_for_the_whole():
 
 def test_a_step_that_has_nothing_to_train_by_is_refused():
     reward = RewardOutput(torch.zeros(4))
-    with pytest.raises(RewardError, match="step 3 trains nothing: .* gave no embedding_grad"):
-        check_has_embedding_grad(reward, step=3)
+    for trainer, setting in (({"contrastive_warmup_steps": 3}, "trainer.contrastive_warmup_steps=3"),
+                             ({"contrastive_steps_between": 1}, "trainer.contrastive_steps_between=1")):  # fmt: skip
+        config = RunConfig.model_validate({"trainer": trainer})
+        step = 3 if "warmup" in setting else 4
+        with pytest.raises(RewardError, match=f"step {step} trains nothing: with {setting} .* gave no embedding_grad"):
+            check_has_embedding_grad(reward, step, config)
     reward.embedding_grad = torch.zeros(8, 2)
-    check_has_embedding_grad(reward, step=3)
+    check_has_embedding_grad(reward, step, config)

@@ -140,8 +140,8 @@ def test_which_steps_write_rationales_is_asked_of_no_run_that_writes_none():
     lines = list(unread_settings(config_of({**given, "data.think": False})))
     assert [line.partition("=")[0] for line in lines] == list(given)[2:]
     assert all("it is read with data.think=True only" in line for line in lines)
-    (told,) = [why for why, _ in start_notes(config_of({**WITHOUT_POLICY, "data.think": False}), "cpu") if "rat" in why]
-    assert told == "no effect without rationales"
+    notes = dict(start_notes(config_of({**WITHOUT_POLICY, "data.think": False, f"{ROLLOUT}.n": 3}), "cpu"))
+    assert notes["no effect without rationales"] == f"{ROLLOUT}.n"
 
 
 def test_settings_of_the_embedding_gradient_count_where_hidden_gives_one():

@@ -27,6 +27,7 @@ from verl.embedding import centre, settings
 from verl.errors import UserError
 from verl.models.lora import whole_model_of
 from verl.utils.console import complain, say
+from verl.utils.files import is_taken, new_folder
 from verl.utils.logging import quiet_libraries
 
 PROGRAM = "merge_model"
@@ -178,7 +179,7 @@ def find_model_folder(shards: Shards, hf_model_path: str | None) -> Path:
 
 def check_target(target: Path) -> None:
     """Check that the target does not exist, is empty, or was written by this program."""
-    if target.exists() and not (target / RECORD).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    if is_taken(target) and not (target / RECORD).is_file():
         raise UserError(f"--target_dir={target} exists and is not an earlier result of this program; give another")
 
 
@@ -191,10 +192,7 @@ def check_upload(repo: str | None, private: bool) -> None:
 
 def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoint) -> int:
     """Write and check the folder under a temporary name, then rename it; return the bytes of its weights."""
-    folder = target.with_name(f".{target.name}.merging")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    with new_folder(target) as folder:
         with disk_errors():
             write_model_files(folder, checkpoint)
             save_torch_state_dict(weights, folder)
@@ -207,11 +205,6 @@ def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoin
             "model": str(checkpoint.model_folder), "dtype": _name(checkpoint.dtype),
         }  # fmt: skip
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
 

@@ -32,6 +32,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
 STEP_PREFIX = "global_step_"
+MODEL, SHARDS = "huggingface", "actor"
+"""In a step: the folder that transformers loads, and the training state."""
 # People edit these, and evaluations and `verl.centre` do; a run resumes without them.
 _EDITED = (model_card.FILE_NAME, settings.FILE_NAME)
 
@@ -97,7 +99,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> list[str]:
         """Remove what a killed run left half written or half removed; return a line for each, for the log."""
-        found = sorted((*self.path.glob(f".{STEP_PREFIX}*.writing"), *self._half_removed()))
+        found = sorted((*unfinished_steps(self.path), *self._half_removed()))
         return [_delete(folder) or f"removed {folder.name}, which a killed run left unfinished" for folder in found]
 
     def begin(self, step: int) -> Path:
@@ -237,6 +239,11 @@ class RunFolder:
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / f"{STEP_PREFIX}{step}"
+
+
+def unfinished_steps(run_dir: Path) -> list[Path]:
+    """Folders of steps that are being written, or that a killed run left so."""
+    return sorted(run_dir.glob(f".{STEP_PREFIX}*.writing"))
 
 
 def saved_steps(run_dir: Path) -> list[int]:

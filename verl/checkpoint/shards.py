@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoModelForCausalLM
 
-from verl.checkpoint.run_folder import STATE, STEP_PREFIX, saved_steps, step_folder
+from verl.checkpoint.run_folder import MODEL, SHARDS, STATE, saved_steps, step_folder, unfinished_steps
 from verl.checkpoint.safe_dcp import DCP_METADATA, UNREADABLE, DcpError, read_metadata, unreadable_reason
 from verl.errors import UserError
 
@@ -75,16 +75,16 @@ def find_shards(local_dir: Path) -> tuple[Path, list[str]]:
     """
     if _has_shards(local_dir):
         return local_dir, []
-    if (local_dir / "actor").is_dir():
-        return local_dir / "actor", []
-    unfinished = sorted(local_dir.glob(f".{STEP_PREFIX}*.writing"))
+    if (local_dir / SHARDS).is_dir():
+        return local_dir / SHARDS, []
     skipped = [
-        f"{path.name} is not complete (still being written, or the run ended while writing it)" for path in unfinished
+        f"{path.name} is not complete (still being written, or the run ended while writing it)"
+        for path in unfinished_steps(local_dir)
     ]
     for step in reversed(saved_steps(local_dir)):
         folder = step_folder(local_dir, step)
         if _is_complete(folder):
-            return folder / "actor", skipped
+            return folder / SHARDS, skipped
         skipped.append(f"{folder.name} is not complete (neither trainer_state.json nor the FSDP shards of all ranks)")
     if skipped:
         raise UserError(f"--local_dir={local_dir} holds no complete step: {'; '.join(skipped)}; give another folder")
@@ -102,7 +102,7 @@ def _is_complete(step: Path) -> bool:
     if (step / STATE).is_file():
         return True
     try:
-        return bool(_fsdp_files(step / "actor"))
+        return bool(_fsdp_files(step / SHARDS))
     except UserError:
         return False
 
@@ -149,7 +149,7 @@ class DcpShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model_folder = folder.absolute().parent / "huggingface"
+        self.model_folder = folder.absolute().parent / MODEL
         try:
             self._metadata = read_metadata(folder / DCP_METADATA)
         except DcpError as error:
@@ -207,7 +207,7 @@ class FsdpShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model_folder = folder / "huggingface"
+        self.model_folder = folder / MODEL
         files = _fsdp_files(folder)
         ranks = [_load_tensors(file) for file in files]
         self._ranks = [dict(zip(unwrapped(held, folder), held.values(), strict=True)) for held in ranks]

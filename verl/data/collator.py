@@ -98,7 +98,7 @@ class PromptCollator:
     def _limits(self) -> dict[Role | None, int]:
         """Most tokens of a rationale, by what a text is embedded as; 0 = none is written."""
         found = {role: self.settings.of_role(role) for role in (None, *ROLES)}
-        return {role: (own.max_new_tokens or 0) * own.think for role, own in found.items()}
+        return {role: own.max_new_tokens * own.think for role, own in found.items()}
 
     def _other_positives(self, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         """For every row the texts of its sample's other positives, as they would be in a prompt."""

@@ -66,7 +66,7 @@ class PromptDataset(Dataset):
     ) -> None:
         self.config = config
         self.roles = roles
-        self.supervised = (config.train_mode or "supervised") == "supervised"
+        self.supervised = config.mode == "supervised"
         self.text_roles: dict[str, Role] = TRIPLET_ROLES if self.supervised and "query" in roles else {}
         """As what each text is embedded; without an entry as neither query nor document."""
         self.settings = EmbedderSettings(**text_settings(config))

@@ -14,7 +14,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
 from verl.errors import UserError
 from verl.prompt_options import Day, SystemPromptPlace
-from verl.text_roles import DEFAULT_TASK, INSTRUCTION, ROLES, TEXT, Around, Role, RoleSettings, Template, fill
+from verl.text_roles import (
+    DEFAULT_TASK,
+    INSTRUCTION,
+    ROLES,
+    TEXT,
+    Around,
+    ResolvedRole,
+    Role,
+    RoleSettings,
+    Template,
+    fill,
+)
 from verl.utils.files import replace_file
 
 FILE_NAME = "embedder_config.json"
@@ -121,20 +132,19 @@ class EmbedderSettings(BaseModel):
             )
         return self
 
-    def of_role(self, role: Role | None) -> RoleSettings:
-        """What holds for texts of a role, with nothing left to the settings without a role."""
+    def of_role(self, role: Role | None) -> ResolvedRole:
+        """What holds for texts of a role, or without one."""
         return self._by_role[role]
 
     @cached_property
-    def _by_role(self) -> dict[Role | None, RoleSettings]:
-        found: dict[Role | None, RoleSettings] = {}
-        for role in (None, *ROLES):
-            own = RoleSettings() if role is None else getattr(self, role)
-            found[role] = RoleSettings(
-                template=own.template or self.template, think=self.think and own.think,
-                max_new_tokens=own.max_new_tokens or self.max_new_tokens,
-            )  # fmt: skip
-        return found
+    def _by_role(self) -> dict[Role | None, ResolvedRole]:
+        own: dict[Role | None, RoleSettings] = {None: RoleSettings(), "query": self.query, "document": self.document}
+        return {
+            role: ResolvedRole(
+                found.template or self.template, self.think and found.think, found.max_new_tokens or self.max_new_tokens
+            )
+            for role, found in own.items()
+        }
 
     def around(self, role: Role | None, task: str | None = None, instruction: str | None = None) -> Around:
         """What the user's turn holds besides a text.
@@ -146,7 +156,7 @@ class EmbedderSettings(BaseModel):
         Raises:
             UserError: the settings have no such task.
         """
-        return fill(self.of_role(role).template or TEXT, self.instruction(task, instruction))
+        return fill(self.of_role(role).template, self.instruction(task, instruction))
 
     def instruction(self, task: str | None, given: str | None) -> str:
         """What {instruction} stands for; see `around`."""
@@ -158,12 +168,12 @@ class EmbedderSettings(BaseModel):
     @property
     def uses_instructions(self) -> bool:
         """Whether any template has a place for an instruction."""
-        return any(INSTRUCTION in (self.of_role(role).template or "") for role in (None, *ROLES))
+        return any(INSTRUCTION in self.of_role(role).template for role in (None, *ROLES))
 
     @property
     def longest_rationale(self) -> int:
         """Most tokens of a rationale of any role."""
-        return max(self.of_role(role).max_new_tokens or 0 for role in (None, *ROLES))
+        return max(self.of_role(role).max_new_tokens for role in (None, *ROLES))
 
     @property
     def mix(self) -> Mix:

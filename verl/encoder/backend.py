@@ -23,7 +23,7 @@ from verl.models.load import load_causal_lm
 from verl.models.lora import whole_model_of
 from verl.models.onednn import pack_linears
 from verl.models.packing import Row, pack
-from verl.models.policy import PolicyModel
+from verl.models.policy import PolicyModel, context_of
 from verl.models.sharded_load import load_rounded
 from verl.utils.cpus import threads_wanted, usable_cpus
 from verl.utils.meeting_place import MeetingPlace
@@ -131,7 +131,7 @@ class Backend:
             parameters=sum(weight.numel() for weight in weights),
             embedding_parameters=lm.get_input_embeddings().weight.numel(),
             bytes=sum(weight.numel() * weight.element_size() for weight in weights),
-            context=getattr(config, "max_position_embeddings", None),
+            context=context_of(lm.config),
             stop_ids=tuple(self._stop_ids),
         )
 

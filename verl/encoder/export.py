@@ -1,7 +1,6 @@
 """Exporting a model to a sentence-transformers folder, and comparing the vectors: the work of its program."""
 
 import argparse
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,10 @@ from verl.embedding.prompts import Prompt, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.sentence_transformers import GraceModule
+from verl.models.policy import context_of
 from verl.text_roles import ROLES, Role
 from verl.utils.console import exit_code_of, say
+from verl.utils.files import is_taken, new_folder
 from verl.utils.logging import quiet_libraries
 
 PROGRAM = "export_sentence_transformer"
@@ -112,7 +113,7 @@ def run_program(args: argparse.Namespace) -> int:
 
 def check_output(output: Path) -> None:
     """Raise ValueError if the output exists."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if is_taken(output):
         raise ValueError(f"--output={output} exists and is not an empty folder; give another, or remove it")
 
 
@@ -123,8 +124,8 @@ def check_settings(folder: Path) -> None:
         raise ValueError("span=rationale pools rationales, and an export has none; use GraceEncoder")
     if settings.truncation != "right":
         raise ValueError(f"truncation={settings.truncation}: an export can only cut on the right; use GraceEncoder")
-    positions = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", -1)
-    if 0 < positions < settings.max_prompt_length:
+    positions = context_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if positions is not None and positions < settings.max_prompt_length:
         raise ValueError(
             f"max_prompt_length={settings.max_prompt_length} is more than the model's {positions} positions; lower it "
             "in embedder_config.json"
@@ -158,9 +159,7 @@ def write_compared(encoder: GraceEncoder, output: Path, rationales: bool) -> Non
     settings = encoder.settings
     roles = [None, *(role for role in ROLES if settings.of_role(role) != settings.of_role(None))]
     expected = {role: encoder.encode(texts, role=role, **options) for role in roles}
-    making = output.with_name(f".{output.name}.exporting")
-    shutil.rmtree(making, ignore_errors=True)
-    try:
+    with new_folder(output) as making:
         say(f"{PROGRAM}: building the modules of sentence-transformers")
         model = with_rationales(encoder) if rationales else build(encoder, texts)
         with disk_errors():
@@ -176,9 +175,6 @@ def write_compared(encoder: GraceEncoder, output: Path, rationales: bool) -> Non
         )  # fmt: skip
         front = ModelCardData(library_name="sentence-transformers", pipeline_tag="sentence-similarity")
         (making / model_card.FILE_NAME).write_text(model_card.with_front_matter(front, text))
-        making.rename(output)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def largest_gap(

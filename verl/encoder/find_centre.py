@@ -24,6 +24,7 @@ from verl.encoder.arguments import whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.errors import UserError
 from verl.utils.console import exit_code_of, say
+from verl.utils.files import is_taken, new_folder
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     if args.output is None:
         _write(centre, settings, folder)
     else:
-        _write_copy(centre, settings, folder, target)
+        with new_folder(target) as making:
+            shutil.copytree(folder, making, dirs_exist_ok=True)
+            _write(centre, settings, making)
     say(f"{PROGRAM}: wrote {target / FILE_NAME}: the mean of {len(chosen):,} of {len(texts):,} texts")
 
 
@@ -106,7 +109,7 @@ def _source(model: str, output: Path | None) -> Path:
     """The folder of a model, after checking where the centre is to be written."""
     if output is None and not Path(model).expanduser().is_dir():
         raise UserError(f"--model={model} is not a folder; give --output, a new folder for the model and its centre")
-    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output is not None and is_taken(output):
         raise UserError(f"--output={output} exists and is not an empty folder; give another, or remove it")
     return model_folder(model)
 
@@ -117,14 +120,3 @@ def _write(centre: Centre, settings: EmbedderSettings, folder: Path) -> None:
     settings = settings.changed(centre=True)
     settings.write(folder)
     put_settings(folder, settings)
-
-
-def _write_copy(centre: Centre, settings: EmbedderSettings, folder: Path, output: Path) -> None:
-    making = output.with_name(f".{output.name}.copying")
-    shutil.rmtree(making, ignore_errors=True)
-    try:
-        shutil.copytree(folder, making)
-        _write(centre, settings, making)
-        making.rename(output)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)

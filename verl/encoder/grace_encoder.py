@@ -346,7 +346,7 @@ class GraceEncoder:
         # Where there are none, the description is that of earlier versions, whose results are still right.
         if (template := self.settings.of_role(role).template) != TEXT:
             prompt["template"] = template
-        if INSTRUCTION in (template or ""):
+        if INSTRUCTION in template:
             prompt["instruction"] = self.settings.instruction(options.get("task"), options.get("instruction"))
         if self.centre is not None:
             prompt["centre"] = hashlib.sha256(self.centre.mean(sampling is not None).tobytes()).hexdigest()

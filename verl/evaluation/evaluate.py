@@ -16,6 +16,7 @@ import mteb
 import torch
 from rich.console import Console
 
+from verl.checkpoint.model_card import FILE_NAME as CARD
 from verl.checkpoint.model_card import put_scores
 from verl.checkpoint.model_folder import model_folder
 from verl.embedding.centre import FILE_NAME as CENTRE_FILE
@@ -290,12 +291,12 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
     )
     # Of what is not as the model's folder says; another time's scores by its own settings stay in the card.
     other = difference_from(Own.read(evaluation.encoder.folder, evaluation.encoder.tokenizer), summary.settings)
-    title = f"{summary.title}; {other}" if other else summary.title
+    title, card = f"{summary.title}; {other}" if other else summary.title, evaluation.encoder.folder / CARD
     try:
         if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
-            console.print(f"scores added to {evaluation.encoder.folder}/README.md", markup=False)
+            console.print(f"scores added to {card}", markup=False)
     except OSError as error:  # a folder that may not be written to; the summary has the scores too
-        console.print(f"the scores could not be added to {evaluation.encoder.folder}/README.md: {error}", markup=False)
+        console.print(f"the scores could not be added to {card}: {error}", markup=False)
     console.print(f"summary: {evaluation.folder}/summary.md   results: {evaluation.args.output_dir}/results")
     if evaluation.args.timing_log:
         evaluation.args.timing_log.write_text("\n".join([*timing_lines(summary), ""]))

@@ -25,6 +25,7 @@ from verl.errors import UserError
 from verl.evaluation.exact_match import Judged, Question, compare, judge, read_questions, score
 from verl.evaluation.records import name_of
 from verl.models.lora import whole_model_of
+from verl.models.policy import context_of
 from verl.utils.answers import MARK
 from verl.utils.console import complain
 from verl.utils.files import replace_file
@@ -150,9 +151,7 @@ def fit_context(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: 
         UserError: more than the model's context, beyond which its output is meaningless.
     """
     wanted = max(map(len, prompts)) + max_new_tokens
-    context = getattr(
-        AutoConfig.from_pretrained(whole_model_of(str(folder))).get_text_config(), "max_position_embeddings", None
-    )
+    context = context_of(AutoConfig.from_pretrained(whole_model_of(str(folder))))
     if context is not None and wanted > context:
         raise UserError(
             f"--max_new_tokens {max_new_tokens} after the longest prompt makes {wanted} tokens, beyond the model's "

@@ -181,7 +181,7 @@ def difference_from(own: Own, used: Mapping[str, Any]) -> str:
 def _of_role(own: Own, role: Role | None) -> dict[str, Any]:
     """What a folder says of texts of a role, by the names of an encoder's description."""
     settings, of_role = own.settings, own.settings.of_role(role)
-    mean = None if own.centre is None else own.centre.mean(bool(of_role.think))
+    mean = None if own.centre is None else own.centre.mean(of_role.think)
     found = {
         **settings.model_dump(include=_PROMPT), "template_date": settings.template_date or DEFAULT_DATE,
         "template": of_role.template, "think": of_role.think,

@@ -11,7 +11,6 @@ from mteb.abstasks import AbsTask
 
 from verl.errors import UserError
 from verl.evaluation.local_tasks import find_local_tasks
-from verl.evaluation.options import SUITES
 
 ENGLISH_V1 = "MTEB(eng, v1)"
 ENGLISH_V2 = "MTEB(eng, v2)"
@@ -57,15 +56,13 @@ def select_tasks(benchmark: str | None, suite: str | None, names: Sequence[str],
 
 
 def _suite(name: str) -> Selection:
+    """One of SUITES."""
     if name == "quick":
         return Selection("suite quick", [_english_task(task, ()) for task in QUICK], comparable=False)
     if name == "nano":
         return Selection("suite nano (NanoBEIR)", _benchmark_tasks(NANO), comparable=False)
-    if name == "eng-v1":
-        return Selection(ENGLISH_V1, _benchmark_tasks(ENGLISH_V1), comparable=True)
-    if name == "eng-v2":
-        return Selection(ENGLISH_V2, _benchmark_tasks(ENGLISH_V2), comparable=True)
-    raise UserError(f"--suite {name} is not one of {', '.join(SUITES)}")
+    benchmark = {"eng-v1": ENGLISH_V1, "eng-v2": ENGLISH_V2}[name]
+    return Selection(benchmark, _benchmark_tasks(benchmark), comparable=True)
 
 
 def _benchmark_tasks(name: str) -> list[Any]:

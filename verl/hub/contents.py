@@ -6,7 +6,7 @@ from pathlib import Path
 
 from verl.checkpoint.merge import RECORD, SavedTensors, read_config
 from verl.checkpoint.merged_adapter import MergedAdapter, is_adapter
-from verl.checkpoint.run_folder import saved_steps
+from verl.checkpoint.run_folder import MODEL, saved_steps
 from verl.embedding.settings import FILE_NAME as SETTINGS_FILE
 from verl.errors import UserError
 from verl.evaluation.published import Own
@@ -14,8 +14,6 @@ from verl.models.lora import base_of_adapter
 from verl.utils.hub_names import is_hub_name
 from verl.utils.tokenizer import load_tokenizer
 
-# Of a checkpoint's step.
-_MODEL = "huggingface"
 # A file of another kind, or whose name begins with a dot, is left out.
 _SENT = {".json", ".safetensors", ".jinja", ".model", ".txt", ".md"}
 _SENT_NAMES = {"LICENSE", "NOTICE"}
@@ -41,7 +39,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UserError: there is no model.
     """
-    folder = next((p for p in (path, path / _MODEL) if is_adapter(p) or (p / "config.json").is_file()), None)
+    folder = next((p for p in (path, path / MODEL) if is_adapter(p) or (p / "config.json").is_file()), None)
     if folder is None:
         steps = saved_steps(path) if path.is_dir() else []
         what = f"give a step of it, such as {path / f'global_step_{steps[-1]}'}" if steps else "give a model folder"

@@ -43,7 +43,7 @@ class DecodingCache:
         self._keys: dict[int, Cached] = {}  # by layer, with max_rows rows and all columns
         self._values: dict[int, Cached] = {}
         self._cleared = 0
-        self._lines = self._source = torch.empty(0)
+        self._source = torch.empty(0)
         self._bias: dict[int | None, Tensor] = {}
 
     def expect(self, lines: Sequence[Tensor]) -> None:

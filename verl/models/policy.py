@@ -97,6 +97,11 @@ def pool(hidden: Tensor, packed: PackedBatch) -> Tensor:
     return whole.index_copy(0, averaged, mixed)
 
 
+def context_of(config: Any) -> int | None:
+    """Most positions of a row, where a model's config has a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_longest_row(config: Any, length: int) -> None:
     """Check that the positions of a row of `length` tokens do not depend on other rows.
 

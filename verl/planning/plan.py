@@ -5,7 +5,7 @@ of whole weights, the engine's share and host memory are formulas, and `lines` m
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -72,8 +72,6 @@ class MemoryPlan:
     """Bytes of the rows of a step between driver and workers."""
     tokens: dict[str, int]
     """Most tokens of a step."""
-    micro_batches: dict[str, int] = field(default_factory=dict)
-    """Most of a rank in a step."""
 
     @property
     def usable(self) -> float:
@@ -114,7 +112,6 @@ def make_plan(config: RunConfig, machines: Machines, work: Work) -> MemoryPlan:
         moved=device.moved(),
         rows=loads.row_bytes(text.hidden_size),
         tokens=loads.tokens(),
-        micro_batches={"score": loads.score_micro_batches, "update": loads.update_micro_batches},
     )
 
 
@@ -249,8 +246,7 @@ class _Reference:
     def __init__(self, config: RunConfig, shards: int, pinned: int) -> None:
         section = config.actor_rollout_ref
         fsdp = section.ref.fsdp_config
-        by_torch = section.actor.uses_offload_policy(fsdp)
-        moves = fsdp.param_offload and not by_torch
+        by_torch, moves, _ = section.actor.offload(fsdp)
         self.scores = has_second_model(config)
         self.stays = self.scores and config.needs_reference
         self.scoring: Parts = {} if by_torch else {"reference": shards}
@@ -272,10 +268,7 @@ class _DeviceUse:
         self._shards = trace.stages["score"].peak["shards"]
         self._optimizer = max(parts.get("optimizer", 0) for parts in trace.stages["update"].peaks.values())
         actor = config.actor_rollout_ref.actor
-        fsdp = actor.fsdp_config
-        self._by_torch = actor.uses_offload_policy(fsdp)
-        self._params_move = fsdp.param_offload and not self._by_torch
-        self._optimizer_moves = fsdp.optimizer_offload and not self._by_torch
+        self._by_torch, self._params_move, self._optimizer_moves = actor.offload(actor.fsdp_config)
         self._reference = _Reference(config, self._shards, trace.pinned["shards"])
 
     def stages(self) -> dict[str, Parts]:

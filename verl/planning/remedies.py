@@ -66,7 +66,7 @@ def _changes(config: RunConfig, machines: Machines, plan: MemoryPlan) -> Iterato
     section = config.actor_rollout_ref
     if not section.model.enable_gradient_checkpointing:
         yield _set("actor_rollout_ref.model.enable_gradient_checkpointing", True)
-    by_torch = section.actor.uses_offload_policy(section.actor.fsdp_config)
+    by_torch = section.actor.offload(section.actor.fsdp_config).by_torch
     if not by_torch:
         yield from _offloads(config)
     if plan.cached_tokens is not None and section.rollout.name == "vllm":
@@ -122,12 +122,12 @@ def _reference_changes(config: RunConfig, misfits: list[str]) -> Iterator[Change
     """For the model that the run started from, beside the policy."""
     section = config.actor_rollout_ref
     fsdp = section.ref.fsdp_config
-    by_torch, scores = section.actor.uses_offload_policy(fsdp), "reference" in misfits
-    if config.needs_reference and not fsdp.param_offload and not by_torch:
+    offload, scores = section.actor.offload(fsdp), "reference" in misfits
+    if config.needs_reference and not offload.weights and not offload.by_torch:
         yield _set(f"{_REF}.fsdp_config.param_offload", True)
     if scores and not config.needs_reference:
         yield _set("trainer.diag_log_likelihood", False)
-    if (scores or config.needs_reference) and not by_torch:
+    if (scores or config.needs_reference) and not offload.by_torch:
         yield _kept_on_host(_REF)
 
 

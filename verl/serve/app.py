@@ -169,7 +169,7 @@ def _options(service: Service, encoder: GraceEncoder, wanted: EmbeddingsRequest)
                 f"{settings.max_prompt_length} tokens of a text: split it", param="input", code="text_too_long",
             )  # fmt: skip
     role = settings.of_role(wanted.input_type)
-    limit = wanted.max_new_tokens or role.max_new_tokens or settings.max_new_tokens
+    limit = wanted.max_new_tokens or role.max_new_tokens
     if limit > settings.longest_rationale:
         raise ApiError(
             400, f"max_new_tokens must be at most the server's {settings.longest_rationale}", param="max_new_tokens",

@@ -27,6 +27,7 @@ from verl.errors import UserError
 from verl.models.attention import kernel_in_use
 from verl.models.load import build_twin, load_causal_lm, read_model_config
 from verl.models.lora import count_parameters
+from verl.single_controller import ray_cluster
 from verl.single_controller.worker import Worker, WorkerPlace
 from verl.trainer.prepare import build_renderer, build_without_weights, find_devices, start_ray
 from verl.utils.cpus import threads_wanted, usable_cpus
@@ -85,7 +86,7 @@ def check_ray(config: RunConfig) -> str:
     wanted = workers * config.trainer.nnodes
     reaper = start_ray(config, wanted)
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = ray_cluster.machines()
         free = ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0)
     finally:
         ray.shutdown()

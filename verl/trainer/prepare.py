@@ -16,6 +16,7 @@ from verl.errors import UserError
 from verl.models.fsdp import shard_group
 from verl.models.load import read_model_config
 from verl.models.lora import add_adapter
+from verl.models.policy import context_of
 from verl.single_controller import ray_cluster
 from verl.single_controller.reaper import Reaper
 from verl.utils.cpus import usable_cpus
@@ -191,7 +192,7 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     model, data = config.actor_rollout_ref.model, config.data
     assert model.path is not None
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    context = getattr(read_model_config(model).get_text_config(), "max_position_embeddings", None)
+    context = context_of(read_model_config(model))
     wanted = data.max_prompt_length + data.max_response_length
     if context is not None and wanted > context:
         raise UserError(

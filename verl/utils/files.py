@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,29 @@ def replace_file(file: Path, content: str | bytes, durable: bool = False) -> Non
     """
     with replacing(file, durable) as written:
         written.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to write to, which becomes `target` when the block ends, in place of what is there.
+
+    After an error there is nothing new.
+    """
+    making = target.with_name(f".{target.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        yield making
+        if target.exists():
+            shutil.rmtree(target)
+        making.rename(target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something is there that a new folder would take the place of."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def flush_to_disk(path: Path) -> None:

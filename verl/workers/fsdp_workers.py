@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from verl.batch_plan import BatchPlan
+from verl.checkpoint.run_folder import MODEL, SHARDS
 from verl.checkpoint.training_state import (
     checkpoint_size,
     load_training_state,
@@ -22,7 +23,7 @@ from verl.checkpoint.training_state import (
     save_training_state,
     save_transformers_folder,
 )
-from verl.config import ActorRolloutRefConfig, FsdpConfig, RunConfig
+from verl.config import ActorRolloutRefConfig, FsdpConfig, MicroBatchLimit, Offload, RunConfig
 from verl.embedding.settings import EmbedderSettings
 from verl.models.attention import kernel_in_use
 from verl.models.fsdp import Meshes, adapter_weights, full_weights, move_optimizer, shard
@@ -50,6 +51,7 @@ _ROW = ("prompts", "prompt_length", "pool_start", "responses", "response_length"
 # Pooling that some runs have, and what is scored in steps without rationales.
 _OPTIONAL = ("text_share", "no_rationale_weight", "score_start")
 _PROMPT = ("prompts", "prompt_length", "temperature", "max_new_tokens")
+_NO_OFFLOAD = Offload(by_torch=False, weights=False, optimizer=False)
 
 
 class ActorRolloutRefWorker(Worker):
@@ -166,7 +168,7 @@ class ActorRolloutRefWorker(Worker):
         limit = self.config.actor.score_limit(self.config.rollout)
         with (
             self._policy_on_device(),
-            self.stages.stage("scoring", "Lower actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu."),
+            self.stages.stage("scoring", _smaller("rollout.log_prob", limit)),
         ):
             if for_update:
                 return self.actor.score(rows, limit, embed, log_probs, train_anchors)
@@ -209,7 +211,7 @@ class ActorRolloutRefWorker(Worker):
         with self._policy_on_device():
             if self._offloads_optimizer:
                 move_optimizer(self.actor.optimizer, self.device)
-            with self.stages.stage("updating", "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu."):
+            with self.stages.stage("updating", _smaller("actor.ppo", self.config.actor.update_limit)):
                 metrics = self.actor.update(rows, num_mini_batches)
             self.rollout.mark_stale()
             self._offload_optimizer()
@@ -230,10 +232,10 @@ class ActorRolloutRefWorker(Worker):
         """Write `actor/` and `huggingface/` under `folder`."""
         # A run that is stopped between a sync and the generation has an engine with a cache.
         self.rollout.sleep()
-        actor, model_folder = self.actor, folder / "huggingface"
+        actor, model_folder = self.actor, folder / MODEL
         with self._policy_on_device():
             save_training_state(
-                folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
+                folder / SHARDS, actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
             )
             if self.run_config.saves_whole_model:
                 save_transformers_folder(
@@ -252,7 +254,7 @@ class ActorRolloutRefWorker(Worker):
         actor = self.actor
         with self._policy_on_device():
             load_training_state(
-                folder / "actor", actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
+                folder / SHARDS, actor.policy, actor.optimizer, actor.scheduler, self.rank, actor.balance
             )
             self.rollout.mark_stale()
             self._offload_optimizer()
@@ -267,7 +269,7 @@ class ActorRolloutRefWorker(Worker):
     def _shard(
         self, policy: PolicyModel, source: Source | None, fsdp: FsdpConfig, section: str = "actor"
     ) -> PolicyModel:
-        stays_on_host = self._uses_offload_policy(fsdp)
+        stays_on_host = self._offload_of(fsdp).by_torch
         policy = shard(policy, self.device, fsdp, stays_on_host, section, meshes=self.meshes)
         if source:
             source.fill(policy, torch.device("cpu") if stays_on_host else self.device)
@@ -286,9 +288,7 @@ class ActorRolloutRefWorker(Worker):
 
     def _score_as_reference(self, model: PolicyModel, rows: DataProto) -> DataProto:
         limit = self.config.actor.score_limit(self.config.ref)
-        with self.stages.stage(
-            "scoring by the reference", "Lower actor_rollout_ref.ref.log_prob_max_token_len_per_gpu."
-        ):
+        with self.stages.stage("scoring by the reference", _smaller("ref.log_prob", limit)):
             return score(model, rows, limit, self.config.rollout.temperature, embed=False, entropy=False)
 
     def _build_rollout(self) -> Rollout:
@@ -314,16 +314,12 @@ class ActorRolloutRefWorker(Worker):
     def _engine_dtype(self) -> torch.dtype:
         return getattr(torch, self.config.rollout.dtype) if self.device.type == "cuda" else torch.float32
 
-    def _uses_offload_policy(self, fsdp: FsdpConfig) -> bool:
-        return self.device.type == "cuda" and self.config.actor.uses_offload_policy(fsdp)
-
-    def _moves_by_hand(self, fsdp: FsdpConfig) -> bool:
-        """Whether the offload flags count: on a GPU, where torch's policy does not keep everything in host memory."""
-        return self.device.type == "cuda" and not self._uses_offload_policy(fsdp)
+    def _offload_of(self, fsdp: FsdpConfig) -> Offload:
+        return self.config.actor.offload(fsdp) if self.device.type == "cuda" else _NO_OFFLOAD
 
     @property
     def _offloads_optimizer(self) -> bool:
-        return self._moves_by_hand(fsdp := self.config.actor.fsdp_config) and fsdp.optimizer_offload
+        return self._offload_of(self.config.actor.fsdp_config).optimizer
 
     def _offload_optimizer(self) -> None:
         if self._offloads_optimizer:
@@ -338,18 +334,21 @@ class ActorRolloutRefWorker(Worker):
 
         After an error it stays there: on a broken device the move would fail too, and hide the error.
         """
-        if self._offloads(fsdp):
+        if self._offload_of(fsdp).weights:
             model.to(self.device)
         yield
         self._offload(model, fsdp)
 
     def _offload(self, model: PolicyModel, fsdp: FsdpConfig) -> None:
-        if self._offloads(fsdp):
+        if self._offload_of(fsdp).weights:
             model.to("cpu")
             self.stages.release_cache()
 
-    def _offloads(self, fsdp: FsdpConfig) -> bool:
-        return fsdp.param_offload and self._moves_by_hand(fsdp)
+
+def _smaller(setting: str, limit: MicroBatchLimit) -> str:
+    """What to do where a forward does not fit."""
+    what = "max_token_len" if limit.max_tokens else "micro_batch_size"
+    return f"Lower actor_rollout_ref.{setting}_{what}_per_gpu."
 
 
 def _model_path(config: ActorRolloutRefConfig) -> str:

@@ -17,7 +17,10 @@ import torch
 from verl.algorithm.loss import KlController
 from verl.checkpoint.model_card import write_checkpoint_card
 from verl.checkpoint.resume import ResumePoint
+from verl.checkpoint.run_folder import MODEL
 from verl.checkpoint.saver import CheckpointSaver
+from verl.config import RunConfig
+from verl.config_checks import step_without_policy
 from verl.data.dataset import StepBatches, prompt_batches
 from verl.protocol import DataProto, is_trained, object_array, response_ids, scored_width
 from verl.report.page import write_report
@@ -141,7 +144,7 @@ class RayPPOTrainer:
                     if trains_policy:
                         trained, found["reward"] = self.add_advantages(trained, reward)
                     else:
-                        check_has_embedding_grad(reward, step)
+                        check_has_embedding_grad(reward, step, self.config)
                 with self.phase("update"):
                     found["actor"] = self.update(trained, rows, reward, step)
                 self.log_step(step, rows, trained, reward, found)
@@ -448,9 +451,7 @@ class RayPPOTrainer:
         """Write everything of a step but the trainer's own state, which is returned."""
         run, versions = self.run, installed_versions()
         self.workers.save_checkpoint(folder, run.collate.settings)
-        write_checkpoint_card(
-            folder / "huggingface", self.config, run.collate.settings, self.plan.schedule, step, versions
-        )
+        write_checkpoint_card(folder / MODEL, self.config, run.collate.settings, self.plan.schedule, step, versions)
         return {
             "step": step,
             "samples_seen": self.plan.schedule.samples_seen(step),
@@ -465,11 +466,11 @@ class RayPPOTrainer:
         }
 
 
-def check_has_embedding_grad(reward: RewardOutput, step: int) -> None:
+def check_has_embedding_grad(reward: RewardOutput, step: int, config: RunConfig) -> None:
     """Raise RewardError if a step that follows no policy gradient has nothing else to train by."""
-    if reward.embedding_grad is None:
+    found = step_without_policy(config, step)
+    if found and reward.embedding_grad is None:
         raise RewardError(
-            f"step {step} trains nothing: it follows no policy gradient "
-            "(trainer.contrastive_warmup_steps, trainer.contrastive_steps_between, "
-            "actor_rollout_ref.actor.embedding_grad_share=1), and the reward manager gave no embedding_grad"
+            f"step {step} trains nothing: with {found[1]} it follows no policy gradient, and the reward manager gave "
+            "no embedding_grad"
         )

@@ -80,7 +80,7 @@ class Validation:
     def batches(self) -> Iterator[tuple[str, DataProto]]:
         """Prompt rows with the part they belong to, in a fixed order."""
         val = self.config.actor_rollout_ref.rollout.val_kwargs
-        size = self.config.data.val_batch_size or self.config.data.train_batch_size
+        size = self.config.data.val_size
         for name, part in self.parts.items():
             for start in range(0, len(part), size):
                 prompts = self.collate(part[start : start + size])

@@ -225,7 +225,7 @@ class HiddenRewardManager:
         # A step without rationales has nothing that is rewarded.
         if rows.batch["response_length"].any():
             output.metrics |= _metrics(terms, g)
-        if weight := self._contrastive_weight(rows):
+        if self.config.contrastive and (weight := self.config.contrastive_weight_in(rows.meta_info["step"])[0]):
             output.embedding_grad, found = self._contrastive_gradient(rows, at, g, groups, weight)
             output.metrics |= found
         return output
@@ -245,13 +245,6 @@ class HiddenRewardManager:
         if self.config.objective == "grace":
             return grace_terms(m, q, n, g, groups, self.config, trains_queries)
         return infonce_terms(m, q, n, g, groups, self.config)
-
-    def _contrastive_weight(self, rows: DataProto) -> float:
-        """The weight of the contrastive loss in this step."""
-        config = self.config
-        if config.contrastive_first_weight is not None and rows.meta_info["step"] <= config.contrastive_first_steps:
-            return config.contrastive_first_weight
-        return config.contrastive_weight
 
     def _contrastive_gradient(
         self, rows: DataProto, at: dict[str, Tensor], g: Tensor, groups: Sequence[Group], weight: float
