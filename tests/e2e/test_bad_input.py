@@ -33,7 +33,7 @@ def test_a_parquet_without_a_prompt_column(tmp_path, tiny_folder, data):
 def test_a_file_that_is_not_parquet(tmp_path, tiny_folder, data):
     (tmp_path / "odd.parquet").write_text("not parquet")
     overrides = [*recipe(tiny_folder, data, tmp_path / "run"), f"data.train_files={tmp_path}/odd.parquet"]
-    assert_rejected(tmp_path / "run", overrides, "odd.parquet is not a parquet file")
+    assert_rejected(tmp_path / "run", overrides, "odd.parquet is not a readable parquet file")
 
 
 def test_texts_given_as_triplets(tmp_path, tiny_folder, data):

@@ -15,7 +15,8 @@ from tiny import save_tiny, tiny_tokenizer
 
 from verl.config import DataConfig
 from verl.data.collator import PromptCollator
-from verl.data.dataset import PromptDataset, StepBatches, prompt_batches
+from verl.data.dataset import PromptDataset
+from verl.data.step_batches import StepBatches, prompt_batches
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError

@@ -12,7 +12,8 @@ from tiny import tiny_tokenizer
 
 from verl.config import DataConfig
 from verl.data.collator import PromptCollator
-from verl.data.dataset import PromptDataset, StepBatches
+from verl.data.dataset import PromptDataset
+from verl.data.step_batches import StepBatches
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
 from verl.errors import UserError

@@ -1,24 +1,18 @@
-"""The training data: rows of a parquet file of process_data.py become the samples of a step.
-
-Which samples make up a step follows from the seed and the step number alone. So a resumed run sees the same samples
-without any saved loader state, on any number of workers.
-"""
+"""The training data: rows of parquet files of process_data.py as samples, whose texts are chats by role."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from verl.config import DataConfig
 from verl.data.alternatives import NEGATIVES, POSITIVES, kept_texts, rows_of_pass, with_negative, with_positive
-from verl.data.collator import PromptCollator, Sample, around_text
+from verl.data.collator import Sample, around_text
+from verl.data.parquet import open_parquet
 from verl.data.prompt_rows import (
     TRIPLET,
     TRIPLET_FIELDS,
@@ -30,9 +24,7 @@ from verl.data.prompt_rows import (
 from verl.embedding.chat_template import Message, system_prompt_of, with_system_prompt
 from verl.embedding.prompts import PromptRenderer, rationale_messages
 from verl.embedding.settings import EmbedderSettings
-from verl.errors import UserError, WorkerError
-from verl.protocol import DataProto
-from verl.step_schedule import StepSchedule
+from verl.errors import UserError
 from verl.text_roles import TRIPLET_ROLES, Role
 from verl.utils.files import sha256_of_all
 
@@ -139,12 +131,13 @@ class PromptDataset(Dataset):
         wanted = [prompt_key, self.config.reward_fn_key, "reward_model", "extra_info"]
         wanted += [TRIPLET] if has_triplets else []
         try:
-            schema = pq.read_schema(name)
-            _check_columns(schema.names, wanted, name)
-            check_types(schema, name, prompt_key, has_triplets)
-            table = pq.read_table(name, columns=wanted + (list_columns(schema) if has_triplets else []))
+            with open_parquet(Path(name)) as file:
+                schema = file.schema_arrow
+                _check_columns(schema.names, wanted, name)
+                check_types(schema, name, prompt_key, has_triplets)
+                table = file.read(columns=wanted + (list_columns(schema) if has_triplets else []))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{name} is not a parquet file, or damaged: {error}") from None
+            raise UserError(f"{name} cannot be read to its end: {error}") from None
         first_row = 1
         for batch in table.to_batches():
             if fault := find_bad_row(batch, first_row, prompt_key, has_triplets):
@@ -254,50 +247,3 @@ def _check_columns(names: Sequence[str], wanted: Sequence[str], file: str) -> No
             f"{file} lacks the column {', '.join(missing)} (it has {', '.join(names)}); "
             f"make it with process_data.py{hint}."
         )
-
-
-class StepBatches:
-    """The dataset positions of every step after `first_step` steps: a new shuffled pass for each epoch."""
-
-    def __init__(self, schedule: StepSchedule, first_step: int, num_steps: int, seed: int | None) -> None:
-        self.schedule = schedule
-        self.steps = range(first_step, num_steps)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The samples of each step as (pass, position)."""
-        shuffled, order = -1, list(range(self.schedule.num_samples))
-        for epoch, start, size in islice(self.schedule.places(), self.steps.start, self.steps.stop):
-            if self.seed is not None and epoch != shuffled:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                shuffled, order = epoch, torch.randperm(len(order), generator=generator).tolist()
-            yield [(epoch, index) for index in order[start : start + size]]
-
-
-def prompt_batches(
-    dataset: PromptDataset, batches: StepBatches, collate: PromptCollator, num_workers: int, timeout_s: int
-) -> Iterator[DataProto]:
-    """The prompt rows of each step.
-
-    Args:
-        num_workers: processes that prepare them; 0 = none but this one.
-        timeout_s: longest time without a batch from them; 0 = no limit.
-
-    Raises:
-        WorkerError: one of the processes died, or none gave a batch in time.
-    """
-    loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-        timeout=timeout_s if num_workers else 0,
-        # A fork of this process would wait for ever for locks of threads that it does not have, as tokenizers' are.
-        multiprocessing_context="spawn" if num_workers else None,
-    )  # fmt: skip
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not num_workers:
-            raise
-        raise WorkerError(
-            f"the processes of data.dataloader_num_workers={num_workers} gave no batch ({error}). With 0 the driver "
-            "prepares the batches itself, which takes milliseconds a step."
-        ) from error

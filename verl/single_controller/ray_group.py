@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.errors import UserError, WorkerError
+from verl.single_controller import ray_cluster
 from verl.single_controller.host_memory import HostMemory
 from verl.single_controller.stacks import read_stacks, stack_file
 from verl.single_controller.worker import Worker, WorkerPlace
@@ -268,8 +269,7 @@ def _reserve(num_nodes: int, workers_per_node: int, device: str) -> PlacementGro
         nodes = [
             f"{node['NodeManagerAddress']} ({node['Resources'].get('CPU', 0):g} CPU, "
             f"{node['Resources'].get('GPU', 0):g} GPU)"
-            for node in ray.nodes()
-            if node["Alive"]
+            for node in ray_cluster.machines()
         ]
         free = ray.available_resources()
         raise UserError(

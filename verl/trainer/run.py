@@ -1,6 +1,6 @@
 """Everything that a training run starts from, built and checked before Ray or a device is touched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +119,7 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
         if config.actor_rollout_ref.model.trains_adapter:
             build_without_weights(config)
         collate = build_collate(config, dataset, renderer, reward_manager)
-        held_out = None
-        if config.validates or (config.diagnoses and has_val_files(config)):
-            # Figures compare a query with one negative.
-            one_negative = config.data.model_copy(update={"negatives_per_query": 1})
-            held_out = PromptDataset(file_list(config.data.val_files), one_negative, roles, renderer)
+        held_out = load_held_out(config, roles, renderer)
         validation = None
         if config.validates:
             assert held_out is not None
@@ -142,6 +138,19 @@ def prepare_run(config: RunConfig) -> Iterator[TrainingRun]:
             config, plan, dataset, collate, validation, reward_manager, probe, folder, warning, resume, device,
             workers_per_node, engine,
         )  # fmt: skip
+
+
+def load_held_out(config: RunConfig, roles: Sequence[str], renderer: PromptRenderer) -> PromptDataset | None:
+    """The samples of data.val_files, where validation or a diagnosis takes some.
+
+    Raises:
+        UserError: see `PromptDataset`.
+    """
+    if not config.validates and not (config.diagnoses and has_val_files(config)):
+        return None
+    # Figures compare a query with one negative.
+    one_negative = config.data.model_copy(update={"negatives_per_query": 1})
+    return PromptDataset(file_list(config.data.val_files), one_negative, roles, renderer)
 
 
 def draw_probe(

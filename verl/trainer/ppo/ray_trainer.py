@@ -21,7 +21,7 @@ from verl.checkpoint.run_folder import MODEL
 from verl.checkpoint.saver import CheckpointSaver
 from verl.config import RunConfig
 from verl.config_checks import step_without_policy
-from verl.data.dataset import StepBatches, prompt_batches
+from verl.data.step_batches import StepBatches, prompt_batches
 from verl.protocol import DataProto, is_trained, object_array, response_ids, scored_width
 from verl.report.page import write_report
 from verl.trainer.display import RunDisplay, model_lines
@@ -121,12 +121,12 @@ class RayPPOTrainer:
         with self.saving_when_stopped():
             self.start()
             for step, prompts in self.steps():
-                found: dict[str, dict[str, float]] = {}
+                metrics: dict[str, dict[str, float]] = {}
                 writes = self.plan.schedule.writes_rationales(step)
                 trains_policy = writes and actor.trains_policy
                 if writes:
                     with self.phase("sync"):
-                        found["sync"] = self.workers.sync_rollout_weights()
+                        metrics["sync"] = self.workers.sync_rollout_weights()
                     with self.phase("gen"):
                         rows = self.generate(step_rows.expand(prompts, rollout), step)
                 else:
@@ -134,7 +134,7 @@ class RayPPOTrainer:
                 with self.phase("score"):
                     rows = self.add_embeddings_and_log_probs(rows, log_probs=trains_policy)
                 if trains_policy:
-                    found["rollout"] = self.compare_engine(rows)
+                    metrics["rollout"] = self.compare_engine(rows)
                 if actor.has_kl_loss or (trains_policy and self.config.algorithm.has_kl_in_reward):
                     with self.phase("ref"):
                         rows = self.add_reference_log_probs(rows)
@@ -142,12 +142,12 @@ class RayPPOTrainer:
                     reward = self.reward_manager(rows)
                     trained = rows[is_trained(rows)]
                     if trains_policy:
-                        trained, found["reward"] = self.add_advantages(trained, reward)
+                        trained, metrics["reward"] = self.add_advantages(trained, reward)
                     else:
                         check_has_embedding_grad(reward, step, self.config)
                 with self.phase("update"):
-                    found["actor"] = self.update(trained, rows, reward, step)
-                self.log_step(step, rows, trained, reward, found)
+                    metrics["actor"] = self.update(trained, rows, reward, step)
+                self.log_step(step, rows, trained, reward, metrics)
                 self.after_step(step)
 
     @property
@@ -320,11 +320,15 @@ class RayPPOTrainer:
         return self.workers.update_actor(update_rows, num_mini_batches)
 
     def log_step(
-        self, step: int, rows: DataProto, trained: DataProto, reward: RewardOutput, found: dict[str, dict[str, float]]
+        self, step: int, rows: DataProto, trained: DataProto, reward: RewardOutput, by_part: dict[str, dict[str, float]]
     ) -> None:
-        """Log a finished step, before its checkpoint: a run that is killed in between drops the line and repeats it."""
+        """Log a finished step, before its checkpoint: a run that is killed in between drops the line and repeats it.
+
+        Args:
+            by_part: metrics of the parts of the step, by the part's name.
+        """
         metrics = step_metrics(rows, trained, reward, self.config)
-        metrics |= prefixed(**found, memory=self.workers.memory()) | self.step_timing(rows)
+        metrics |= prefixed(**by_part, memory=self.workers.memory()) | self.step_timing(rows)
         self.tracking.log(metrics, step)
         self.display.step_done(step, metrics)
         if self.plan.schedule.writes_rationales(step):
