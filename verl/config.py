@@ -24,7 +24,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace
+from verl.prompt_options import Day, GivenSystemPrompt, SystemPromptPlace, Truncation
 from verl.step_schedule import ALL_STEPS, StepSchedule
 from verl.text_roles import TEXT, RoleSettings, Template
 
@@ -109,7 +109,7 @@ class DataConfig(_Section):
     """Most tokens of a rendered prompt; over-long user text is cut by data.truncation."""
     max_response_length: PositiveInt = 2048
     """Most tokens of a rationale."""
-    truncation: Literal["left", "right", "middle", "error"] = "right"
+    truncation: Truncation = "right"
     """Part of an over-long user text that is cut: right keeps its beginning; error ends the run."""
     filter_overlong_prompts: bool = False
     """Drop samples with an over-long text at start instead of cutting the text; of several positives or negatives only
@@ -146,6 +146,11 @@ class DataConfig(_Section):
         return given if given.exists() or not shipped.exists() else shipped
 
 
+Kernel = Literal["auto", "varlen", "sdpa"]
+"""Which of torch's functions computes attention on CUDA: varlen_attn for all rows of a line at once,
+scaled_dot_product_attention row by row, or the first where it works."""
+
+
 class ModelConfig(_Section):
     path: FilePath | None = None
     """Folder or hub name of an instruction-tuned causal language model (required)."""
@@ -153,7 +158,7 @@ class ModelConfig(_Section):
     """Run code that comes with the model."""
     override_config: dict[str, Any] = {}
     """Values that replace those in the model's config.json."""
-    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
+    attn_implementation: Kernel = "auto"
     """Which of torch's functions computes the trainer's attention on CUDA: varlen = varlen_attn, an error where it does
     not work; sdpa = scaled_dot_product_attention; auto = varlen_attn where a trial call works."""
     enable_gradient_checkpointing: bool = True
@@ -328,6 +333,9 @@ class ValKwargs(_Section):
     """Temperature when do_sample is true."""
 
 
+CheckMode = Literal["full", "sample", "off"]
+
+
 class RolloutConfig(_Section):
     name: Literal["auto", "vllm", "hf"] = "auto"
     """Engine that writes the rationales: hf = transformers, vllm; auto = vllm where it imports, else hf."""
@@ -352,7 +360,7 @@ class RolloutConfig(_Section):
     """Of that forward; null = actor.ppo_micro_batch_size_per_gpu."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the engine on CUDA; on a CPU it is float32, as the trainer's."""
-    check_weight_sync: Literal["full", "sample", "off"] = "sample"
+    check_weight_sync: CheckMode = "sample"
     """Proof after every weight sync: sample = read a few weights back, others each time, and compare log-probs
     of fixed sentences; full = the same with every weight; off = none."""
     tensor_model_parallel_size: PositiveInt = 1

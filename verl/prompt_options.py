@@ -17,6 +17,9 @@ from verl.errors import UserError
 SystemPromptPlace = Literal["system", "user"]
 """The turn that the system prompt stands in: one of its own, or the beginning of the first user turn."""
 
+Truncation = Literal["left", "right", "middle", "error"]
+"""The part of an over-long text that is cut."""
+
 DEFAULT_DATE = "2024-07-26"
 """What a template that asks for today's date gets: a day that never changes, the one that Llama 3 falls back to."""
 

@@ -16,12 +16,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from verl.embedding.chat_template import ChatTemplate, Message, last_user_turn
 from verl.embedding.constant_start import constant_start
 from verl.errors import UserError
-from verl.prompt_options import SystemPromptPlace
+from verl.prompt_options import SystemPromptPlace, Truncation
 from verl.text_roles import BARE, Around
 
 SYSTEM_PROMPT = (
@@ -30,7 +30,6 @@ SYSTEM_PROMPT = (
 )
 
 Offsets = list[tuple[int, int]]
-Truncation = Literal["left", "right", "middle", "error"]
 
 _WORTH_PROBING = 100
 """Prompts of one frame in a call from which on finding their constant start, 16 short prompts once, pays."""

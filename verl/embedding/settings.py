@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from verl.embedding.prompts import SYSTEM_PROMPT, Prompt, Truncation
+from verl.embedding.prompts import SYSTEM_PROMPT, Prompt
 from verl.errors import UserError
-from verl.prompt_options import Day, SystemPromptPlace
+from verl.prompt_options import Day, SystemPromptPlace, Truncation
 from verl.text_roles import (
     DEFAULT_TASK,
     INSTRUCTION,

@@ -6,21 +6,18 @@ A model that uses it is called with `packed_segments` (a packed line of rows), w
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from verl.config import Kernel
 from verl.errors import UserError
 from verl.models.decoding_cache import Cached, DecodingCache
 from verl.models.packing import Segment
 from verl.models.varlen import varlen_attention, varlen_problem
-
-Kernel = Literal["auto", "varlen", "sdpa"]
-"""Which of torch's functions computes attention on CUDA: varlen_attn for all rows of a line at once,
-scaled_dot_product_attention row by row, or the first where it works."""
 
 ATTENTION = "grace_packed"
 ATTENTIONS: dict[Kernel, str] = {"auto": ATTENTION, "varlen": "grace_packed_varlen", "sdpa": "grace_packed_sdpa"}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from verl.config import ModelConfig
+from verl.config import Kernel, ModelConfig
 from verl.errors import UserError, as_user_error
-from verl.models.attention import ATTENTIONS, Kernel
+from verl.models.attention import ATTENTIONS
 from verl.models.families import FAMILIES
 from verl.models.lora import base_of_adapter, merge_adapter
 from verl.models.onednn import pack_linears, replace_linears

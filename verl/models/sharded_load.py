@@ -29,8 +29,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from verl.config import Kernel
 from verl.errors import UserError
-from verl.models.attention import ATTENTIONS, Kernel
+from verl.models.attention import ATTENTIONS
 from verl.models.families import FAMILIES
 from verl.models.fsdp import LM_PREFIX, is_sharded
 from verl.models.load import explained_load, load_causal_lm, prove, read_blueprint, refuse_names, round_weights

@@ -139,12 +139,15 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+State = Literal["loading", "ok", "draining", "failed"]
+
+
 class Health(BaseModel):
     """Answer to `GET /health`; 200 if ok, otherwise 503."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    status: Literal["loading", "ok", "draining", "failed"]
+    status: State
     message: str
     """What that means for who watches the server."""
 

@@ -10,17 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.record import EncodedText
 from verl.encoder.store import StoreError
 from verl.errors import UserError
 from verl.serve.batching import Batch, EndedError, Options, Queue, UnfitTextError
+from verl.serve.messages import State
 from verl.serve.metrics import Metrics
 from verl.workers.rollout.base import RolloutError
 
-State = Literal["loading", "ok", "draining", "failed"]
 LOG = logging.getLogger("verl.serve")
 # Clients of OpenAI's wait no longer than this when they are asked to come again.
 _LONGEST_WAIT_S = 60

@@ -9,12 +9,12 @@ adapter's contribution is checked separately; it may be too small to change the 
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.config import CheckMode
 from verl.models.fsdp import adapted_weights, full_weights, reshard
 from verl.models.packing import Row, pack
 from verl.models.policy import PolicyModel
@@ -36,8 +36,6 @@ _SAMPLED_COLUMNS = 64
 _CANARY_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
 # Largest error of the share of what adapters add that an engine holds.
 _ARRIVED_LIMIT = 0.01
-
-CheckMode = Literal["full", "sample", "off"]
 
 
 class WeightSyncError(RuntimeError):
