@@ -3,6 +3,7 @@
     python3 bench/worth.py --plan [--short]                  what would be done, and how long it takes
     python3 bench/worth.py --short                           one seed, small tasks, two minutes of training a row
     python3 bench/worth.py --data DIR                        the full form, hours
+    python3 bench/worth.py --data DIR --rows grace joint     these rows of it beside model and baseline
     python3 bench/worth.py --data DIR --recipes all          the recipes of bench/comparison/rows.py, on dev alone
     python3 bench/worth.py --data DIR --recipes A B --steps 50 200 --seeds 3    after so many steps, the last on test
 
@@ -30,6 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: bench_results/worth, or worth_short")
     parser.add_argument("--short", action="store_true", help="everything in small")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="train these of the rows; default: all")
     parser.add_argument("--recipes", nargs="*", metavar="NAME", help="train these instead of the rows; all = every one")
     parser.add_argument("--seconds", type=float, help="of training steps, for every row")
     parser.add_argument("--steps", type=int, nargs="+", help="of training, for every recipe, in place of the seconds")

@@ -31,7 +31,7 @@ from comparison.report import (
     summary,
     verdicts,
 )
-from comparison.rows import RECIPES, ROWS
+from comparison.rows import RECIPES, ROWS, Trained
 from comparison.study import BASE, CONTRASTIVE, Point, Shape, Study
 from comparison.training import Cost, TrainingError
 from verl.encoder.arguments import whole_number
@@ -184,6 +184,7 @@ def _shape(args: argparse.Namespace, shape: Shape) -> Shape:
     if seconds <= 0:
         raise UserError(f"--seconds={seconds:g} must be above 0")
     seeds = shape.seeds if args.seeds is None else whole_number("--seeds", args.seeds, 1)
+    rows = _rows(args, shape)
     steps = tuple(whole_number("--steps", number, 1) for number in args.steps or ())
     if steps and args.recipes is None:
         raise UserError(f"--steps={steps[0]} is of --recipes; rows are trained for --seconds")
@@ -191,7 +192,18 @@ def _shape(args: argparse.Namespace, shape: Shape) -> Shape:
         raise UserError(f"--steps: {fallen[0]} stands after a number that is not smaller; give rising ones")
     if args.recipes is not None and args.seeds is None:
         seeds = 1
-    return replace(shape, seconds=seconds, seeds=seeds, recipe_steps=steps)
+    return replace(shape, seconds=seconds, seeds=seeds, recipe_steps=steps, rows=rows)
+
+
+def _rows(args: argparse.Namespace, shape: Shape) -> Mapping[str, Trained]:
+    """What is trained of the rows."""
+    if args.rows is None:
+        return shape.rows
+    if args.recipes is not None:
+        raise UserError(f"--rows={args.rows[0]} has no effect with --recipes, which are trained instead of rows")
+    if unknown := [name for name in args.rows if name not in shape.rows]:
+        raise UserError(f"--rows: there is no {unknown[0]!r}; there are {', '.join(map(repr, shape.rows))}")
+    return {name: row for name, row in shape.rows.items() if name in args.rows}
 
 
 def _recipes(names: Sequence[str] | None) -> list[str]:

@@ -123,9 +123,11 @@ class Shown(NamedTuple):
 
 
 def choose(found: Found) -> dict[str, Shown]:
-    """The rows with the variant that is best on dev, and its scores on test, by key."""
+    """The rows of what was trained, with the variant that is best on dev and its scores on test, by key."""
     shown: dict[str, Shown] = {}
     for row in table_rows():
+        if row.model not in found.test:
+            continue
         if row.key.endswith("*'"):
             variant = scoring.choices()[shown[row.key[:-1]].variant]
         else:
@@ -165,6 +167,7 @@ def differences(shown: Mapping[str, Shown]) -> list[dict[str, Any]]:
     return [
         line
         for first, second, what in DECIDING
+        if first in shown and second in shown
         for line in _differences((first, shown[first].runs), (second, shown[second].runs), what, over)
     ]
 

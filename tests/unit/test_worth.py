@@ -19,10 +19,10 @@ from comparison.kept import Kept
 from comparison.measured import Measured, difference, interval
 from comparison.plan import plan
 from comparison.program import SHAPES, _shape, compare_recipes
-from comparison.report import DECIDING, points_as_json, table_rows
+from comparison.report import DECIDING, Found, choose, differences, points_as_json, table_rows
 from comparison.split import same_text, split_by_text
 from comparison.states import States, Variant, another_each, lookup, read_states, vectors_of
-from comparison.study import Shape, Study
+from comparison.study import BASE, CONTRASTIVE, Shape, Study
 from comparison.tasks import Labels, Pairs, Retrieval, Triplets, ranking
 from comparison.training import Run, _is_due
 from scipy.stats import spearmanr
@@ -495,7 +495,7 @@ def test_the_plan_says_what_recipes_are_scored_on_and_counts_it():
 
 
 def test_steps_are_of_recipes_alone():
-    args = argparse.Namespace(seconds=None, seeds=None, steps=[5], recipes=None)
+    args = argparse.Namespace(seconds=None, seeds=None, steps=[5], recipes=None, rows=None)
     with pytest.raises(UserError, match="--steps=5 is of --recipes"):
         _shape(args, SHAPES["short"])
     args.recipes = ["joint"]
@@ -504,6 +504,30 @@ def test_steps_are_of_recipes_alone():
     args.steps = [5, 9, 9]
     with pytest.raises(UserError, match="--steps: 9 stands after a number that is not smaller"):
         _shape(args, SHAPES["full"])
+
+
+def test_rows_may_be_chosen_by_name():
+    args = argparse.Namespace(seconds=None, seeds=None, steps=None, recipes=None, rows=["joint", "grace"])
+    assert list(_shape(args, SHAPES["full"]).rows) == ["grace", "joint"]
+    args.rows = ["joint", "best"]
+    with pytest.raises(UserError, match="--rows: there is no 'best'; there are 'plain', "):
+        _shape(args, SHAPES["full"])
+    args.recipes = []
+    with pytest.raises(UserError, match="--rows=joint has no effect with --recipes"):
+        _shape(args, SHAPES["full"])
+
+
+def test_differences_are_of_the_rows_that_were_trained():
+    def scores(value):
+        names = {name for row in table_rows() for name in row.candidates}
+        return [{name: {"triplets": {"accuracy": Measured(np.full(3, value))}} for name in names}]
+
+    made = {BASE: scores(0.2), CONTRASTIVE: scores(0.3), "grace": scores(0.5)}
+    shown = choose(Found({}, made, made, {}))
+    assert {key[0] for key in shown} == set("ACDEG")
+    found = {(line["first"], line["second"]): line["difference"] for line in differences(shown)}
+    assert found.keys() == {pair[:2] for pair in DECIDING if {key[0] for key in pair[:2]} <= set("ACDEG")}
+    assert found["G", "A"] == pytest.approx(0.3)
 
 
 def test_the_deciding_differences_are_between_rows_of_the_table():
