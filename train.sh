@@ -100,7 +100,7 @@ if (( GPUS > 0 )); then
         trainer.experiment_name="$NAME"
     )
 else
-    echo "train.sh: no GPU is visible; the $RECIPE recipe for CPUs, $MODE: SmolLM2-135M, short rationales"
+    echo "train.sh: no GPU is visible; the $RECIPE recipe for CPUs, $MODE: SmolLM2-135M, $([[ "$RECIPE" == contrastive ]] && echo no || echo short) rationales"
     MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
     if [[ "$MODEL" == models/SmolLM2-135M-Instruct ]]; then
         "$PYTHON" -m verl.get_demo_model

@@ -3,9 +3,9 @@
     python3 -m verl.centre --model checkpoints/GRACE/quickstart/global_step_28/huggingface --input train.parquet
     python3 -m verl.centre --model SmolLM2-135M-Instruct --input train.parquet --output SmolLM2-centred
 
-Texts are embedded by the model's own settings, with rationales and without, which have a mean each. The means are
-written as embedder_centre/mean.safetensors into the model's folder, or into a copy of it, and embedder_config.json
-gets "centre": true. GraceEncoder, verl.encoder and eval_mteb.py then use it without being told.
+Texts are embedded by the model's own settings, with rationales (unless these say think=false) and without, which have
+a mean each. The means are written as embedder_centre/mean.safetensors into the model's folder, or into a copy of it,
+and embedder_config.json gets "centre": true. GraceEncoder, verl.encoder and eval_mteb.py use it without being told.
 """
 
 import argparse

@@ -194,7 +194,8 @@ READERS = (
         lambda c: c.data.think,
     ),
     Reader(
-        ("data.contrastive_batch_size",), "trainer.contrastive_warmup_steps or contrastive_steps_between above 0",
+        ("data.contrastive_batch_size",),
+        "data.think=True and trainer.contrastive_warmup_steps or contrastive_steps_between above 0",
         lambda c: c.data.think and c.step_without_rationales() is not None,
     ),
     Reader(

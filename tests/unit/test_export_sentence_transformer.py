@@ -138,6 +138,17 @@ def test_the_card_says_what_the_folder_is(plain):
     assert f"{LENGTH} tokens" in card and "64 dimensions" in card
 
 
+def test_a_model_that_embeds_without_rationales_is_exported_as_that(tmp_path, capsys):
+    model = save_model(tmp_path / "model", think=False)
+    assert run(model, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the embeddings of model, which was trained to embed without rationales" in card
+    assert "write a rationale" not in card and 'GraceEncoder("' not in card
+    command = ["--model_path", str(model), "--output", str(tmp_path / "with"), "--rationales"]
+    assert program.main(command) == 2
+    assert "think=False: this model embeds without rationales; leave --rationales out" in capsys.readouterr().err
+
+
 def test_other_prompts_turns_and_tasks_are_errors(plain):
     model = SentenceTransformer(str(plain[1]), device="cpu")
     for inputs, options in (

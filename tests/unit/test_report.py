@@ -132,6 +132,16 @@ def test_what_is_missing_is_said_with_the_setting_that_writes_it(tmp_path):
     assert data["rationales"]["texts"] == [] and data["groups"][0]["groups"] == [] and "missing" in data["maps"][0]
 
 
+def test_a_run_without_rationales_misses_none(tmp_path):
+    write_lines(tmp_path / METRICS, [{"step": 1, "reward/contrastive/loss": 0.5}])
+    settings = {"data": {"think": False, "train_batch_size": 12}, "actor_rollout_ref": {"rollout": {"n": 2}}}
+    (tmp_path / RECORD).write_text(json.dumps({"config": settings}))
+    data = report_data([read_run(tmp_path)])
+    told = "data.think=False: this run writes no rationales."
+    assert data["maps"][0]["missing"] == data["groups"][0]["missing"] == told
+    assert {"name": "a step", "cells": ["12 samples"]} in data["facts"]["facts"]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

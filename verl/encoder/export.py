@@ -49,7 +49,7 @@ TEMPLATE = (
 CARD = """\
 # {name} without rationales
 
-These are the embeddings of {name} WITHOUT rationales: a cheap baseline, one short forward pass per text.
+{what}, one short forward pass per text.
 
 ```python
 from sentence_transformers import SentenceTransformer  # 6 or newer
@@ -61,6 +61,14 @@ The prompt is built in, also that of queries and documents (`encode_query`, `enc
 so that text and prompt have at most {length} tokens. Weights are float32; `model_kwargs={{"dtype": "bfloat16"}}` halves
 their size and rounds the vectors.
 
+{original}With think=False GraceEncoder gives the same vectors as this folder: over {count} texts no number differed by
+more than {gap:.1e} (float32, CPU). Where a text is cut after a space or within a character, this folder keeps a few
+more tokens.
+Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
+"""
+_WITHOUT = "These are the embeddings of {name} WITHOUT rationales: a cheap baseline"
+_AS_TRAINED = "These are the embeddings of {name}, which was trained to embed without rationales"
+_ORIGINAL = """\
 The model was trained to write a rationale about a text and to embed both. Those embeddings need GRACE and the original
 model folder:
 
@@ -70,9 +78,6 @@ from verl import GraceEncoder
 vectors = GraceEncoder("path/to/{name}").encode(["a text", "another"])
 ```
 
-With think=False GraceEncoder gives the same vectors as this folder: over {count} texts no number differed by more than
-{gap:.1e} (float32, CPU). Where a text is cut after a space or within a character, this folder keeps a few more tokens.
-Markers of the chat template in a text, such as <|im_end|>, are plain characters for GraceEncoder and markers here.
 """
 CARD_WITH_RATIONALES = """\
 # {name}, embedding through rationales
@@ -147,6 +152,8 @@ def export(model_path: str, output: Path, rationales: bool = False) -> None:
     with whole_folder(folder) as whole:
         if not rationales:
             check_settings(whole)
+        elif not EmbedderSettings.read(whole).think:
+            raise ValueError("think=False: this model embeds without rationales; leave --rationales out")
         say(f"{PROGRAM}: embedding with GraceEncoder({model_path!r})")
         write_compared(GraceEncoder(whole, engine="hf", device="cpu"), output, rationales)
     say(f"{PROGRAM}: wrote {output}")
@@ -169,9 +176,11 @@ def write_compared(encoder: GraceEncoder, output: Path, rationales: bool) -> Non
         say(f"{PROGRAM}: largest difference {gap:.2e} over {len(texts)} texts")
         if not gap <= TOLERANCE:
             raise VectorsDiffer(f"that is above {TOLERANCE}; nothing is written")
+        name, thinks = encoder.folder.resolve().name, settings.think
         text = (CARD_WITH_RATIONALES if rationales else CARD).format(
-            name=encoder.folder.resolve().name, hidden=encoder.embedding_dim, gap=gap, count=len(texts),
-            length=encoder.settings.max_prompt_length,
+            name=name, hidden=encoder.embedding_dim, gap=gap, count=len(texts), length=settings.max_prompt_length,
+            what=(_WITHOUT if thinks else _AS_TRAINED).format(name=name),
+            original=_ORIGINAL.format(name=name) if thinks else "",
         )  # fmt: skip
         front = ModelCardData(library_name="sentence-transformers", pipeline_tag="sentence-similarity")
         (making / model_card.FILE_NAME).write_text(model_card.with_front_matter(front, text))

@@ -97,6 +97,8 @@ def _training_data(run: Run) -> str:
 
 def _step(run: Run) -> str:
     samples, rationales = run.setting("data.train_batch_size"), run.setting("actor_rollout_ref.rollout.n")
+    if samples and run.setting("data.think") is False:
+        return f"{samples} samples"
     return f"{samples} samples × {rationales} rationales" if samples and rationales else UNKNOWN
 
 

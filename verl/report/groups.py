@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from verl.report.read import Json, Run
+from verl.report.read import WITHOUT_RATIONALES, Json, Run
 from verl.report.thin import fit_texts
 
 STEPS = 10
@@ -88,6 +88,8 @@ def _fit(groups: Sequence[dict[str, Any]], budget: int) -> None:
 
 
 def _why_none(run: Run, steps: Sequence[int]) -> str:
+    if run.setting("data.think") is False:
+        return WITHOUT_RATIONALES
     if run.setting("trainer.samples_per_step") == 0:
         return "trainer.samples_per_step=0 keeps no samples; 8, the default, keeps those of 8 samples of each step."
     if not steps:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from verl.report.read import Json, Run
+from verl.report.read import WITHOUT_RATIONALES, Json, Run
 from verl.report.thin import fit_texts, rounded, spread_choice
 
 NEIGHBOURS = 5
@@ -130,6 +130,8 @@ def followed_rationales(runs: Sequence[Run]) -> dict[str, Any]:
 
 def why_no_probe(run: Run) -> str:
     """Which setting writes what is missing."""
+    if run.setting("data.think") is False:
+        return WITHOUT_RATIONALES
     if run.setting("trainer.diag_freq") in (-1, 0):
         return f"trainer.diag_freq={run.setting('trainer.diag_freq')} diagnoses no texts; trainer.diag_freq=50 does."
     return "diagnostics/ holds no texts with vectors yet; trainer.diag_freq (steps between diagnoses) writes them."

@@ -19,6 +19,7 @@ from verl.errors import UserError
 from verl.evaluation.report import Summary
 from verl.utils.run_files import DIAGNOSTICS, METRICS, PROBE, RECORD, SAMPLES, files_of_steps
 
+WITHOUT_RATIONALES = "data.think=False: this run writes no rationales."
 Json = Mapping[str, Any]
 
 

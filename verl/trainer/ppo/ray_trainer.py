@@ -102,7 +102,8 @@ class RayPPOTrainer:
            rationales. Its advantage is its reward in comparison with its group.
         4. Update (update): optimizer steps by the policy gradient. Where the reward manager has a loss on the
            embeddings, such as a contrastive one, they follow its gradient too.
-        5. Log the step; then figures of held-out texts (val, diag), a checkpoint (save) and alerts, where due.
+        5. Log the step; then figures of held-out texts (val), a checkpoint (save), a diagnosis (diag) and alerts, where
+           due.
 
         Steps without rationales (trainer.contrastive_warmup_steps, trainer.contrastive_steps_between) embed the texts
         alone. They follow no policy gradient, as no step does with actor_rollout_ref.actor.embedding_grad_share=1. With
