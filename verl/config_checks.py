@@ -240,6 +240,8 @@ def _check_micro_batches(config: RunConfig) -> Iterator[str]:
 
 def _check_engine(config: RunConfig) -> Iterator[str]:
     data, rollout = config.data, config.actor_rollout_ref.rollout
+    if not data.think:
+        return
     prefix = "actor_rollout_ref.rollout."
     needed = config.longest_row
     if rollout.max_model_len is not None and rollout.max_model_len < needed:

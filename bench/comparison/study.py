@@ -102,10 +102,16 @@ class Study:
             run.finish()
         else:
             points = self._train(_label(name), seed, run, settings, self._by_seconds((1.0,)))
-            # It was tried to choose by dev; its model is not asked for anything else. A row's is, by the same name.
-            if not run.is_finished:
+            # It was tried to choose by dev; its model is not asked for anything else, unless it is a row's too.
+            if run.folder == self._folder_of_row(name, seed):
+                run.finish()
+            else:
                 clear(run.folder)
         return points
+
+    def _folder_of_row(self, name: str, seed: int) -> Path | None:
+        row = self.shape.rows.get(name)
+        return self._run(name, row, seed, self._seconds(self.shape.shares))[0].folder if row else None
 
     def test_row(self, name: str, seed: int) -> Scores:
         """The scores on test of a row that `row` has trained."""

@@ -125,6 +125,15 @@ def test_scores_in_the_card_say_by_which_other_settings_they_are(tmp_path, tasks
     assert titles[2] == f"{titles[0]}; scores with think=False, and the model's is True"
 
 
+def test_what_stands_in_for_settings_that_cannot_be_read_is_enough_to_the_end(tmp_path, tasks):
+    model = save_tiny(tmp_path / "model")
+    write_card(model, "model", EmbedderSettings(), {}, "a command", {})
+    EmbedderSettings(centre=True).write(model)  # which is missing
+    command = arguments(model, tasks, tmp_path / "out", "--tasks", "Sts", "--no_thinking", "--no_centre")
+    assert eval_mteb.main(command) == 0
+    assert "; its own settings cannot be read (centre=True, and " in (model / "README.md").read_text()
+
+
 def test_other_settings_do_not_share_results(whole_run, tiny_folder, tasks):
     before = set(results(whole_run))
     for change in (["--seed", "1"], ["--pooling_method", "eos"], ["--no_thinking"]):

@@ -227,6 +227,27 @@ def test_a_step_of_another_run_does_not_bring_that_runs_place_in_a_tracker(
     assert given == [(4, {}), (4, {"wandb": "theirs"})]
 
 
+def test_a_run_from_another_ones_step_keeps_nothing_of_what_was_in_its_folder(
+    tmp_path, tiny_folder, triplets, copied_run
+):
+    used = tmp_path / "used"
+    done = train_here(
+        *recipe(tiny_folder, triplets, used), "trainer.total_training_steps=2", "trainer.save_freq=1",
+        "trainer.test_freq=1", "trainer.save_best=val/mrr",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = train_here(
+        *recipe(tiny_folder, triplets, used), "trainer.total_training_steps=5", "trainer.save_freq=5",
+        "trainer.resume_mode=resume_path", f"trainer.resume_from_path={copied_run}/global_step_4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "what an earlier run left after step 0 was moved to" in done.stdout
+    assert {m["step"] for m in numbers(used)} == {4, 5}
+    assert not (used / "best_checkpointed_iteration.txt").exists()
+    assert sorted(path.name for path in used.glob("global_step_*")) == ["global_step_5"]
+    assert (used / "set_aside_1" / "metrics.jsonl").is_file()
+
+
 def test_a_worker_that_hangs_is_named_with_the_phase_and_the_stacks_of_those_that_wait(tmp_path, tiny_folder, triplets):
     # It takes about a minute, the limit that it waits for: loading two models beside other programs must fit into it.
     mark = "GRACE_HANG"

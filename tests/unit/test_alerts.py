@@ -127,6 +127,13 @@ def test_hacking_is_a_reward_that_rises_while_held_out_accuracy_falls():
         assert names(hacked(rise, fall)) == []
 
 
+def test_hacking_is_found_where_few_steps_have_a_reward():
+    """As where eight steps without rationales follow each one with them: 20 rewards are those until step 172."""
+    lines = [line for line in hacked(0.2, 0.1) if line["step"] % 9 == 1 or "reward/mean" not in line]
+    ((step, name, text),) = said(lines)
+    assert (step, name) == (180, "hacking") and "from step 0 to 180 the reward rose" in text
+
+
 def test_a_small_probe_has_to_fall_further():
     assert names(hacked(0.2, 0.1, "diag/mrr_thinking", **{"diag/samples": 16.0})) == []
     assert names(hacked(0.2, 0.1, "diag/mrr_thinking", **{"diag/samples": 160.0})) == [(160, "hacking")]

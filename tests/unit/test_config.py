@@ -346,6 +346,11 @@ def test_a_length_beyond_the_models_context_is_an_error(tiny_folder, files):
     config = tiny_run(tiny_folder, files, "data.max_prompt_length=2100")
     with pytest.raises(UserError, match="4148 tokens, beyond the model's context of 4096; lower one of them by 52"):
         build_renderer(config)
+    bare = ["data.think=False", "actor_rollout_ref.actor.embedding_grad_share=1", "trainer.diag_freq=-1"]
+    bare += ["+reward_model.reward_kwargs.contrastive_weight=1"]
+    build_renderer(tiny_run(tiny_folder, files, "data.max_prompt_length=2100", *bare))
+    with pytest.raises(UserError, match="data.max_prompt_length=5000 tokens, .* context of 4096; lower it by 904"):
+        build_renderer(tiny_run(tiny_folder, files, "data.max_prompt_length=5000", *bare))
 
 
 def test_more_workers_than_cpus_is_an_error(tiny_folder, files):

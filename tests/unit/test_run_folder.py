@@ -12,6 +12,7 @@ import pytest
 from verl.checkpoint.model_card import FILE_NAME
 from verl.checkpoint.run_folder import BEST, LATEST, STATE, Best, CheckpointError, RunFolder, find_fault, read_state
 from verl.errors import UserError
+from verl.utils.files import new_folder
 
 
 def write_step(run: RunFolder, step: int, best_value: float | None = None):
@@ -269,3 +270,18 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
     with RunFolder(tmp_path).owned() as warning:
         assert "No locks available): make sure that no other run uses it" in warning
+
+
+def test_a_new_folder_takes_the_place_of_nothing_that_it_was_not_told_to(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(OSError, match="not empty"), new_folder(target) as making:
+        (making / "new").touch()
+        target.mkdir()
+        (target / "mine").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    with new_folder(target, replace=True) as making:
+        (making / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+    with pytest.raises(ValueError, match="broken"), new_folder(target, replace=True):
+        raise ValueError("broken")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]

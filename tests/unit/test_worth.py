@@ -416,6 +416,10 @@ def test_a_recipe_that_is_a_row_too_leaves_the_rows_model(tmp_path, tiny_folder,
     (point,) = study.row("some", 0)
     assert [other.cost for other in study.recipe("some", 0)] == [point.cost]
     assert study.test_row("some", 0).keys() == point.scores.keys()
+    # The other way round too.
+    (point,) = study.recipe("some", 1)
+    assert [other.cost for other in study.row("some", 1)] == [point.cost]
+    assert study.test_row("some", 1).keys() == point.scores.keys()
 
 
 def test_recipes_are_compared_after_the_same_number_of_steps(tmp_path, tiny_folder, data, recipes, capsys):

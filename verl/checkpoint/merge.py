@@ -192,7 +192,7 @@ def check_upload(repo: str | None, private: bool) -> None:
 
 def write_folder(target: Path, weights: dict[str, Tensor], checkpoint: Checkpoint) -> int:
     """Write and check the folder under a temporary name, then rename it; return the bytes of its weights."""
-    with new_folder(target) as folder:
+    with new_folder(target, replace=True) as folder:
         with disk_errors():
             write_model_files(folder, checkpoint)
             save_torch_state_dict(weights, folder)

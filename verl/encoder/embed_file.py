@@ -14,7 +14,6 @@ from verl.encoder.arguments import check_options, whole_number
 from verl.encoder.grace_encoder import GraceEncoder
 from verl.encoder.parquet_parts import Part, write_file
 from verl.encoder.store import StoreError, store_beside
-from verl.errors import UserError
 from verl.utils.console import exit_code_of, say
 from verl.utils.logging import quiet_libraries
 from verl.workers.rollout.base import RolloutError
@@ -72,7 +71,7 @@ def embed_to_folder(args: argparse.Namespace) -> None:
             total = encoder.encode_to_parquet(
                 texts, args.output, shard_rows=args.shard_rows, on_part=part_teller(source), **encode_options(args)
             )
-        except (OSError, StoreError, RolloutError, UserError):
+        except (OSError, StoreError, RolloutError):
             say(f"the finished files stay in {args.output}; the same command continues after them")
             raise
     say(f"{args.output}: {total:,} texts, of which {encoder.usage.texts:,} were embedded now, {usage_line(encoder)}")

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         _write(centre, settings, folder)
     else:
         with new_folder(target) as making:
-            shutil.copytree(folder, making, dirs_exist_ok=True)
+            shutil.copytree(folder, making, ignore=shutil.ignore_patterns(making.name), dirs_exist_ok=True)
             _write(centre, settings, making)
     say(f"{PROGRAM}: wrote {target / FILE_NAME}: the mean of {len(chosen):,} of {len(texts):,} texts")
 

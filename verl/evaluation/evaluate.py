@@ -289,8 +289,7 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
         f"{usage.generated_tokens:,} rationale tokens; {usage.hit_rate:.0%} of the vectors were stored or used a "
         f"stored rationale; {usage.shortened:,} texts were cut to fit, {usage.empty_texts:,} were empty"
     )
-    # Of what is not as the model's folder says; another time's scores by its own settings stay in the card.
-    other = difference_from(Own.read(evaluation.encoder.folder, evaluation.encoder.tokenizer), summary.settings)
+    other = _not_its_own(evaluation)
     title, card = f"{summary.title}; {other}" if other else summary.title, evaluation.encoder.folder / CARD
     try:
         if put_scores(evaluation.encoder.folder, title, [*summary.score_lines(base), "", *summary.notes()]):
@@ -300,6 +299,16 @@ def report(evaluation: Evaluation, base: Summary | None) -> None:
     console.print(f"summary: {evaluation.folder}/summary.md   results: {evaluation.args.output_dir}/results")
     if evaluation.args.timing_log:
         evaluation.args.timing_log.write_text("\n".join([*timing_lines(summary), ""]))
+
+
+def _not_its_own(evaluation: Evaluation) -> str:
+    """Which setting is not that of the model's folder, for the title in its card; an empty string = none."""
+    encoder = evaluation.encoder
+    try:
+        own = Own.read(encoder.folder, encoder.tokenizer)
+    except UserError as error:  # given settings or --no_centre take the place of what cannot be read
+        return f"its own settings cannot be read ({error})"
+    return difference_from(own, evaluation.summary.settings)
 
 
 def show_rationales(encoder: GraceEncoder, evaluation: Evaluation, count: int) -> list[str]:

@@ -116,7 +116,8 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
             "Tokens per second", ("perf/tokens_per_s", "perf/generated_tokens_per_s"),
             "Of the whole step, and while generating.",
         ),
-        Panel("Memory", ("memory/*",), "Peak in GB."),
+        Panel("Memory", ("memory/*_peak_gb",), "Peak in GB."),
+        Panel("Free memory", ("memory/free_gb/*",), "Of the GPU after each stage, in GB."),
     ),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ function showAlerts() {
   )));
   const quiet = runs.filter((run) => run.diagnosed && !run.alerts.length).map((run) => note(`${prefix(run)}No alerts.`));
   const blind = runs.filter((run) => !run.diagnosed && !run.alerts.length).map((run) => note(
-    `${prefix(run)}No alerts, but nothing was diagnosed either: trainer.diag_freq (steps between diagnoses) finds collapse, unused rationales and gibberish.`));
+    `${prefix(run)}No alerts, but nothing was diagnosed either: ${run.why_blind}`));
   const problems = runs.flatMap((run) => run.problems.map((problem) => note(`${prefix(run)}${problem}.`)));
   fill("alerts", alerts.length ? element("ul", { class: "plain" }, alerts) : null, quiet, blind, problems);
 }

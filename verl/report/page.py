@@ -14,7 +14,7 @@ from typing import Any
 from verl.report.curves import curve_groups, time_by_phase
 from verl.report.facts import progress, what_was_run
 from verl.report.groups import best_and_worst
-from verl.report.probe import followed_rationales, probe_map
+from verl.report.probe import followed_rationales, probe_map, why_no_probe
 from verl.report.read import Run, read_run
 from verl.report.scores import score_table
 from verl.report.thin import in_page
@@ -57,6 +57,7 @@ def report_data(runs: Sequence[Run], evaluations: Sequence[Path] = ()) -> dict[s
             "progress": progress(run),
             "alerts": [vars(alert) for alert in run.alerts],
             "diagnosed": any(metric.startswith("diag/") for metric in run.series),
+            "why_blind": why_no_probe(run),
             "problems": run.problems,
         }
         for name, run in zip(distinct_names(runs), runs, strict=True)

@@ -193,11 +193,12 @@ def build_renderer(config: RunConfig) -> PromptRenderer:
     assert model.path is not None
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
     context = context_of(read_model_config(model))
-    wanted = data.max_prompt_length + data.max_response_length
+    wanted = config.longest_row
     if context is not None and wanted > context:
+        response = f" + data.max_response_length={data.max_response_length} = {wanted}" if data.think else ""
         raise UserError(
-            f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length} "
-            f"= {wanted} tokens, beyond the model's context of {context}; lower one of them by {wanted - context}."
+            f"data.max_prompt_length={data.max_prompt_length}{response} tokens, beyond the model's context of "
+            f"{context}; lower {'one of them' if data.think else 'it'} by {wanted - context}."
         )
     renderer = PromptRenderer(
         tokenizer, data.max_prompt_length, data.truncation,

@@ -42,17 +42,23 @@ def replace_file(file: Path, content: str | bytes, durable: bool = False) -> Non
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes `target` when the block ends, in place of what is there.
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to write to, which becomes `target` when the block ends.
 
-    After an error there is nothing new.
+    After an error there is nothing new, and what is there stays.
+
+    Args:
+        replace: remove what is there by then; else only an empty folder may be there.
+
+    Raises:
+        OSError: something else is there.
     """
     making = target.with_name(f".{target.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
         yield making
-        if target.exists():
+        if replace and target.exists():
             shutil.rmtree(target)
         making.rename(target)
     finally:

@@ -20,7 +20,7 @@ _LEAST_NATS, _MULTIPLE = 1.0, 1.5
 _SHORT, _FEWEST = 10, 3
 _MOST_FLAT = 0.5
 _LONGER = 2.0
-# Hacking: steps of the window, and the fewest.
+# Hacking: steps of the window, and the fewest rewards in it.
 _WINDOW, _LEAST_WINDOW = 100, 20
 _LEAST_FALL = 0.05
 # Noise threshold: 0.6 / sqrt(number of probe queries), about two standard errors of the mean MRR.
@@ -211,10 +211,19 @@ def hacking(history: History) -> str | None:
         return None
     held_out = history.series(name)
     last_step, now = held_out[-1]
+
+    def rewards_since(begin: int) -> list[float]:
+        return [value for step, value in history.series("reward/mean") if begin < step <= last_step]
+
+    # Not every step has a reward: those without rationales have none.
     before_step, before = next(
-        (found for found in reversed(held_out) if found[0] <= last_step - _WINDOW), held_out[0]
+        (
+            found for found in reversed(held_out)
+            if found[0] <= last_step - _WINDOW and len(rewards_since(found[0])) >= _LEAST_WINDOW
+        ),
+        held_out[0],
     )  # fmt: skip
-    rewards = [value for step, value in history.series("reward/mean") if before_step < step <= last_step]
+    rewards = rewards_since(before_step)
     least = _LEAST_FALL
     if name.startswith("diag/"):
         least = max(least, _PROBE_NOISE / math.sqrt(history.last("diag/samples") or 1.0))

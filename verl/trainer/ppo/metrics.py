@@ -111,11 +111,12 @@ def time_metrics(seconds: dict[str, float], rows: DataProto, bytes_moved: int) -
     """Seconds by phase, tokens per second, and bytes sent between processes."""
     step = sum(seconds.values())
     generated = int(rows.batch["response_length"].sum())
+    speed = {"perf/generated_tokens_per_s": generated / max(seconds["gen"], 1e-9)} if "gen" in seconds else {}
     return {
         **{f"time/{phase}_s": value for phase, value in seconds.items()},
         "time/step_s": step,
         "perf/generated_tokens": float(generated),
-        "perf/generated_tokens_per_s": generated / max(seconds.get("gen", 0.0), 1e-9),
+        **speed,
         "perf/tokens_per_s": (generated + int(rows.batch["prompt_length"].sum())) / step,
         "perf/ray_mb": bytes_moved / 2**20,
     }

@@ -168,8 +168,10 @@ class RayPPOTrainer:
             self.saver.check_room(facts["checkpoint_bytes"])
         if self.run.resume:
             self.resume(self.run.resume)
-        if aside := self.run.folder.set_aside_after(self.first_step, also=() if self.run.resume else LOGGED):
-            self.display.say(f"what an earlier run left after step {self.first_step} was moved to {aside}")
+        # Of a run that did not lead to this one, nothing stays.
+        kept, also = (self.first_step, ()) if self.continues_own_folder else (0, LOGGED)
+        if aside := self.run.folder.set_aside_after(kept, also):
+            self.display.say(f"what an earlier run left after step {kept} was moved to {aside}")
         write_record(self.run.folder.path, self.config, self.plan.total_steps)
         logged = self.tracking.begin(self.first_step, self.run_ids)
         if self.run.probe:
@@ -416,13 +418,14 @@ class RayPPOTrainer:
         """Say the alerts that have begun, and end the run if it is to end at one.
 
         Raises:
-            AlertError: with trainer.stop_on_alert; but not before the first step, as training is to change what was
-                found then.
+            AlertError: with trainer.stop_on_alert; but not before the first step of a run, as training is to change
+                what was found then.
         """
         begun = self.tracking.log_new_alerts(step)
         for alert in begun:
             self.display.say(f"ALERT at step {step}, {alert.name}: {alert.text}")
-        if begun and self.config.trainer.stop_on_alert and step > self.first_step:
+        trained_here = step > self.first_step or self.continues_own_folder
+        if begun and self.config.trainer.stop_on_alert and trained_here:
             raise AlertError(f"stopped at step {step} by the alert {begun[0].name}: {begun[0].text}")
 
     def save(self, step: int, best_value: float | None = None) -> None:
