@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, markdown, write_json
+from common import REPO, machine, markdown, write_json
 from comparison.kept import Kept
 from gpu_parts import FORMS, PARTS, Skipped
 
+from verl.utils.files import sha256_of_all
+
 _PROGRAM = Path(__file__)
+# Results of other code are not kept.
+_CODE = ("verl", "bench", "tests/gpu")
 # The least time in which a part is begun.
 _LEAST_S = 20
 
@@ -61,7 +65,8 @@ def main() -> int:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a kept result must agree in."""
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    return {"form": args.form, "device": args.device, "gpu": gpu, "versions": machine()["versions"]}
+    code = sha256_of_all(sorted(file for part in _CODE for file in (REPO / part).rglob("*.py")))
+    return {"form": args.form, "device": args.device, "gpu": gpu, "code": code, "versions": machine()["versions"]}
 
 
 def attempt(name: str, args: argparse.Namespace, kept: Kept, own: dict[str, Any], end: float) -> dict[str, Any]:

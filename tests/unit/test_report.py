@@ -259,6 +259,9 @@ def test_scores_of_a_step_stand_beside_those_before_training(tmp_path, run_folde
     write_summary(tmp_path / "middle", f"elsewhere/{run.name}/global_step_20/huggingface", 48.0)
     write_summary(tmp_path / "plain", f"merge_models/runs/{run.name}/global_step_20/huggingface", 40.0, think=False)
     write_summary(tmp_path / "stranger", "models/another", 99.0)
+    # There is another run of this name.
+    (tmp_path / "theirs" / run.name / "global_step_30").mkdir(parents=True)
+    write_summary(tmp_path / "namesake", f"{tmp_path}/theirs/{run.name}/global_step_30", 99.0)
     table = score_table([run], [tmp_path])
     assert [column["label"] for column in table["columns"]] == [
         "before training", "step 20", "step 40", "step 20, without rationales",

@@ -68,10 +68,13 @@ def scored(number: int, run: Run, folders: Sequence[Path]) -> list[Scored]:
 def step_of(run: Run, summary: Summary) -> int | None:
     """The step of this run that a summary is about, by the path of its model; None if it is about another model.
 
-    A checkpoint lies in RUN/global_step_N, and one that was merged of shards in such a folder below merge_models.
+    A checkpoint lies in RUN/global_step_N, and one that was merged of shards in such a folder below merge_models. Of a
+    path that is not there, as the run was moved or evaluated elsewhere, the names of run and step have to do.
     """
-    path = Path(summary.model["path"]).as_posix()
-    match = re.search(rf"(?:^|/){re.escape(run.name)}/global_step_(\d+)(?:/|$)", path)
+    path = Path(summary.model["path"])
+    place = run.folder.resolve().as_posix() if path.exists() else f"/{run.name}"
+    text = path.resolve().as_posix() if path.exists() else f"/{path.as_posix()}"
+    match = re.search(rf"{re.escape(place)}/global_step_(\d+)(?:/|$)", text)
     return int(match[1]) if match else None
 
 
