@@ -48,8 +48,8 @@ def _field_of_each(
     xlabel: str, file: Path,
 ) -> Path:  # fmt: skip
     """A field for each model, and in it a line for each of its vectors."""
-    columns = min(len(points), _MOST_IN_A_LINE)
-    rows = -(-len(points) // columns)
+    rows = -(-len(points) // _MOST_IN_A_LINE)
+    columns = -(-len(points) // rows)
     figure = Figure(figsize=(1.5 + 3 * columns, 1 + 3 * rows), layout="constrained")
     fields = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, seeds) in zip(fields, points.items(), strict=False):
