@@ -488,14 +488,16 @@ class TestStore:
         EmbedderSettings(system_prompt="Other words.").write(folder)
         self.encode(folder, tmp_path / "store", (4, 4))
 
-    def test_keys_are_hashes_of_settings_and_prompt_as_in_earlier_versions(self, tiny_folder, tmp_path):
+    def test_keys_are_hashes_of_these_settings_and_of_the_prompt(self, tiny_folder, tmp_path):
+        """With others, a new version would find nothing that this one stored."""
         with GraceEncoder(tiny_folder, device="cpu", store=tmp_path) as encoder:
             encoder.encode(TEXTS[1], **SAMPLED)
             (prompt,) = encoder.renderer.render([chat(encoder, TEXTS[1])])
             revision = encoder.revision
+            stop_ids = [encoder.tokenizer.eos_token_id]
         sampling = (
-            f'{{"dtype": "float32", "engine": "hf", "max_new_tokens": 12, "seed": 0, "temperature": 1.0, '
-            f'"think": true, "weights": "{revision}"}}'
+            f'{{"dtype": "float32", "engine": "hf", "max_new_tokens": 12, "seed": 0, "stop_ids": {stop_ids}, '
+            f'"temperature": 1.0, "think": true, "weights": "{revision}"}}'
         )
         pooling = (
             f'{{"forward_dtype": "float32", "pool_system_prompt": false, "pooling": "mean", "rationales": {sampling}, '
