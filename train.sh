@@ -41,6 +41,10 @@ if [[ ! "$GPUS" =~ ^[0-9]+$ ]]; then
 fi
 # On a CPU the joint recipe scores higher in equal time: docs/experiments.md.
 RECIPE=${RECIPE:-$( (( GPUS == 0 )) && [[ "$MODE" == supervised ]] && echo joint || echo paper)}
+CONTRASTIVE=(
+    +reward_model.reward_kwargs.contrastive_weight=1
+    +reward_model.reward_kwargs.contrastive_anchors=True
+)
 case "$RECIPE" in
     paper)
         NAME=$MODE
@@ -50,17 +54,19 @@ case "$RECIPE" in
         # A run of its own beside the paper's. With triplets most steps write no rationales, which costs a fraction.
         NAME=${MODE}_joint
         OBJECTIVE=(
-            +reward_model.reward_kwargs.contrastive_weight=1
-            +reward_model.reward_kwargs.contrastive_anchors=True
+            "${CONTRASTIVE[@]}"
             actor_rollout_ref.actor.embedding_grad_share=0.5
             trainer.contrastive_steps_between=$([[ "$MODE" == supervised ]] && echo 8 || echo 0)
         )
         ;;
     contrastive)
+        if [[ "$MODE" != supervised ]]; then
+            echo "train.sh: RECIPE=contrastive with MODE=$MODE; it learns from triplets, use MODE=supervised" >&2
+            exit 2
+        fi
         NAME=${MODE}_contrastive
         OBJECTIVE=(
-            +reward_model.reward_kwargs.contrastive_weight=1
-            +reward_model.reward_kwargs.contrastive_anchors=True
+            "${CONTRASTIVE[@]}"
             actor_rollout_ref.actor.embedding_grad_share=1
             data.think=False
             trainer.diag_freq=-1

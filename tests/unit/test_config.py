@@ -167,6 +167,13 @@ def test_every_recipe_of_train_sh_is_accepted_with_any_path(tmp_path, repo, mode
     assert config["trainer"]["contrastive_steps_between"] == (8 if is_joint and mode == "supervised" else 0)
 
 
+def test_the_contrastive_recipe_is_of_triplets(repo):
+    env = {**os.environ, "GPUS": "0", "RECIPE": "contrastive", "MODE": "unsupervised"}
+    out = subprocess.run(["bash", str(repo / "train.sh")], env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 2 and not out.stdout
+    assert out.stderr.startswith("train.sh: RECIPE=contrastive with MODE=unsupervised; it learns from triplets")
+
+
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_the_contrastive_recipe_of_train_sh_writes_no_rationales(tmp_path, repo, gpus):
     env = _scripts_python(tmp_path, gpus) | {"RECIPE": "contrastive", "TRAIN_FILE": "mine.parquet"}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from verl.config import HiddenRewardConfig, RunConfig, file_list
+from verl.config import DataConfig, HiddenRewardConfig, RunConfig, file_list
 from verl.config_fields import walk_fields
 from verl.report.read import Run
 from verl.verl_keys import ONLY_VALUES
@@ -91,7 +91,7 @@ def progress(run: Run) -> str:
 
 def _training_data(run: Run) -> str:
     files = run.setting("data.train_files")
-    mode = run.setting("data.train_mode") or "supervised"
+    mode = run.setting("data.train_mode") or DataConfig().mode
     return f"{', '.join(file_list(files))} ({mode})" if files else UNKNOWN
 
 
